@@ -1,0 +1,1 @@
+"""The generic family tests: tiny checkpoints, the reference they are compared with, one runner."""

@@ -1,0 +1,145 @@
+"""Tiny random checkpoint folders with every file that a published checkpoint has."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .tiny_tokenizer import TokenizerFiles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Case:
+    """One tiny checkpoint of one family, and what may be asked of it.
+
+    `config` is written to config.json as it stands ("published" manner) or as Transformers writes
+    it back ("saved"). `rename` turns the weight names that Transformers saves into those that the
+    authors' checkpoints carry. `gains` are (pattern, standard deviation over the usual one).
+    """
+
+    family: str
+    variant: str
+    model_class: str
+    config: Mapping[str, Any]
+    tokenizer: TokenizerFiles
+    chat_template: str | None = None
+    template_file: str = "chat_template.jinja"
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    manner: str = "published"
+    rename: Sequence[tuple[str, str]] = ()
+    gains: Sequence[tuple[str, float]] = ()
+    seed: int = 0
+    images: int = 3
+    text_only: bool = True
+    two_turns: bool = True
+    audio: bool = False
+    distinct: int = 8
+
+    @property
+    def name(self) -> str:
+        """How the case is called in test names."""
+        return f"{self.family}-{self.variant}"
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_checkpoint(case: Case, folder: Path) -> Path:
+    """Fill `folder` with the checkpoint that `case` describes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "config.json", case.config)
+    _write_tokenizer(case, folder)
+    for name, content in case.files.items():
+        _write_json(folder / name, content)
+    _write_weights(case, folder)
+    if case.manner == "published":
+        _write_json(folder / "config.json", case.config)
+    if case.generation:
+        _write_json(folder / "generation_config.json", case.generation)
+    return folder
+
+
+def _write_tokenizer(case: Case, folder: Path) -> None:
+    case.tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
+    config = dict(case.tokenizer.config)
+    if case.chat_template is not None:
+        if case.template_file == "tokenizer_config.json":
+            config["chat_template"] = case.chat_template
+        elif case.template_file.endswith(".json"):
+            _write_json(folder / case.template_file, {"chat_template": case.chat_template})
+        else:
+            (folder / case.template_file).write_text(case.chat_template, encoding="utf-8")
+    _write_json(folder / "tokenizer_config.json", config)
+
+
+def _write_weights(case: Case, folder: Path) -> None:
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = getattr(transformers, case.model_class)._from_config(config, dtype=torch.float32)
+    randomise(model, case.seed, case.gains)
+    model.save_pretrained(folder)
+    if not case.rename:
+        return
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    renamed = {}
+    for name, tensor in weights.items():
+        new_name = name
+        for pattern, replacement in case.rename:
+            new_name = re.sub(pattern, replacement, new_name)
+        renamed[new_name] = tensor
+    save_file(renamed, path, metadata={"format": "pt"})
+
+
+NORM = re.compile(r"(norm|ln_|layernorm|layrnorm|ln\d|_ln)[^.]*\.weight$", re.IGNORECASE)
+
+ATTENTION = re.compile(r"(q_proj|k_proj|qkv|wq|wk|query|key)\.weight$")
+TOKEN_TABLE = re.compile(r"(embed_tokens|word_embeddings|wte|shared)\.weight$")
+
+
+@torch.no_grad()
+def randomise(model: PreTrainedModel, seed: int, gains: Sequence[tuple[str, float]] = ()) -> None:
+    """Random weights that keep activations near one, so that every part of the model is heard.
+
+    Matrices are scaled by their fan-in, scales of norms lie around the value the class starts them
+    with, biases and tables are small but never zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tied = bool(model.config.tie_word_embeddings)
+    done: set[int] = set()
+    for name, parameter in model.named_parameters():
+        if id(parameter) in done:
+            continue
+        done.add(id(parameter))
+        noise = torch.randn(parameter.shape, generator=generator)
+        gain = next((value for pattern, value in gains if re.search(pattern, name)), 1.0)
+        if NORM.search(name) and parameter.ndim == 1:
+            start = 0.0 if bool((parameter == 0).all()) else 1.0
+            parameter.copy_(start + 0.2 * gain * noise)
+        elif parameter.ndim < 2:
+            parameter.copy_(0.1 * gain * noise)
+        elif TOKEN_TABLE.search(name):
+            # Small beside what the layers add, or a tied model would only echo its last token.
+            parameter.copy_((0.12 if tied else 0.3) * gain * noise)
+        elif "embed" in name or "position" in name or "pos_emb" in name:
+            parameter.copy_(0.5 * gain * noise)
+        else:
+            fan_in = parameter[0].numel()
+            sharper = 1.6 if ATTENTION.search(name) else 1.0
+            parameter.copy_(sharper * gain * noise / fan_in**0.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith("_bias") and buffer.is_floating_point():
+            buffer.copy_(0.05 * torch.randn(buffer.shape, generator=generator))

@@ -1,0 +1,133 @@
+"""The reference: Transformers' own classes run on a checkpoint folder, plainly and in fp32."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from transformers.utils import logging
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+IGNORED_INPUTS = ("token_type_ids",)
+
+
+@dataclass
+class Reference:
+    """A checkpoint folder as Transformers loads it."""
+
+    folder: Path
+    config: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.config = transformers.AutoConfig.from_pretrained(self.folder)
+
+    @cached_property
+    def model(self) -> Any:
+        """The model in fp32, every weight found and every weight used."""
+        name = self.config.architectures[0]
+        model_class = getattr(transformers, name)
+        model, report = model_class.from_pretrained(
+            self.folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
+        wrong = {
+            kind: names
+            for kind, names in report.items()
+            if names and kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        }
+        if wrong:
+            raise AssertionError(f"the checkpoint of the test does not fit {name}: {wrong}")
+        model.generation_config = transformers.GenerationConfig(
+            pad_token_id=0, eos_token_id=None, do_sample=False
+        )
+        return model.eval()
+
+    @cached_property
+    def processor(self) -> Any:
+        """The family's processor over the PIL image processor; videos are left out.
+
+        Transformers' video processors need torchvision. A processor insists on having one even for
+        a picture, so the check of its parts is switched off here.
+        """
+        from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+        found = PROCESSOR_MAPPING[type(self.config)]
+        lenient = type(
+            found.__name__, (found,), {"check_argument_for_proper_class": lambda *_: None}
+        )
+        parts = [self._part(name) for name in lenient.get_attributes()]
+        settings, _ = lenient.get_processor_dict(self.folder)
+        processor = lenient.from_args_and_dict(parts, settings)
+        processor.video_processor = SimpleNamespace(num_frames=8, fps=1, merge_size=2)
+        return processor
+
+    def _part(self, name: str) -> Any:
+        if name == "tokenizer":
+            return transformers.AutoTokenizer.from_pretrained(self.folder)
+        if name == "image_processor":
+            return transformers.AutoImageProcessor.from_pretrained(self.folder, backend="pil")
+        if name in ("feature_extractor", "audio_processor"):
+            return transformers.AutoFeatureExtractor.from_pretrained(self.folder)
+        return None
+
+    def inputs(
+        self,
+        messages: Sequence[dict[str, Any]],
+        images: Sequence[Image.Image] = (),
+        audio: Sequence[Any] = (),
+    ) -> dict[str, Any]:
+        """Token ids, pixels and the rest, as the checkpoint's template and processor make them.
+
+        `messages` hold parts of type "image", "audio" and "text"; `images` and `audio` fill them in
+        order. Tensors have a leading axis of one request.
+        """
+        pictures, sounds = iter(images), iter(audio)
+        filled = [
+            {**message, "content": [_fill(part, pictures, sounds) for part in message["content"]]}
+            for message in messages
+        ]
+        encoded = self.processor.apply_chat_template(
+            filled,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=messages[-1]["role"] != "assistant",
+        )
+        return dict(encoded)
+
+    @torch.no_grad()
+    def logits(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Logits of the whole sequence.  # (tokens, vocab), fp32"""
+        return self.model(**self._accepted(inputs), use_cache=False).logits[0].float()
+
+    @torch.no_grad()
+    def greedy(self, inputs: dict[str, Any], count: int = 64) -> list[int]:
+        """The next `count` tokens, the likeliest each time, no token ending it."""
+        prompt = inputs["input_ids"].shape[1]
+        output = self.model.generate(**self._accepted(inputs), max_new_tokens=count)
+        return output[0, prompt:].tolist()
+
+    def _accepted(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in inputs.items() if name not in IGNORED_INPUTS}
+
+
+def _fill(part: dict[str, Any], pictures: Any, sounds: Any) -> dict[str, Any]:
+    if part["type"] == "image":
+        return {"type": "image", "image": next(pictures)}
+    if part["type"] == "audio":
+        return {"type": "audio", "audio": next(sounds)}
+    return part
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON file of the checkpoint."""
+    return json.loads((folder / name).read_text(encoding="utf-8"))
