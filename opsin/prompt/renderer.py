@@ -1,0 +1,195 @@
+"""Renders chat templates in a process of their own, within limits on time, memory and output.
+
+A template comes with a checkpoint and is a program: inside this process nothing could end one that
+multiplies strings, compares nested lists or loops without output. In its own process it is ended by
+ending the process, in any thread and on any system. The process starts in about 0.1 s, is kept, and
+leaves with its owner (its stdin closes).
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from opsin.errors import EngineError, InputError
+
+_WORKER = Path(__file__).with_name("jinja_worker.py")
+
+# The search path comes over stdin rather than from the environment: templates' process inherits no
+# settings, and skips `site`, which halves its start.
+_LAUNCH = (
+    "import json, runpy, sys;"
+    "start = json.loads(sys.stdin.buffer.readline());"
+    "sys.path[:] = start['path'];"
+    "runpy.run_path(start['worker'], run_name='__main__')"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RenderLimits:
+    """What one rendering may take: wall-clock seconds, characters written, bytes of memory."""
+
+    seconds: float = 10.0
+    chars: int = 16 << 20
+    memory: int = 1 << 30
+
+
+class Renderer:
+    """One rendering process and the conversation with it; safe to call from any thread."""
+
+    def __init__(self, limits: RenderLimits | None = None) -> None:
+        self.limits = limits or RenderLimits()
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+
+    def warm_up(self) -> None:
+        """Start the process if it is not there, without waiting for it."""
+        with self._lock:
+            self._running()
+
+    def render(self, source: str, variables: Mapping[str, Any]) -> str:
+        """The text that a template makes of its variables, which must be plain JSON values.
+
+        Raises InputError when the template refuses (in its own words), fails, or passes a limit.
+        """
+        request = {
+            "source": source,
+            "variables": variables,
+            "max_chars": self.limits.chars,
+            "seconds": self.limits.seconds,
+        }
+        line = json.dumps(request).encode() + b"\n"
+        with self._lock:
+            answer = self._ask(line) or self._ask(line)
+        if not answer:
+            raise _failure("failed", "it ended the process that renders it", self.limits)
+        reply = json.loads(answer)
+        if "error" in reply:
+            raise _failure(reply["error"], reply["message"], self.limits)
+        return str(reply["text"])
+
+    def close(self) -> None:
+        """End the process."""
+        with self._lock:
+            self._discard()
+
+    def _ask(self, line: bytes) -> bytes:
+        """Send one request; the answer, or nothing if the process went away on its own."""
+        process = self._running()
+        expired = threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            process.kill()
+
+        timer = threading.Timer(self.limits.seconds, expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            answer = _exchange(process, line)
+        finally:
+            timer.cancel()
+            timer.join()
+        whole = answer.endswith(b"\n")
+        if expired.is_set() or not whole:
+            self._discard()
+        if expired.is_set() and not whole:
+            raise _failure("time", "", self.limits)
+        return answer if whole else b""
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        """The process, started if there is none or if a parent process owns it."""
+        if self._process is not None and self._owner != os.getpid():
+            self._process = None
+        if self._process is None or self._process.poll() is not None:
+            self._discard()
+            self._process = self._start()
+            self._owner = os.getpid()
+        return self._process
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        if not sys.executable:
+            raise EngineError(
+                "chat templates cannot be rendered",
+                why="templates run in a process of their own, and Python's program is not known",
+                remedy="run Opsin from an ordinary Python installation",
+            )
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _LAUNCH],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        path = [entry or str(Path.cwd()) for entry in sys.path]
+        for settings in ({"path": path, "worker": str(_WORKER)}, {"memory": self.limits.memory}):
+            _send(process, json.dumps(settings).encode() + b"\n")
+        return process
+
+    def _discard(self) -> None:
+        process, self._process = self._process, None
+        if process is None or self._owner != os.getpid():
+            return
+        process.kill()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        process.wait()
+
+
+@cache
+def shared_renderer() -> Renderer:
+    """The renderer that templates use unless they are given one."""
+    return Renderer()
+
+
+def _exchange(process: subprocess.Popen[bytes], line: bytes) -> bytes:
+    if process.stdout is None or not _send(process, line):
+        return b""
+    return process.stdout.readline()
+
+
+def _send(process: subprocess.Popen[bytes], line: bytes) -> bool:
+    """Whether the process still took the line."""
+    if process.stdin is None:
+        return False
+    try:
+        process.stdin.write(line)
+        process.stdin.flush()
+    except OSError:
+        return False
+    return True
+
+
+def _failure(kind: str, message: str, limits: RenderLimits) -> InputError:
+    remedy = "give another template with --chat-template"
+    if kind == "refused":
+        return InputError(
+            "the chat template refuses this conversation", why=message, param="messages"
+        )
+    if kind == "syntax":
+        return InputError(
+            "the chat template is not valid Jinja",
+            why=message,
+            remedy=remedy,
+            param="chat_template",
+        )
+    reasons = {
+        "time": f"it took more than {limits.seconds:g} s",
+        "output": f"it wrote more than {limits.chars} characters",
+        "memory": f"it needed more than {limits.memory >> 20} MiB of memory",
+    }
+    if kind in reasons:
+        return InputError(
+            "the chat template was stopped", why=reasons[kind], remedy=remedy, param="chat_template"
+        )
+    return InputError("the chat template failed", why=message, remedy=remedy, param="chat_template")
