@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ class Case:
 
     `config` is written to config.json as it stands ("published" manner) or as Transformers writes
     it back ("saved"). `rename` turns the weight names that Transformers saves into those that the
-    authors' checkpoints carry. `gains` are (pattern, standard deviation over the usual one).
+    authors' checkpoints carry, `repack` does what names alone cannot. `gains` are (pattern, standard deviation over the usual one).
     """
 
     family: str
@@ -37,6 +37,7 @@ class Case:
     generation: Mapping[str, Any] = field(default_factory=dict)
     manner: str = "published"
     rename: Sequence[tuple[str, str]] = ()
+    repack: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
     gains: Sequence[tuple[str, float]] = ()
     seed: int = 0
     images: int = 3
@@ -91,7 +92,7 @@ def _write_weights(case: Case, folder: Path) -> None:
     model = getattr(transformers, case.model_class)._from_config(config, dtype=torch.float32)
     randomise(model, case.seed, case.gains)
     model.save_pretrained(folder)
-    if not case.rename:
+    if not case.rename and case.repack is None:
         return
     path = folder / "model.safetensors"
     weights = load_file(path)
@@ -101,6 +102,8 @@ def _write_weights(case: Case, folder: Path) -> None:
         for pattern, replacement in case.rename:
             new_name = re.sub(pattern, replacement, new_name)
         renamed[new_name] = tensor
+    if case.repack is not None:
+        renamed = case.repack(renamed)
     save_file(renamed, path, metadata={"format": "pt"})
 
 
@@ -137,7 +140,8 @@ def randomise(model: PreTrainedModel, seed: int, gains: Sequence[tuple[str, floa
         elif "embed" in name or "position" in name or "pos_emb" in name:
             parameter.copy_(0.5 * gain * noise)
         else:
-            fan_in = parameter[0].numel()
+            experts = parameter.ndim == 3 and "experts" in name
+            fan_in = parameter.shape[-1] if experts else parameter[0].numel()
             sharper = 1.6 if ATTENTION.search(name) else 1.0
             parameter.copy_(sharper * gain * noise / fan_in**0.5)
     for name, buffer in model.named_buffers():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,12 +15,11 @@ from typing import Any
 import torch
 import transformers
 from PIL import Image
+from transformers.models.auto import processing_auto
 from transformers.utils import logging
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-
-IGNORED_INPUTS = ("token_type_ids",)
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Reference:
     """A checkpoint folder as Transformers loads it."""
 
     folder: Path
+    placeholder: bool = True
     config: Any = field(init=False)
 
     def __post_init__(self) -> None:
@@ -58,9 +60,7 @@ class Reference:
         Transformers' video processors need torchvision. A processor insists on having one even for
         a picture, so the check of its parts is switched off here.
         """
-        from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-
-        found = PROCESSOR_MAPPING[type(self.config)]
+        found = _processor_class(self.folder, self.config.model_type)
         lenient = type(
             found.__name__, (found,), {"check_argument_for_proper_class": lambda *_: None}
         )
@@ -90,6 +90,8 @@ class Reference:
         `messages` hold parts of type "image", "audio" and "text"; `images` and `audio` fill them in
         order. Tensors have a leading axis of one request.
         """
+        if self.processor.chat_template is None:
+            return self._bare_inputs(messages, images, audio)
         pictures, sounds = iter(images), iter(audio)
         filled = [
             {**message, "content": [_fill(part, pictures, sounds) for part in message["content"]]}
@@ -102,6 +104,21 @@ class Reference:
             return_tensors="pt",
             add_generation_prompt=messages[-1]["role"] != "assistant",
         )
+        return dict(encoded)
+
+    def _bare_inputs(
+        self,
+        messages: Sequence[dict[str, Any]],
+        images: Sequence[Image.Image],
+        audio: Sequence[Any],
+    ) -> dict[str, Any]:
+        """The inputs of a family without a chat template: placeholders, then the bare prompt."""
+        parts = [part for message in messages for part in message["content"]]
+        text = "".join(part["text"] for part in parts if part["type"] == "text")
+        image_token = getattr(self.processor, "image_token", None)
+        if self.placeholder and image_token:
+            text = image_token * len(images) + text
+        encoded = self.processor(text=text, images=list(images) or None, return_tensors="pt")
         return dict(encoded)
 
     @torch.no_grad()
@@ -117,7 +134,31 @@ class Reference:
         return output[0, prompt:].tolist()
 
     def _accepted(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in inputs.items() if name not in IGNORED_INPUTS}
+        known = inspect.signature(self.model.forward).parameters
+        return {name: value for name, value in inputs.items() if name in known and name != "labels"}
+
+
+def _processor_class(folder: Path, model_type: str) -> type:
+    """The class that the checkpoint names, else the one of its model type.
+
+    Looked up in the modules themselves: Transformers hides some classes where torchvision is not
+    installed though they only need it for an image processor that is not used here.
+    """
+    names = processing_auto.PROCESSOR_MAPPING_NAMES
+    wanted = names.get(model_type)
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / file).exists():
+            wanted = read_json(folder, file).get("processor_class", wanted)
+    for name, class_name in sorted(names.items(), key=lambda pair: pair[0] != model_type):
+        if class_name != wanted:
+            continue
+        module = name.replace("-", "_")
+        try:
+            source = importlib.import_module(f"transformers.models.{module}.processing_{module}")
+        except ModuleNotFoundError:
+            continue
+        return getattr(source, class_name)
+    raise LookupError(f"no processor class named {wanted}")
 
 
 def _fill(part: dict[str, Any], pictures: Any, sounds: Any) -> dict[str, Any]:

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from ..checkpoints import Case
-from . import idefics, llava, qwen
+from . import gemma, idefics, llava, qwen, qwen_more, vlm_more
 
-CASES: tuple[Case, ...] = (*qwen.CASES, *idefics.CASES, *llava.CASES)
+CASES: tuple[Case, ...] = (
+    *qwen.CASES,
+    *idefics.CASES,
+    *llava.CASES,
+    *qwen_more.CASES,
+    *vlm_more.CASES,
+    *gemma.CASES,
+)
