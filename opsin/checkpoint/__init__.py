@@ -1,0 +1,1 @@
+"""From a hub name or folder to configs and weights."""

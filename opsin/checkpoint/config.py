@@ -1,0 +1,72 @@
+"""The JSON files of a checkpoint folder, read as plain dictionaries."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from opsin.errors import CheckpointError, NotFoundError
+
+
+class Config(dict[str, Any]):
+    """A config.json whose top level also reads as attributes, `config.model_type`."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(f"the config has no {name!r}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; {} if there is no such file.
+
+    Raises CheckpointError if the file holds something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"Cannot read {path.name} of the checkpoint {path.parent.name}",
+            why=f"it is not valid JSON ({error})",
+            remedy="Download the checkpoint again",
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"Cannot read {path.name} of the checkpoint {path.parent.name}",
+            why="it does not hold a JSON object",
+            remedy="Download the checkpoint again",
+        )
+    return value
+
+
+def read_config(folder: Path) -> Config:
+    """A checkpoint's config.json, which must be there and name a `model_type`."""
+    config = read_json(folder / "config.json")
+    if not config:
+        raise NotFoundError(
+            f"There is no checkpoint in {folder.name}",
+            why="the folder has no config.json",
+            remedy="Name a folder or hub model that holds config.json and safetensors weights",
+            param="model",
+        )
+    if not isinstance(config.get("model_type"), str):
+        raise CheckpointError(
+            f"The checkpoint {folder.name} does not say what it is",
+            why="its config.json has no model_type",
+            remedy="Use the config.json that the model's authors published",
+        )
+    return Config(config)
+
+
+def read_processor_config(folder: Path) -> dict[str, Any]:
+    """preprocessor_config.json and processor_config.json as one dictionary.
+
+    Transformers 5 nests the image processor's settings in processor_config.json; here they lie flat
+    under the same names, and whatever else the processor states beside them.
+    """
+    processor = read_json(folder / "processor_config.json")
+    nested = processor.pop("image_processor", {})
+    return {**processor, **nested, **read_json(folder / "preprocessor_config.json")}

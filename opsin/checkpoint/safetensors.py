@@ -1,0 +1,125 @@
+"""A safetensors file opened without trust: header checked against the file, tensors read one by
+one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opsin.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a file, not yet read: `start` is its first byte's offset in the file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on disk."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read_into(self, out: Tensor) -> None:
+        """Fill `out`, of the same number of elements, casting if its dtype is another.
+
+        Where out is contiguous, on the CPU and of the stored dtype, bytes go straight into it;
+        otherwise one copy of this tensor exists for a moment.
+        """
+        direct = out.is_contiguous() and out.device.type == "cpu" and out.dtype == self.dtype
+        buffer = out if direct else torch.empty(self.shape, dtype=self.dtype)
+        view = memoryview(buffer.view(-1).view(torch.uint8).numpy()) if buffer.numel() else b""
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            done = 0
+            while done < self.num_bytes:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise _bad(self.path, f"it ends inside tensor {self.name!r}")
+                done += count
+        if not direct:
+            out.copy_(buffer.view(out.shape))
+
+    def read(self) -> Tensor:
+        """The tensor as stored."""
+        out = torch.empty(self.shape, dtype=self.dtype)
+        self.read_into(out)
+        return out
+
+
+def _bad(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"Cannot read the weights in {path.name}", why=why, remedy="Download the checkpoint again"
+    )
+
+
+def stored_tensors(path: Path) -> Iterator[StoredTensor]:
+    """Every tensor of a safetensors file, in the order of their bytes.
+
+    Raises CheckpointError if the header lies: lengths, offsets and shapes must agree with each
+    other and lie inside the file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise _bad(path, f"it is only {size} bytes long")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(size - 8, MAX_HEADER_BYTES):
+            raise _bad(path, f"its header claims {length} bytes of a file of {size}")
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError) as error:
+            raise _bad(path, "its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise _bad(path, "its header is not a JSON object")
+    header.pop("__metadata__", None)
+    entries = [_entry(path, name, value, 8 + length, size) for name, value in header.items()]
+    yield from sorted(entries, key=lambda entry: entry.start)
+
+
+def _entry(path: Path, name: str, value: Any, data_start: int, size: int) -> StoredTensor:
+    try:
+        dtype, shape = DTYPES[value["dtype"]], tuple(value["shape"])
+        first, last = value["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _bad(path, f"the header entry of {name!r} is malformed") from error
+    numbers = (*shape, first, last)
+    if not all(type(n) is int and n >= 0 for n in numbers):
+        raise _bad(path, f"the header entry of {name!r} holds something that is no size")
+    entry = StoredTensor(name, dtype, shape, path, data_start + first)
+    if last - first != entry.num_bytes or data_start + last > size:
+        raise _bad(path, f"tensor {name!r} does not fit the bytes that the header gives it")
+    return entry

@@ -1,0 +1,162 @@
+"""From the tensors of a checkpoint folder to the parameters of a model, by rename rules that are
+data.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from opsin.checkpoint.safetensors import StoredTensor, stored_tensors
+from opsin.errors import CheckpointError
+
+# (regular expression, replacement): all rules are applied to each name, one after another.
+Rename: TypeAlias = tuple[str, str]
+
+_INDEX = re.compile(r"^(.*)\[([\d,]+)\]$")
+
+
+@runtime_checkable
+class HasParts(Protocol):
+    """A module whose parameters are filled piece by piece."""
+
+    def part(self, name: str, index: tuple[int, ...]) -> Tensor:
+        """The view of parameter `name` that a checkpoint tensor named `...name[index]` fills."""
+        ...
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, complete according to its index.
+
+    Raises CheckpointError if a shard is missing, or if there are only pickled weights.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"The checkpoint {folder.name} is incomplete",
+                why=f"{len(missing)} of its {len(names)} weight files are missing, "
+                f"the first is {missing[0]}",
+                remedy="Download it again",
+            )
+        return [folder / name for name in names]
+    files = sorted(folder.glob("*.safetensors"))
+    files = [file for file in files if not file.name.startswith(("adapter_", "consolidated"))]
+    if files:
+        return files
+    pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+    if pickled:
+        raise CheckpointError(
+            f"The checkpoint {folder.name} holds only pickled weights ({pickled[0].name})",
+            why="loading a pickle can run code",
+            remedy="Convert it to safetensors, or use a revision that has model.safetensors",
+        )
+    raise CheckpointError(
+        f"The checkpoint {folder.name} has no weights",
+        why="there is no .safetensors file in it",
+        remedy="Name a folder that holds config.json and model.safetensors",
+    )
+
+
+def all_tensors(files: Sequence[Path]) -> Iterator[StoredTensor]:
+    """Every tensor of several files, not yet read."""
+    for file in files:
+        yield from stored_tensors(file)
+
+
+def renamed(name: str, rules: Iterable[Rename]) -> str:
+    """A checkpoint's tensor name in the model's words, by applying each rule in turn."""
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def allocate(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Give the parameters of a model that was built on the meta device their memory, unset."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            kind = dtype if parameter.dtype.is_floating_point else parameter.dtype
+            memory = torch.empty(parameter.shape, dtype=kind, device=device)
+            module.register_parameter(name, nn.Parameter(memory, requires_grad=False))
+
+
+def assign(
+    model: nn.Module,
+    tensors: Iterable[StoredTensor],
+    rules: Sequence[Rename],
+    ignored: Sequence[str] = (),
+) -> None:
+    """Read every tensor into the parameter that its renamed name stands for.
+
+    A target may end in an index, `qkv.weight[1]`, which names a part of a fused parameter. Memory
+    never holds more than the model and one tensor. Raises CheckpointError unless every tensor is
+    used (or matches a pattern of `ignored`) and every parameter is filled, whole and once.
+    """
+    parameters = dict(model.named_parameters())
+    filled = dict.fromkeys(parameters, 0)
+    unused: list[tuple[str, str]] = []
+    for tensor in tensors:
+        if any(re.search(pattern, tensor.name) for pattern in ignored):
+            continue
+        target = renamed(tensor.name, rules)
+        match = _INDEX.match(target)
+        base = match[1] if match else target
+        if base not in parameters:
+            unused.append((tensor.name, target))
+            continue
+        out = parameters[base].data
+        if match:
+            out = _part(model, base, tuple(map(int, match[2].split(","))))
+        _check_shape(tensor, target, out)
+        tensor.read_into(out)
+        filled[base] += out.numel()
+    missing = [name for name, count in filled.items() if count != parameters[name].numel()]
+    if unused or missing:
+        raise _mismatch(unused, missing)
+
+
+def _part(model: nn.Module, base: str, index: tuple[int, ...]) -> Tensor:
+    owner_name, _, name = base.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    assert isinstance(owner, HasParts), f"{owner_name} has no parts to fill"
+    return owner.part(name, index)
+
+
+def _check_shape(tensor: StoredTensor, target: str, out: Tensor) -> None:
+    # A convolution over patches is stored with its kernel axes apart; here it is a matrix.
+    flat = out.ndim == 2 and len(tensor.shape) > 2 and tensor.shape[0] == out.shape[0]
+    same = tensor.shape == tuple(out.shape)
+    if not same and not (flat and tensor.num_bytes == out.numel() * tensor.dtype.itemsize):
+        raise CheckpointError(
+            "The checkpoint does not fit its config.json",
+            why=f"tensor {tensor.name} has shape {list(tensor.shape)}, "
+            f"but {target} is {list(out.shape)}",
+            remedy="Check that config.json and the weights come from the same model",
+        )
+
+
+def _mismatch(unused: list[tuple[str, str]], missing: list[str]) -> CheckpointError:
+    reasons = []
+    if unused:
+        name, target = unused[0]
+        reasons.append(
+            f"{len(unused)} tensors have no place, the first is {name} (read as {target})"
+        )
+    if missing:
+        reason = f"{len(missing)} parameters are not filled, the first is {missing[0]}"
+        close = difflib.get_close_matches(missing[0], [target for _, target in unused], n=1)
+        reasons.append(reason + (f" (closest: {close[0]})" if close else ""))
+    return CheckpointError(
+        "The checkpoint's weights do not match the model",
+        why="; ".join(reasons),
+        remedy="Check that the folder is complete and that config.json belongs to these weights",
+    )

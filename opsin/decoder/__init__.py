@@ -1,0 +1,1 @@
+"""The one text decoder, driven by a config, and its paged key-value cache."""

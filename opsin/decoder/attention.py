@@ -1,0 +1,67 @@
+"""Grouped-query softmax attention over the paged cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from opsin.decoder.cache import PagedCache
+from opsin.decoder.config import AttentionConfig
+from opsin.kernels import AttentionBatch, Kernels
+from opsin.nn.linear import Linear
+from opsin.nn.norm import norm
+from opsin.nn.rope import RopeConfig
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """What every layer of one step shares: cache, places in it, and rotary angles."""
+
+    cache: PagedCache
+    batch: AttentionBatch
+    angles: dict[RopeConfig, tuple[Tensor, Tensor]]
+
+
+class Attention(nn.Module):
+    """Query, key and value in one product; rope; cache write; attention; output projection."""
+
+    def __init__(
+        self, kernels: Kernels, config: AttentionConfig, layer: int, hidden: int, eps: float
+    ) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.config = config
+        self.layer = layer
+        self.scale = config.head_dim**-0.5 if config.scale is None else config.scale
+        q_dim, kv_dim = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.qkv = Linear(kernels, hidden, (q_dim, kv_dim, kv_dim), bias=config.qkv_bias)
+        self.out = Linear(kernels, q_dim, hidden, bias=config.out_bias)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm is not None:
+            self.q_norm = norm(kernels, config.qk_norm, config.head_dim, eps)
+            self.k_norm = norm(kernels, config.qk_norm, config.head_dim, eps)
+
+    def forward(self, x: Tensor, context: StepContext) -> Tensor:
+        """x (tokens, hidden) to the same shape; the new keys and values end up in the cache."""
+        config, kernels = self.config, self.kernels
+        qkv = self.qkv(x).unflatten(-1, (-1, config.head_dim))  # (tokens, heads + 2 kv, dim)
+        query, key, value = qkv.split((config.heads, config.kv_heads, config.kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if config.rope is not None:
+            cos, sin = context.angles[config.rope]
+            query = kernels.rope(query, cos, sin, config.rope.pairs)
+            key = kernels.rope(key, cos, sin, config.rope.pairs)
+        keys, values = context.cache.keys[self.layer], context.cache.values[self.layer]
+        kernels.write_kv(key, value, keys, values, context.batch.slot_mapping)
+        attended = kernels.paged_attention(
+            query,
+            keys,
+            values,
+            context.batch,
+            scale=self.scale,
+            window=config.window,
+            soft_cap=config.soft_cap,
+        )
+        return self.out(attended.flatten(1))

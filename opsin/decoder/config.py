@@ -1,0 +1,74 @@
+"""What a text decoder is made of, as plain facts read from a checkpoint's config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opsin.kernels import Activation
+from opsin.nn.norm import NormKind
+from opsin.nn.rope import RopeConfig
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionConfig:
+    """Softmax attention with grouped keys (arXiv:2305.13245).
+
+    `window` limits how many of the last keys are seen, the token itself included; `rope` None means
+    no positions; `scale` None means 1 / sqrt(head_dim); `qk_norm` normalises each head's query and
+    key before rope. `soft_cap` caps the scores.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope: RopeConfig | None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: NormKind | None = None
+    window: int | None = None
+    scale: float | None = None
+    soft_cap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MLPConfig:
+    """A gated feed-forward block: down(activation(gate x) * up x)."""
+
+    hidden: int
+    activation: Activation = "silu"
+    bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LayerConfig:
+    """One decoder layer: attention and feed-forward, each behind a norm and added to the stream.
+
+    `post_norms` also normalises what each block returns, before it is added.
+    """
+
+    attention: AttentionConfig
+    mlp: MLPConfig
+    post_norms: bool = False
+    residual_scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """A whole decoder: embedding, layers, final norm and output head."""
+
+    vocab_size: int
+    hidden: int
+    layers: tuple[LayerConfig, ...]
+    max_positions: int
+    norm: NormKind = "rms"
+    norm_eps: float = 1e-6
+    tied_head: bool = False
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_soft_cap: float | None = None
+
+    @property
+    def rope_configs(self) -> set[RopeConfig]:
+        """Every distinct rotary embedding among the layers."""
+        ropes = (layer.attention.rope for layer in self.layers)
+        return {rope for rope in ropes if rope is not None}

@@ -1,0 +1,3 @@
+"""Many requests, one model: scheduler, runner, sampler and the loop that turns requests into
+events.
+"""

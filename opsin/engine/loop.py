@@ -1,0 +1,313 @@
+"""The engine: a thread that steps the model, and the way in and out of it for many requests."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from opsin.decoder.cache import PagedCache
+from opsin.engine.blocks import BlockPool
+from opsin.engine.model import Model
+from opsin.engine.output import Output
+from opsin.engine.processor import Processor
+from opsin.engine.runner import Runner
+from opsin.engine.sampler import Sampler
+from opsin.engine.scheduler import Scheduled, Scheduler
+from opsin.engine.sequence import Sequence
+from opsin.errors import EngineError, InputError, OpsinError, PromptTooLong, QueueFull
+from opsin.families.base import Prompt
+from opsin.types import Event, FinishReason, SamplingParams
+
+# What a step can raise because of its input or the machine; the loop outlives all of them.
+STEP_ERRORS = (
+    OpsinError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What the engine may use.
+
+    max_num_seqs      requests computed at once; the others wait
+    max_queue         requests that may wait; one more is refused (QueueFull)
+    prefill_step_size tokens computed in one step over all requests
+    memory            bytes for the key-value cache; None: a quarter of the machine's memory on a
+                      CPU, 80 % of what is free on a GPU
+    block_size        tokens in one cache block
+    max_context       tokens of prompt and answer together; None: as many as the model was made for
+    """
+
+    max_num_seqs: int = 64
+    max_queue: int = 1024
+    prefill_step_size: int = 2048
+    memory: int | None = None
+    block_size: int = 32
+    max_context: int | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """A request beside its sequence: how its tokens are chosen and where its events go."""
+
+    sequence: Sequence
+    sampler: Sampler
+    output: Output
+    on_event: Callable[[Event], None]
+
+
+class Stream:
+    """The events of one request, in order; closing it early cancels the request."""
+
+    def __init__(self) -> None:
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._cancel: Callable[[], None] = lambda: None
+        self._finished = False
+
+    def __iter__(self) -> Iterator[Event]:
+        try:
+            while not self._finished:
+                event = self._events.get()
+                self._finished = event.finish_reason is not None
+                if event.error is not None:
+                    raise event.error
+                yield event
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Cancel the request unless it has finished."""
+        if not self._finished:
+            self._finished = True
+            self._cancel()
+
+
+class Engine:
+    """Continuous batching over one model: submit prompts from any thread, receive their events.
+
+    The engine owns its thread and cache until `close`. Every accepted request gets exactly one
+    event with a `finish_reason`, its last.
+    """
+
+    def __init__(
+        self, model: Model, processor: Processor, limits: EngineLimits | None = None
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.limits = limits or EngineLimits()
+        self.max_context = self.limits.max_context or model.decoder.config.max_positions
+        size = self.limits.block_size
+        num_blocks = -(-self._cache_tokens() // size)
+        self.cache = PagedCache(model.decoder.config, num_blocks, size, model.dtype, model.device)
+        self.scheduler = Scheduler(
+            BlockPool(num_blocks),
+            size,
+            max_num_seqs=self.limits.max_num_seqs,
+            max_num_batched_tokens=self.limits.prefill_step_size,
+        )
+        self.runner = Runner(model, self.cache)
+        self.steps = 0
+        self._requests: dict[int, _Request] = {}
+        self._ids = itertools.count()
+        self._inbox: deque[_Request] = deque()
+        self._cancelled: set[int] = set()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="opsin-engine", daemon=True)
+        self._thread.start()
+
+    def _cache_tokens(self) -> int:
+        per_token = PagedCache.bytes_per_token(self.model.decoder.config, self.model.dtype)
+        memory = self.limits.memory or default_cache_memory(self.model.device)
+        tokens = min(memory // per_token, self.max_context * self.limits.max_num_seqs)
+        if tokens < self.limits.block_size:
+            raise InputError(
+                "The memory for the key-value cache is too small",
+                why=f"{memory} bytes hold {tokens} tokens",
+                remedy="Raise it",
+                param="memory",
+            )
+        return tokens
+
+    # The way in, from any thread.
+
+    def submit(
+        self, prompt: Prompt, sampling: SamplingParams, on_event: Callable[[Event], None]
+    ) -> int:
+        """Queue a request; `on_event` is called from the engine's thread with each of its events.
+
+        Returns the request's id. Raises PromptTooLong, QueueFull, or EngineError after `close`.
+        """
+        self._check_length(prompt)
+        request_id = next(self._ids)
+        sequence = Sequence.start(request_id, prompt, sampling)
+        output = Output(sequence, self.processor.tokenizer, self.processor.eos_token_ids)
+        request = _Request(sequence, Sampler.of(sampling), output, on_event)
+        with self._wake:
+            if self._closing:
+                raise EngineError("The engine is closed", remedy="Create another")
+            if len(self._inbox) + len(self.scheduler.waiting) >= self.limits.max_queue:
+                raise QueueFull(
+                    "Too many requests are waiting",
+                    why=f"the queue holds {self.limits.max_queue}",
+                    remedy="Try again later",
+                )
+            self._inbox.append(request)
+            self._wake.notify()
+        return request_id
+
+    def _check_length(self, prompt: Prompt) -> None:
+        length = len(prompt.token_ids)
+        if length == 0:
+            raise InputError("The prompt is empty", remedy="Send some text", param="prompt")
+        if length >= self.max_context:
+            raise PromptTooLong(
+                f"The prompt has {length} tokens",
+                why=f"the model takes {self.max_context} with the answer",
+                remedy="Shorten it, or send fewer or smaller pictures",
+                param="prompt",
+            )
+        if not self.scheduler.can_ever_run(length + 1):
+            size = self.scheduler.pool.num_blocks * self.limits.block_size
+            raise PromptTooLong(
+                f"The prompt has {length} tokens",
+                why=f"the key-value cache holds {size}",
+                remedy="Shorten it, or give the cache more memory",
+                param="prompt",
+            )
+
+    def stream(self, prompt: Prompt, sampling: SamplingParams) -> Stream:
+        """Queue a request and iterate over its events; an error event is raised."""
+        stream = Stream()
+        request_id = self.submit(prompt, sampling, stream._events.put)
+        stream._cancel = lambda: self.cancel(request_id)
+        return stream
+
+    def cancel(self, request_id: int) -> None:
+        """End a request before its next step; it gets a last event with reason "cancelled"."""
+        with self._wake:
+            self._cancelled.add(request_id)
+            self._wake.notify()
+
+    def close(self) -> None:
+        """Cancel what runs, end the thread and free the cache."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+        self.cache.keys.clear()
+        self.cache.values.clear()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # The loop, in the engine's thread.
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._inbox or self._cancelled or self._closing or self._requests):
+                    self._wake.wait()
+                arrived = list(self._inbox)
+                self._inbox.clear()
+                cancelled = set(self._cancelled)
+                self._cancelled.clear()
+                closing = self._closing
+            for request in arrived:
+                self._requests[request.sequence.request_id] = request
+                self.scheduler.add(request.sequence)
+            for request_id in list(self._requests) if closing else cancelled:
+                if request_id in self._requests:
+                    self._finish(self._requests[request_id], "cancelled")
+            if closing:
+                return
+            if self._requests:
+                self._guarded_step()
+
+    def _guarded_step(self) -> None:
+        step: list[Scheduled] = []
+        try:
+            step = self.scheduler.schedule()
+            self._step(step)
+        except STEP_ERRORS as error:
+            failed = {s.sequence.request_id for s in step} or set(self._requests)
+            for request_id in failed & set(self._requests):
+                self._finish(self._requests[request_id], "error", error)
+
+    def _step(self, step: list[Scheduled]) -> None:
+        """Run one step and hand every sampled token to its request."""
+        now = time.perf_counter()
+        for scheduled in step:
+            if scheduled.sequence.started == 0.0:
+                scheduled.sequence.started = now
+        logits = self.runner.run(step)
+        self.scheduler.computed(step)
+        self.steps += 1
+        sampling = [self._requests[s.sequence.request_id] for s in step if s.samples]
+        greedy = logits.argmax(dim=-1).tolist() if len(sampling) else []
+        for row, request in enumerate(sampling):
+            self._sampled(request, greedy[row], logits[row])
+
+    def _sampled(self, request: _Request, greedy: int, logits: torch.Tensor) -> None:
+        sequence, sampler = request.sequence, request.sampler
+        token, logprob = greedy, None
+        if not sampler.is_plain_greedy:
+            token, logprob = sampler.sample(logits.clone(), sequence.token_ids, sequence.num_prompt)
+        if sequence.num_generated == 0:
+            sequence.first_token = time.perf_counter()
+        sequence.token_ids.append(token)
+        full = len(sequence.token_ids) >= self.max_context
+        full = full or not self.scheduler.can_ever_run(len(sequence.token_ids) + 1)
+        event, reason = request.output.push(token, logprob, out_of_room=full)
+        if reason is not None:
+            self._finish(request, reason)
+        elif event is not None:
+            request.on_event(event)
+
+    def _finish(
+        self, request: _Request, reason: FinishReason, error: Exception | None = None
+    ) -> None:
+        del self._requests[request.sequence.request_id]
+        self.scheduler.finish(request.sequence)
+        if error is not None and not isinstance(error, OpsinError):
+            failure = EngineError("The request failed inside the engine", why=type(error).__name__)
+            failure.__cause__ = error
+            error = failure
+        request.on_event(request.output.last(reason, error))
+
+    def stats(self) -> dict[str, Any]:
+        """Counts for health checks and metrics; may be read from any thread."""
+        return {
+            "running": len(self.scheduler.running),
+            "waiting": len(self.scheduler.waiting) + len(self._inbox),
+            "free_blocks": self.scheduler.pool.num_free,
+            "num_blocks": self.scheduler.pool.num_blocks,
+            "steps": self.steps,
+        }
+
+
+def default_cache_memory(device: torch.device) -> int:
+    """Bytes for the key-value cache when nobody said: see EngineLimits.memory."""
+    import os
+
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * 0.8)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4

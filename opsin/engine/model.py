@@ -1,0 +1,149 @@
+"""A loaded model: family, decoder and towers of one checkpoint, on one device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from opsin import families, kernels
+from opsin.checkpoint import weights
+from opsin.checkpoint.config import Config, read_config, read_processor_config
+from opsin.checkpoint.safetensors import StoredTensor
+from opsin.decoder.decoder import Decoder
+from opsin.errors import InputError, MissingDependency
+from opsin.families.base import Family
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@runtime_checkable
+class FinishesLoading(Protocol):
+    """A module with work to do once all its weights are in place."""
+
+    def finish_loading(self) -> None:
+        """Derive what depends on the loaded weights."""
+        ...
+
+
+class Model(nn.Module):
+    """The weights of one checkpoint, and the family that knows what they mean.
+
+    `config` is the checkpoint's config.json; `decoder` and `towers` hold the parameters.
+    """
+
+    def __init__(self, family: Family, config: Config, arithmetic: kernels.Kernels) -> None:
+        super().__init__()
+        self.family = family
+        self.config = config
+        self.decoder = Decoder(arithmetic, family.decoder())
+        self.towers = family.towers(arithmetic)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.decoder.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights that are not quantised."""
+        return self.decoder.embedding.weight.dtype
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the model has learned."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the weights take."""
+        return sum(parameter.nbytes for parameter in self.parameters())
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of a name ("cpu", "cuda", "cuda:1", "mps"), or the best there is for None.
+
+    Raises InputError for a name that means nothing and MissingDependency for a device that is not
+    there.
+    """
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(
+            f"Unknown device {name!r}", remedy="Use cpu, cuda, cuda:N or mps", param="device"
+        ) from error
+    usable = {"cpu": True, "cuda": torch.cuda.is_available()}
+    usable["mps"] = torch.backends.mps.is_available()
+    if not usable.get(device.type, False):
+        raise MissingDependency(
+            f"Device {name!r} is not available",
+            why="this installation of torch sees no such device",
+            remedy="`opsin doctor` says what this machine offers",
+            param="device",
+        )
+    return device
+
+
+def pick_dtype(name: str | None, config: Config, tensors: list[StoredTensor]) -> torch.dtype:
+    """The type to compute in: as asked, else as the config says, else as the weights are stored."""
+    text = config.get("text_config") or {}
+    stated = name or config.get("dtype") or config.get("torch_dtype")
+    stated = stated or text.get("dtype") or text.get("torch_dtype")
+    if stated in DTYPES:
+        return DTYPES[stated]
+    if name is not None:
+        raise InputError(
+            f"Unknown dtype {name!r}", remedy=f"Use one of {', '.join(DTYPES)}", param="dtype"
+        )
+    floating = [tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point]
+    return max(set(floating), key=floating.count) if floating else torch.float32
+
+
+def build(folder: Path) -> Model:
+    """The model of a checkpoint folder with its parameters on the meta device: shapes, no
+    memory.
+    """
+    config = read_config(folder)
+    family = families.load(config, read_processor_config(folder))
+    with torch.device("meta"):
+        return Model(family, config, kernels.select(torch.device("cpu")))
+
+
+def load_model(folder: Path, *, device: str | None = None, dtype: str | None = None) -> Model:
+    """Read a checkpoint folder into memory, tensor by tensor.
+
+    Peak memory is the model's own and one tensor. Raises CheckpointError for a folder that does not
+    hold what its config.json says.
+    """
+    place = pick_device(device)
+    config = read_config(folder)
+    family = families.load(config, read_processor_config(folder))
+    tensors = list(weights.all_tensors(weights.weight_files(folder)))
+    with torch.device("meta"):
+        model = Model(family, config, kernels.select(place))
+    weights.allocate(model, pick_dtype(dtype, config, tensors), place)
+    weights.assign(model, tensors, family.rename, family.ignored)
+    for module in model.modules():
+        if isinstance(module, FinishesLoading):
+            module.finish_loading()
+    return model.eval()
+
+
+def describe(model: Model) -> dict[str, Any]:
+    """What a model is, for `opsin models inspect` and the server's model list."""
+    return {
+        "model_type": model.config.model_type,
+        "modalities": ["text", *model.family.modalities],
+        "parameters": model.num_parameters,
+        "max_positions": model.decoder.config.max_positions,
+    }

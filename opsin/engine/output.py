@@ -1,0 +1,98 @@
+"""From sampled tokens to events: detokenising, stop strings, and why a request ends."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Set
+
+from opsin.engine.sequence import Sequence
+from opsin.prompt.detokenize import Detokenizer
+from opsin.prompt.stop import StopMatcher
+from opsin.prompt.tokenizer import Tokenizer
+from opsin.types import Event, FinishReason, Timings, TokenLogprob, Usage
+
+
+class Output:
+    """One request's way out: tokens go in, text that is certain comes out."""
+
+    def __init__(self, sequence: Sequence, tokenizer: Tokenizer, eos_token_ids: Set[int]) -> None:
+        sampling = sequence.sampling
+        self.sequence = sequence
+        self.detokenizer = Detokenizer(tokenizer)
+        self.stop = StopMatcher(sampling.stop)
+        self.end_ids = set(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            self.end_ids |= eos_token_ids
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.text = ""
+
+    def push(
+        self, token: int, logprob: TokenLogprob | None, *, out_of_room: bool
+    ) -> tuple[Event | None, FinishReason | None]:
+        """Take a sampled token; the event to send now, if any, and why the request ends, if it
+        does.
+
+        When it ends, `last` makes the event to send instead.
+        """
+        self.token_ids.append(token)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+        if token in self.end_ids:
+            self._flush()
+            return None, "stop"
+        self.text += self.stop.push(self.detokenizer.push(token))
+        if self.stop.stopped:
+            return None, "stop"
+        if out_of_room or self.sequence.num_generated >= self.sequence.sampling.max_tokens:
+            self._flush()
+            return None, "length"
+        return self._take(), None
+
+    def _flush(self) -> None:
+        """Release what waited for more: half characters, and the start of a stop string."""
+        self.text += self.stop.push(self.detokenizer.finish())
+        self.text += self.stop.finish()
+
+    def _take(self) -> Event:
+        event = Event(self.text, tuple(self.token_ids), tuple(self.logprobs))
+        self.text = ""
+        self.token_ids = []
+        self.logprobs = []
+        return event
+
+    def last(self, reason: FinishReason, error: Exception | None = None) -> Event:
+        """The request's last event, with usage and timings."""
+        pending = self._take()
+        return Event(
+            pending.text,
+            pending.token_ids,
+            pending.logprobs,
+            reason,
+            self.usage(),
+            self.timings(),
+            error,
+        )
+
+    def usage(self) -> Usage:
+        """Token counts so far."""
+        media: Counter[str] = Counter()
+        for item in self.sequence.prompt.media:
+            media[item.kind] += item.num_tokens
+        return Usage(
+            prompt_tokens=self.sequence.num_prompt,
+            generation_tokens=self.sequence.num_generated,
+            media_tokens=dict(media),
+        )
+
+    def timings(self) -> Timings:
+        """Where the time went; prefill ends with the first token."""
+        sequence, now = self.sequence, time.perf_counter()
+        timings = sequence.timings
+        started = sequence.started or now
+        timings.queue = started - sequence.submitted
+        first = sequence.first_token or now
+        timings.prefill = first - started - timings.encode
+        timings.generate = now - first
+        return timings

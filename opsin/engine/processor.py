@@ -1,0 +1,218 @@
+"""From messages and media to a prompt: template, preprocessing, tokens, positions."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from opsin import families, media
+from opsin.checkpoint.config import Config, read_config, read_json, read_processor_config
+from opsin.errors import CheckpointError, InputError, UnsupportedMedia
+from opsin.families.base import Family, MediaInput, Prompt, check_options
+from opsin.media.limits import DEFAULT_LIMITS, MediaLimits
+from opsin.prompt.api import apply_chat_template
+from opsin.prompt.messages import Prompt as PromptForm
+from opsin.prompt.messages import parse_messages
+from opsin.prompt.template import ChatTemplate
+from opsin.prompt.tokenizer import Tokenizer
+from opsin.types import Media, Timings
+
+GENERAL_OPTIONS = ("resize_shape",)
+
+
+class Processor:
+    """What stands before a model: tokenizer, chat template and the family's preprocessing.
+
+    `limits` bounds what media may be read. One processor serves any number of threads.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        config: Config,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate | None,
+        limits: MediaLimits = DEFAULT_LIMITS,
+    ) -> None:
+        self.family = family
+        self.config = config
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.limits = limits
+        self.eos_token_ids = frozenset(tokenizer.eos_token_ids)
+        self.media_token_ids = {kind: self._token_id(kind) for kind in family.modalities}
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: Path,
+        *,
+        chat_template: str | None = None,
+        limits: MediaLimits = DEFAULT_LIMITS,
+    ) -> Processor:
+        """The processor of a checkpoint folder; `chat_template` (text or file) replaces its own."""
+        config = read_config(folder)
+        family = families.load(config, read_processor_config(folder))
+        tokenizer = Tokenizer.from_folder(folder, family.extra_eos())
+        template = ChatTemplate.from_folder(folder)
+        if chat_template is not None:
+            template = ChatTemplate.from_user(
+                chat_template, template.variables if template is not None else None
+            )
+        return cls(family, config, tokenizer, template, limits)
+
+    def _token_id(self, kind: str) -> int:
+        token = self.family.media_token(kind)
+        token_id = self.tokenizer.token_to_id(token)
+        if token_id is None:
+            raise CheckpointError(
+                "The checkpoint's tokenizer does not fit its model_type",
+                why=f"it has no token {token!r}",
+                remedy="Use the tokenizer files that the model's authors published",
+            )
+        return token_id
+
+    def prepare(
+        self,
+        prompt: PromptForm,
+        *,
+        images: Sequence[Any] = (),
+        audios: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
+        options: Mapping[str, Any] | None = None,
+        **template: Any,
+    ) -> Prompt:
+        """A prompt ready for the engine.
+
+        prompt: messages in any accepted form, or a string. A string that holds one of the
+        tokenizer's special tokens is taken as formatted already; any other is one user message.
+        Media given beside the messages go into the first user message. `options` are the family's
+        processor options, `template` what the chat template is given.
+        """
+        beside = [Media("image", source) for source in images]
+        beside += [Media("video", source) for source in videos]
+        beside += [Media("audio", source) for source in audios]
+        if isinstance(prompt, str) and self.is_formatted(prompt):
+            text, held = prompt, beside
+        else:
+            held = self._in_order(prompt, beside)
+            self._check_modalities(held)
+            text = self._render(prompt, held, videos, template)
+        self._check_modalities(held)
+        check_options(self.family, _without(options or {}, GENERAL_OPTIONS))
+        timings = Timings()
+        ready = [self._ready(item, options or {}, timings) for item in held]
+        return self.assemble(text, ready, timings)
+
+    def is_formatted(self, text: str) -> bool:
+        """Whether a string is a rendered prompt rather than something a person wrote."""
+        if self.family.bare_prompt or self.chat_template is None:
+            return any(placeholder in text for placeholder in self.family.placeholders.values())
+        return any(token in text for token in self.tokenizer.special_tokens)
+
+    def _in_order(self, prompt: PromptForm, beside: Sequence[Media]) -> list[Media]:
+        """All media in the order in which the rendered prompt names them."""
+        messages = parse_messages(prompt)
+        roles = [message.role for message in messages]
+        target = len(messages) - 1 if self.family.bare_prompt else None
+        if target is None and "user" in roles:
+            target = roles.index("user")
+        held: list[Media] = []
+        for i, message in enumerate(messages):
+            if i == target:
+                held.extend(beside)
+            held.extend(message.media)
+        return held
+
+    def _render(
+        self,
+        prompt: PromptForm,
+        held: Sequence[Media],
+        videos: Sequence[Any],
+        template: Mapping[str, Any],
+    ) -> str:
+        text = apply_chat_template(
+            self,
+            self.config,
+            prompt,
+            num_images=sum(item.kind == "image" for item in held),
+            num_audios=sum(item.kind == "audio" for item in held),
+            **({"video": list(videos)} if videos else {}),
+            **template,
+        )
+        if not isinstance(text, str):
+            raise InputError("The last message is not plain text", param="prompt")
+        return text
+
+    def _check_modalities(self, held: Sequence[Media]) -> None:
+        for item in held:
+            if item.kind not in self.family.modalities:
+                takes = ", ".join(("text", *self.family.modalities))
+                raise UnsupportedMedia(
+                    f"This model does not take {item.kind}",
+                    why=f"{self.config.model_type} takes {takes}",
+                    remedy="Choose a model that does",
+                    param=item.kind,
+                )
+
+    def _ready(self, item: Media, options: Mapping[str, Any], timings: Timings) -> MediaInput:
+        """Fetch, decode and preprocess one medium; the key names content and settings."""
+        loaded = media.load(item, self.limits)
+        timings.fetch += loaded.timing.fetch
+        timings.decode += loaded.timing.decode
+        started = time.perf_counter()
+        image = resized(loaded.value, options.get("resize_shape"))
+        settings = _without({**item.options, **options}, GENERAL_OPTIONS)
+        ready = self.family.prepare_image(image, settings)
+        ready.size = loaded.value.size
+        identity = media.image_key(image) + repr(sorted(settings.items())).encode()
+        ready.key = hashlib.blake2b(identity, digest_size=32).digest()
+        timings.preprocess += time.perf_counter() - started
+        return ready
+
+    def assemble(
+        self, text: str, ready: list[MediaInput], timings: Timings | None = None
+    ) -> Prompt:
+        """A rendered prompt and its prepared media to tokens and positions."""
+        expanded = self.family.expand(text, ready)
+        token_ids = self.tokenizer.encode_prompt(expanded)
+        self.family.locate(token_ids, ready, self.media_token_ids)
+        positions, following = self.family.positions(token_ids, ready)
+        return Prompt(
+            token_ids,
+            positions,
+            following,
+            ready,
+            self.family.atomic_spans(ready),
+            expanded,
+            timings or Timings(),
+        )
+
+
+def resized(image: Image.Image, shape: Any) -> Image.Image:
+    """A picture at `resize_shape`: (height, width), or one number for both; None leaves it."""
+    if shape is None:
+        return image
+    sides = [shape, shape] if isinstance(shape, int) else list(shape)
+    sides = sides * 2 if len(sides) == 1 else sides
+    if len(sides) != 2 or not all(type(side) is int and 0 < side <= 16384 for side in sides):
+        raise InputError(
+            f"resize_shape cannot be {shape!r}",
+            remedy="Give one or two whole numbers of pixels, height and width",
+            param="resize_shape",
+        )
+    return image.resize((sides[1], sides[0]), Image.Resampling.BICUBIC)
+
+
+def _without(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in names}
+
+
+def generation_defaults(folder: Path) -> dict[str, Any]:
+    """The checkpoint's generation_config.json."""
+    return read_json(folder / "generation_config.json")

@@ -1,0 +1,158 @@
+"""Runs one step of scheduled tokens through towers and decoder."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from opsin.decoder.cache import PagedCache
+from opsin.decoder.decoder import Step
+from opsin.engine.model import Model
+from opsin.engine.scheduler import Scheduled
+from opsin.engine.sequence import Sequence
+from opsin.families.base import MediaInput
+from opsin.kernels import AttentionBatch
+
+
+class Runner:
+    """Turns scheduled tokens into tensors, runs the model, returns logits."""
+
+    def __init__(self, model: Model, cache: PagedCache) -> None:
+        self.model = model
+        self.cache = cache
+
+    @torch.inference_mode()
+    def run(self, step: list[Scheduled]) -> Tensor:
+        """Compute a step; logits (rows, vocab) float32 of the scheduled that sample, in order."""
+        self._encode_media(step)
+        return self.model.decoder(self._step(step), self.cache)
+
+    def _encode_media(self, step: list[Scheduled]) -> None:
+        """Run the towers over the media whose tokens this step meets first, by kind."""
+        pending: dict[str, list[tuple[Sequence, int]]] = defaultdict(list)
+        for scheduled in step:
+            sequence = scheduled.sequence
+            for i, item in enumerate(sequence.prompt.media):
+                if i not in sequence.encoded and _overlaps(item, scheduled):
+                    pending[item.kind].append((sequence, i))
+        for wanted in pending.values():
+            started = time.perf_counter()
+            items = [sequence.prompt.media[i] for sequence, i in wanted]
+            encoded = self.model.family.encode(self.model.towers, items)
+            seconds = time.perf_counter() - started
+            for (sequence, i), result in zip(wanted, encoded, strict=True):
+                sequence.encoded[i] = result
+            for sequence in {id(sequence): sequence for sequence, _ in wanted}.values():
+                sequence.timings.encode += seconds
+
+    def _step(self, step: list[Scheduled]) -> Step:
+        device = self.model.device
+        token_ids = [t for s in step for t in s.sequence.token_ids[s.start : s.end]]
+        positions = torch.cat([_positions(s) for s in step], dim=1).to(device)
+        embeds = self.model.decoder.embed(torch.tensor(token_ids, device=device))
+        layer_adds = self._inject(step, embeds)
+        ends = [0]
+        for scheduled in step:
+            ends.append(ends[-1] + scheduled.end - scheduled.start)
+        rows = [end - 1 for end, s in zip(ends[1:], step, strict=True) if s.samples]
+        return Step(
+            embeds=embeds,
+            positions=positions,
+            batch=self._batch(step, ends),
+            logit_rows=torch.tensor(rows, dtype=torch.long, device=device),
+            layer_adds=layer_adds,
+        )
+
+    def _inject(self, step: list[Scheduled], embeds: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        """Write media embeddings into embeds (tokens, hidden); collect what layers add."""
+        adds: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        offset = 0
+        for scheduled in step:
+            sequence = scheduled.sequence
+            for i, encoded in list(sequence.encoded.items()):
+                indices = sequence.prompt.media[i].indices
+                first, last = torch.searchsorted(
+                    indices, torch.tensor([scheduled.start, scheduled.end])
+                ).tolist()
+                rows = (indices[first:last] - scheduled.start + offset).to(embeds.device)
+                embeds[rows] = encoded.embeds[first:last].to(embeds.dtype)
+                for layer, values in enumerate(encoded.layer_adds):
+                    adds[layer].append((rows, values[first:last]))
+                if last == len(indices):  # every token of it is computed: free the memory
+                    del sequence.encoded[i]
+            offset += scheduled.end - scheduled.start
+        return {
+            layer: (torch.cat([r for r, _ in parts]), torch.cat([v for _, v in parts]))
+            for layer, parts in adds.items()
+        }
+
+    def _batch(self, step: list[Scheduled], ends: list[int]) -> AttentionBatch:
+        size = self.cache.block_size
+        device = self.model.device
+        mapping: list[int] = []
+        slots: list[slice | Tensor] = []
+        for scheduled in step:
+            table = scheduled.sequence.block_table
+            mapping.extend(
+                table[p // size] * size + p % size for p in range(scheduled.start, scheduled.end)
+            )
+            slots.append(_slots(table, scheduled.end, size, device))
+        width = max(len(s.sequence.block_table) for s in step)
+        tables = [
+            s.sequence.block_table + [0] * (width - len(s.sequence.block_table)) for s in step
+        ]
+        return AttentionBatch(
+            slot_mapping=torch.tensor(mapping, device=device),
+            query_start=ends,
+            context_lens=[s.end for s in step],
+            slots=slots,
+            block_tables=torch.tensor(tables, dtype=torch.int32, device=device),
+            block_size=size,
+            visible_until=_visible_until(step, device),
+        )
+
+
+def _overlaps(item: MediaInput, scheduled: Scheduled) -> bool:
+    first, last = int(item.indices[0]), int(item.indices[-1])
+    return first < scheduled.end and last >= scheduled.start
+
+
+def _positions(scheduled: Scheduled) -> Tensor:
+    """Rope positions (axes, tokens): the prompt's own, then counting on from its end."""
+    prompt, sequence = scheduled.sequence.prompt, scheduled.sequence
+    parts = []
+    if scheduled.start < sequence.num_prompt:
+        parts.append(prompt.positions[:, scheduled.start : min(scheduled.end, sequence.num_prompt)])
+    if scheduled.end > sequence.num_prompt:
+        shift = prompt.next_position - sequence.num_prompt
+        first = max(scheduled.start, sequence.num_prompt)
+        counted = torch.arange(first + shift, scheduled.end + shift)
+        parts.append(counted.expand(prompt.positions.shape[0], -1))
+    return torch.cat(parts, dim=1)
+
+
+def _slots(table: list[int], context: int, size: int, device: torch.device) -> slice | Tensor:
+    """Where a sequence's first `context` keys lie in the cache."""
+    used = -(-context // size)
+    if all(block == table[0] + i for i, block in enumerate(table[:used])):
+        return slice(table[0] * size, table[0] * size + context)
+    blocks = torch.tensor(table[:used], device=device)
+    return (blocks[:, None] * size + torch.arange(size, device=device)).flatten()[:context]
+
+
+def _visible_until(step: list[Scheduled], device: torch.device) -> Tensor | None:
+    """For steps that hold spans seen in both directions: how far each new token may look."""
+    if not any(s.sequence.prompt.atomic_spans for s in step):
+        return None
+    parts = []
+    for scheduled in step:
+        until = torch.arange(scheduled.start + 1, scheduled.end + 1)
+        for first, last in scheduled.sequence.prompt.atomic_spans:
+            low, high = max(first, scheduled.start), min(last, scheduled.end)
+            if low < high:
+                until[low - scheduled.start : high - scheduled.start] = last
+        parts.append(until)
+    return torch.cat(parts).to(device)

@@ -1,0 +1,135 @@
+"""Which tokens of which requests run next: pure Python over integers.
+
+There are no prefill and decode phases: each sequence has computed so many of its tokens and wants
+the rest. A step gives every running sequence what it wants, up to a budget of tokens, then starts
+waiting ones while the budget, the places and the cache last. Without a free block, the sequence
+that came last gives its blocks back and later recomputes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from opsin.engine.blocks import BlockPool
+from opsin.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """Tokens start..end-1 of a sequence, to be computed in the coming step."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step reaches the sequence's last token, so that a new one is sampled."""
+        return self.end == len(self.sequence.token_ids)
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill over a pool of blocks."""
+
+    def __init__(
+        self, pool: BlockPool, block_size: int, *, max_num_seqs: int, max_num_batched_tokens: int
+    ) -> None:
+        self.pool = pool
+        self.block_size = block_size
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is unfinished."""
+        return bool(self.waiting or self.running)
+
+    def can_ever_run(self, num_tokens: int) -> bool:
+        """Whether a sequence of this many tokens fits the cache when it is alone."""
+        return self._blocks_for(num_tokens) <= self.pool.num_blocks
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence."""
+        self.waiting.append(sequence)
+
+    def schedule(self) -> list[Scheduled]:
+        """The tokens of the next step; the sequences' block tables already cover them."""
+        budget = self.max_num_batched_tokens
+        step: list[Scheduled] = []
+        for sequence in list(self.running):
+            if budget <= 0:
+                break
+            if sequence not in self.running:  # preempted by one before it
+                continue
+            scheduled = self._place(sequence, budget, step)
+            if scheduled is not None:
+                step.append(scheduled)
+                budget -= scheduled.end - scheduled.start
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            sequence = self.waiting[0]
+            end = sequence.chunk_end(sequence.num_computed + budget)
+            if not self._grow(sequence, end):
+                break
+            self.waiting.popleft()
+            self.running.append(sequence)
+            step.append(Scheduled(sequence, sequence.num_computed, end))
+            budget -= end - sequence.num_computed
+        return step
+
+    def _place(self, sequence: Sequence, budget: int, step: list[Scheduled]) -> Scheduled | None:
+        """Blocks for a running sequence's next tokens, taken from later ones if need be."""
+        end = sequence.chunk_end(sequence.num_computed + budget)
+        while not self._grow(sequence, end):
+            victim = self.running[-1]
+            if victim is sequence and len(self.running) == 1 and not step:
+                raise AssertionError("a sequence that fits the cache alone found no blocks")
+            self._preempt(victim)
+            if victim is sequence:
+                return None
+        return Scheduled(sequence, sequence.num_computed, end)
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        missing = self._blocks_for(num_tokens) - len(sequence.block_table)
+        if missing <= 0:
+            return True
+        last = sequence.block_table[-1] if sequence.block_table else None
+        blocks = self.pool.allocate(missing, after=last)
+        if blocks is None:
+            return False
+        sequence.block_table.extend(blocks)
+        return True
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.num_computed = 0
+        sequence.num_preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.block_table)
+        sequence.block_table = []
+
+    def computed(self, step: list[Scheduled]) -> None:
+        """Record that a step has run."""
+        for scheduled in step:
+            scheduled.sequence.num_computed = scheduled.end
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and free what it holds."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self._release(sequence)
+
+    def check_integrity(self) -> None:
+        """The pool and the block tables agree; called when idle under tests."""
+        sequences = [*self.running, *self.waiting]
+        self.pool.check_integrity([block for seq in sequences for block in seq.block_table])

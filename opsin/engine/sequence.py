@@ -1,0 +1,63 @@
+"""One request inside the engine: its tokens, how many are computed, and what it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+
+from opsin.families.base import Encoded, Prompt
+from opsin.types import SamplingParams, Timings
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request's state.
+
+    Filled by: submit (prompt, sampling), scheduler (num_computed, block_table), runner (encoded),
+    sampler (token_ids). The next step computes tokens num_computed up to len(token_ids); when those
+    reach the end, a new token is sampled.
+    """
+
+    request_id: int
+    prompt: Prompt
+    sampling: SamplingParams
+    token_ids: list[int]
+    num_prompt: int
+    num_computed: int = 0
+    block_table: list[int] = field(default_factory=list)
+    encoded: dict[int, Encoded] = field(default_factory=dict)
+    timings: Timings = field(default_factory=Timings)
+    submitted: float = field(default_factory=time.perf_counter)
+    started: float = 0.0
+    first_token: float = 0.0
+    num_preemptions: int = 0
+
+    @classmethod
+    def start(cls, request_id: int, prompt: Prompt, sampling: SamplingParams) -> Sequence:
+        """A new sequence with nothing computed yet."""
+        ids = list(prompt.token_ids)
+        timings = dataclasses.replace(prompt.timings)
+        return cls(request_id, prompt, sampling, ids, len(ids), timings=timings)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens sampled so far."""
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def output_ids(self) -> list[int]:
+        """The sampled tokens."""
+        return self.token_ids[self.num_prompt :]
+
+    def chunk_end(self, limit: int) -> int:
+        """The furthest token, at most `limit` exclusive, that the next step may compute up to.
+
+        An atomic span is computed whole: if the limit falls inside one, the step ends before it,
+        or, when it would then be empty, goes to the span's end.
+        """
+        end = min(limit, len(self.token_ids))
+        for first, last in self.prompt.atomic_spans:
+            if first < end < last:
+                return first if first > self.num_computed else last
+        return end

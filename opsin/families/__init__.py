@@ -1,0 +1,45 @@
+"""One file per family of models; the index says which file a checkpoint's `model_type` means."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from opsin.errors import UnknownFamily
+from opsin.families.index import ALIASES, MODULES
+
+if TYPE_CHECKING:
+    from opsin.families.base import Family
+
+__all__ = ["find", "load", "model_types"]
+
+
+def model_types() -> list[str]:
+    """Every `model_type` that has a family, aliases included."""
+    return sorted({*MODULES, *ALIASES})
+
+
+def find(model_type: str) -> type[Family]:
+    """The family class of a `model_type`.
+
+    Raises UnknownFamily, with the nearest known names, if there is none.
+    """
+    name = ALIASES.get(model_type, model_type)
+    if name not in MODULES:
+        close = difflib.get_close_matches(model_type, model_types(), n=3)
+        hint = f"the nearest that are: {', '.join(close)}" if close else ""
+        raise UnknownFamily(
+            f"Models of type {model_type!r} are not supported",
+            why=hint,
+            remedy="`opsin models` lists the supported families",
+            param="model",
+        )
+    module = importlib.import_module(f"opsin.families.{MODULES[name]}")
+    family: type[Family] = module.FAMILY
+    return family
+
+
+def load(config: dict[str, Any], processor_config: dict[str, Any]) -> Family:
+    """The family of a checkpoint, holding its configs."""
+    return find(config["model_type"])(config, processor_config)

@@ -1,0 +1,218 @@
+"""The seam between a family of models and the rest: what a family may state, and the common
+case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from opsin.checkpoint.weights import Rename
+from opsin.decoder.config import DecoderConfig
+from opsin.errors import CheckpointError, InputError
+from opsin.kernels import Kernels
+from opsin.types import Timings
+
+
+@dataclass(slots=True, eq=False)
+class MediaInput:
+    """One picture, sound or video made ready for a tower, and the text that stands for it.
+
+    `features` are the tower's inputs. `text` replaces the placeholder in the rendered prompt and
+    holds the family's media token `num_tokens` times; `indices` (num_tokens,) are the positions of
+    those in the prompt, filled when the prompt is tokenised. `size` is the original (width, height)
+    and `processed_size` what the tower sees; `key` identifies content and settings together.
+    """
+
+    kind: str
+    features: dict[str, Tensor]
+    text: str
+    num_tokens: int
+    size: tuple[int, int] = (0, 0)
+    processed_size: tuple[int, int] = (0, 0)
+    key: bytes = b""
+    indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What a tower made of one MediaInput.
+
+    embeds (num_tokens, hidden) take the place of the media token's embeddings; layer_adds[i], of
+    the same shape, is added to the decoder's stream at those positions after layer i.
+    """
+
+    embeds: Tensor
+    layer_adds: tuple[Tensor, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Prompt:
+    """A prompt ready for the engine.
+
+    positions (axes, tokens) are rope positions; `next_position` is that of the first generated
+    token. `atomic_spans` are (start, end) runs of tokens that must be computed in one step because
+    they see each other in both directions.
+    """
+
+    token_ids: list[int]
+    positions: Tensor
+    next_position: int
+    media: list[MediaInput] = field(default_factory=list)
+    atomic_spans: list[tuple[int, int]] = field(default_factory=list)
+    text: str = ""
+    timings: Timings = field(default_factory=Timings)
+
+
+class Family:
+    """What differs in one family; every member has a default, and the default is the commonest
+    case.
+
+    One instance belongs to one checkpoint and holds its configs. Class attributes:
+
+    modalities       which media it takes, in the order "image", "video", "audio"
+    message_format   the name of the `MessageFormat` its chat template expects
+    placeholders     for each kind of media, the text that stands for it in a rendered prompt
+    media_tokens     for each kind, the token that embeddings replace; default: the placeholder
+    rename, ignored  rules from checkpoint names to ours, and patterns of tensors to leave out
+    bare_prompt      the prompt is the last message's text alone, without a chat template
+    processor_options  the `processor_kwargs` that reach `prepare_image` and its siblings
+    """
+
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
+    message_format: ClassVar[str] = "list_with_image"
+    placeholders: ClassVar[Mapping[str, str]] = {"image": "<image>"}
+    media_tokens: ClassVar[Mapping[str, str]] = {}
+    rename: ClassVar[tuple[Rename, ...]] = ()
+    ignored: ClassVar[tuple[str, ...]] = ()
+    bare_prompt: ClassVar[bool] = False
+    processor_options: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: dict[str, Any], processor_config: dict[str, Any]) -> None:
+        self.config = config
+        self.processor_config = processor_config
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The part of the config that describes the decoder."""
+        return self.config.get("text_config") or self.config
+
+    def require(self, config: Mapping[str, Any], name: str) -> Any:
+        """A config value that has no default.
+
+        Raises CheckpointError naming it if the checkpoint does not state it.
+        """
+        if config.get(name) is None:
+            raise CheckpointError(
+                "The checkpoint's config.json is incomplete",
+                why=f"{name} is missing",
+                remedy="Use the config.json that the model's authors published",
+            )
+        return config[name]
+
+    # What the model is made of.
+
+    def decoder(self) -> DecoderConfig:
+        """The decoder's shape."""
+        raise NotImplementedError
+
+    def towers(self, kernels: Kernels) -> nn.ModuleDict:
+        """The encoders and projectors, by the names that `rename` gives their weights."""
+        raise NotImplementedError
+
+    # What goes in.
+
+    def prepare_image(self, image: Image.Image, options: Mapping[str, Any]) -> MediaInput:
+        """An RGB picture to the tower's input and the text that stands for it."""
+        raise NotImplementedError
+
+    def media_token(self, kind: str) -> str:
+        """The token that a kind's embeddings replace."""
+        return self.media_tokens.get(kind, self.placeholders[kind])
+
+    def expand(self, text: str, media: Sequence[MediaInput]) -> str:
+        """A rendered prompt with each placeholder replaced by what stands for that medium.
+
+        Raises InputError unless there are as many placeholders of each kind as media. Linear in
+        the length of the text.
+        """
+        for kind in self.modalities:
+            pieces = text.split(self.placeholders[kind])
+            items = [item for item in media if item.kind == kind]
+            if len(pieces) - 1 != len(items):
+                raise InputError(
+                    f"The prompt has a place for {len(pieces) - 1} {kind}s but {len(items)} came",
+                    why=f"each {self.placeholders[kind]!r} in it stands for one",
+                    remedy="Send one for each, and leave that word out of plain text",
+                    param="prompt",
+                )
+            joined = [pieces[0]]
+            for item, piece in zip(items, pieces[1:], strict=True):
+                joined += (item.text, piece)
+            text = "".join(joined)
+        return text
+
+    def locate(
+        self, token_ids: Sequence[int], media: Sequence[MediaInput], ids: Mapping[str, int]
+    ) -> None:
+        """Fill every medium's `indices`: where its tokens stand in the tokenised prompt.
+
+        `ids` gives the media token's id by kind. Raises InputError if their number is not the
+        media's.
+        """
+        tokens = torch.tensor(token_ids)
+        for kind in self.modalities:
+            places = (tokens == ids[kind]).nonzero().flatten()
+            items = [item for item in media if item.kind == kind]
+            counts = [item.num_tokens for item in items]
+            if len(places) != sum(counts):
+                raise InputError(
+                    f"The prompt holds {len(places)} {kind} tokens where {sum(counts)} belong",
+                    why=f"{self.media_token(kind)!r} stands in the text itself",
+                    remedy="Leave that word out of the text",
+                    param="prompt",
+                )
+            for item, indices in zip(items, places.split(counts), strict=True):
+                item.indices = indices
+
+    def positions(
+        self, token_ids: Sequence[int], media: Sequence[MediaInput]
+    ) -> tuple[Tensor, int]:
+        """Rope positions (axes, tokens) of a prompt, and the position of the token after it."""
+        del media
+        return torch.arange(len(token_ids))[None], len(token_ids)
+
+    def atomic_spans(self, media: Sequence[MediaInput]) -> list[tuple[int, int]]:
+        """Runs of tokens that see each other in both directions; none by default."""
+        del media
+        return []
+
+    # What the towers do.
+
+    def encode(self, towers: nn.ModuleDict, items: Sequence[MediaInput]) -> list[Encoded]:
+        """Run the towers over media of one kind, several requests' together."""
+        raise NotImplementedError
+
+    # What comes out.
+
+    def extra_eos(self) -> tuple[str, ...]:
+        """Tokens that end an answer beside those the checkpoint's configs name."""
+        return ()
+
+
+def check_options(family: Family, options: Mapping[str, Any]) -> None:
+    """Refuse a processor option that the family does not have, by name."""
+    for name in options:
+        if name not in family.processor_options:
+            known = ", ".join(family.processor_options) or "none"
+            raise InputError(
+                f"Unknown processor option {name!r}",
+                why=f"this model's options are: {known}",
+                param="processor_kwargs",
+            )

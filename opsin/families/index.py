@@ -1,0 +1,11 @@
+"""Which file serves which `model_type`."""
+
+# model_type -> the file in this folder whose FAMILY serves it
+MODULES = {
+    "qwen2_vl": "qwen2_vl",
+    "qwen2_5_vl": "qwen2_5_vl",
+    "qwen3_vl": "qwen3_vl",
+}
+
+# other spellings that published configs carry -> the name above
+ALIASES: dict[str, str] = {}

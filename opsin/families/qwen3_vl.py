@@ -1,0 +1,106 @@
+"""Qwen3-VL (arXiv:2511.21631): interleaved M-RoPE, and tower features added to early decoder
+layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from opsin.decoder.config import DecoderConfig
+from opsin.families.base import Encoded, MediaInput
+from opsin.families.llama_shape import ACTIVATIONS, llama_decoder, rope_parameters
+from opsin.families.qwen2_vl import Qwen2VL
+from opsin.kernels import Kernels
+from opsin.nn.rope import interleaved_axes
+from opsin.towers.projectors import MLPProjector
+from opsin.towers.vit import (
+    VisionLayout,
+    VisionTransformer,
+    ViTConfig,
+    grid_coordinates,
+    resampled_positions,
+)
+
+
+class Qwen3VL(Qwen2VL):
+    """Changes the tower's positions and merger, the decoder's rope, and adds deepstack."""
+
+    message_format = "list_with_image_first"
+    rename = (
+        (r"^(model\.)?visual\.merger\.linear_fc1\.", "towers.merger.up."),
+        (r"^(model\.)?visual\.merger\.linear_fc2\.", "towers.merger.down."),
+        (r"^(model\.)?visual\.merger\.norm\.", "towers.merger.norm."),
+        (r"^(model\.)?visual\.deepstack_merger_list\.(\d+)\.", r"towers.deepstack.\2."),
+        (r"^(model\.)?visual\.pos_embed\.", "towers.vision.positions."),
+        (r"\.linear_fc1\.", ".fc1."),
+        (r"\.linear_fc2\.", ".fc2."),
+        (r"^(towers\.deepstack\.\d+)\.fc1\.", r"\1.up."),
+        (r"^(towers\.deepstack\.\d+)\.fc2\.", r"\1.down."),
+        *Qwen2VL.rename,
+    )
+
+    def decoder(self) -> DecoderConfig:
+        rope = rope_parameters(self.text_config)
+        axes = interleaved_axes(rope["mrope_section"])
+        return llama_decoder(self.text_config, tied=self.tied(), axes=axes, qk_norm="rms")
+
+    def vit_config(self) -> ViTConfig:
+        vision = self.vision
+        return ViTConfig(
+            patch_dim=self.patch_dim(),
+            hidden=vision["hidden_size"],
+            layers=vision["depth"],
+            heads=vision["num_heads"],
+            mlp_hidden=vision["intermediate_size"],
+            activation=ACTIVATIONS[vision["hidden_act"]],
+            positions=vision["num_position_embeddings"],
+        )
+
+    def towers(self, kernels: Kernels) -> nn.ModuleDict:
+        vit = self.vit_config()
+
+        def merger(norm_dim: int) -> MLPProjector:
+            merged = vit.hidden * self.merge**2
+            out = self.vision["out_hidden_size"]
+            return MLPProjector(
+                kernels, merged, merged, out, norm_kind="layer", norm_dim=norm_dim or merged
+            )
+
+        return nn.ModuleDict(
+            {
+                "vision": VisionTransformer(kernels, vit),
+                "merger": merger(vit.hidden),
+                "deepstack": nn.ModuleList(
+                    merger(0) for _ in self.vision["deepstack_visual_indexes"]
+                ),
+            }
+        )
+
+    def layout(self, tower: nn.Module, items: Sequence[MediaInput]) -> VisionLayout:
+        plain = super().layout(tower, items)
+        table = tower.positions.weight
+        embeds = []
+        for item in items:
+            frames, rows, columns = item.features["grid"].tolist()
+            coordinates = grid_coordinates(rows, columns, self.merge)
+            resampled = resampled_positions(table, coordinates, rows, columns)
+            embeds.append(resampled.repeat(frames, 1))
+        return VisionLayout(plain.lengths, position_embeds=torch.cat(embeds), angles=plain.angles)
+
+    def encode(self, towers: nn.ModuleDict, items: Sequence[MediaInput]) -> list[Encoded]:
+        taps = tuple(self.vision["deepstack_visual_indexes"])
+        layout = self.layout(towers["vision"], items)
+        features, tapped = towers["vision"](self.patches(towers, items), layout, taps)
+        counts = [item.num_tokens for item in items]
+        merged = towers["merger"](features).split(counts)
+        adds = [
+            merger(tap).split(counts)
+            for merger, tap in zip(towers["deepstack"], tapped, strict=True)
+        ]
+        return [Encoded(embeds, tuple(add[i] for add in adds)) for i, embeds in enumerate(merged)]
+
+
+FAMILY = Qwen3VL

@@ -1,0 +1,245 @@
+"""The arithmetic that models are made of, in plain torch: what faster kernels override, and their
+twin.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """Where the new tokens of one step stand, and which cached keys each sequence reads.
+
+    Letters: t new tokens of all sequences, s sequences. `slot_mapping` (t,) is the cache slot that
+    each new token's key and value go to. Sequence i owns the new tokens query_start[i] up to
+    query_start[i + 1] and reads context_lens[i] keys, which lie in slots[i]: a slice when its
+    blocks are neighbours, else an index tensor. `block_tables` (s, blocks) holds the same as block
+    numbers.
+
+    `visible_until` (t,), if given, is the first key position that each new token may no longer see;
+    without it attention is causal.
+    """
+
+    slot_mapping: Tensor
+    query_start: list[int]
+    context_lens: list[int]
+    slots: list[slice | Tensor]
+    block_tables: Tensor
+    block_size: int
+    visible_until: Tensor | None = None
+
+
+class Kernels:
+    """Plain torch implementation of every operation; other devices and libraries override some.
+
+    A kernel may assume contiguous inputs in one dtype and promises its result in that dtype, with
+    sums kept in float32 where torch does so.
+    """
+
+    name = "torch"
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x (tokens, in) times weight (out, in) transposed, plus bias (out,)."""
+        return F.linear(x, weight, bias)
+
+    def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        """Root-mean-square norm over the last axis (arXiv:1910.07467), in float32 inside.
+
+        A float32 weight may meet a narrower x: the product is then rounded once, at the end.
+        """
+        if weight is not None and weight.dtype != x.dtype:
+            return F.rms_norm(x.to(weight.dtype), x.shape[-1:], weight, eps).to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        """Layer norm over the last axis (arXiv:1607.06450)."""
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+    def activation(self, x: Tensor, kind: Activation) -> Tensor:
+        """The named element-wise activation."""
+        match kind:
+            case "silu":
+                return F.silu(x)
+            case "gelu":
+                return F.gelu(x)
+            case "gelu_tanh":
+                return F.gelu(x, approximate="tanh")
+            case "quick_gelu":
+                return x * torch.sigmoid(1.702 * x)
+            case "relu":
+                return F.relu(x)
+            case "relu2":
+                return F.relu(x).square()
+
+    def gated(self, gate_up: Tensor, kind: Activation) -> Tensor:
+        """activation(gate) * up, where gate_up is (tokens, 2 * hidden): gate, then up."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.activation(gate, kind) * up
+
+    def rope(
+        self, x: Tensor, cos: Tensor, sin: Tensor, pairs: Literal["half", "adjacent"]
+    ) -> Tensor:
+        """Rotate the first 2 * f features of x (tokens, heads, dim) by cos, sin (tokens, f),
+        float32.
+
+        "half" pairs feature i with i + f (the Transformers layout), "adjacent" 2i with 2i + 1.
+        """
+        rotary_dim = 2 * cos.shape[-1]
+        head, rest = x[..., :rotary_dim].float(), x[..., rotary_dim:]
+        cos, sin = cos[:, None], sin[:, None]  # (tokens, 1, f)
+        if pairs == "half":
+            a, b = head.chunk(2, dim=-1)
+            turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+        else:
+            a, b = head[..., 0::2], head[..., 1::2]
+            turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+        turned = turned.to(x.dtype)
+        return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
+
+    def write_kv(
+        self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Store key and value (tokens, kv_heads, dim) in the cache (slots, kv_heads, dim)."""
+        keys.index_copy_(0, slot_mapping, key)
+        values.index_copy_(0, slot_mapping, value)
+
+    def paged_attention(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        batch: AttentionBatch,
+        *,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of query (tokens, heads, dim) over each sequence's cached keys and values.
+
+        A token at position p sees the keys 0..p, of them the last `window` if that is set, and
+        those before its `visible_until`. Scores are capped as soft_cap * tanh(score / soft_cap).
+        `sinks` (heads,) are extra logits in each softmax that carry no value. Returns (tokens,
+        heads, dim).
+        """
+        out = torch.empty(
+            *query.shape[:-1], values.shape[-1], dtype=query.dtype, device=query.device
+        )
+        for i, (slots, context) in enumerate(zip(batch.slots, batch.context_lens, strict=True)):
+            start, end = batch.query_start[i], batch.query_start[i + 1]
+            until = None if batch.visible_until is None else batch.visible_until[start:end]
+            mask = _visible(end - start, context, window, until, query.device)
+            out[start:end] = attend(
+                query[start:end], keys[slots], values[slots], mask, scale, soft_cap, sinks
+            )
+        return out
+
+    def dense_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: list[int],
+        *,
+        scale: float,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Bidirectional attention inside consecutive runs of `lengths` tokens, as towers use it.
+
+        query (tokens, heads, dim); key and value (tokens, kv_heads, dim). `bias`, added to the
+        scores, broadcasts to (runs, heads, length, length) and asks for runs of one length.
+        Returns (tokens, heads, dim).
+        """
+        if len(set(lengths)) == 1:
+            runs = len(lengths)
+            q, k, v = (x.unflatten(0, (runs, -1)).transpose(1, 2) for x in (query, key, value))
+            if k.shape[1] != q.shape[1]:
+                k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+            return out.transpose(1, 2).flatten(0, 1)
+        if bias is not None:
+            raise ValueError("a bias asks for runs of one length")
+        pieces = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+        return torch.cat([attend(q, k, v, None, scale, None, None) for q, k, v in pieces])
+
+
+def _visible(
+    queries: int, context: int, window: int | None, until: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """Which of `context` keys the last `queries` positions see: (queries, context), None for
+    all.
+    """
+    if queries == 1 and until is None and (window is None or context <= window):
+        return None
+    position = torch.arange(context - queries, context, device=device)[:, None]
+    key = torch.arange(context, device=device)[None, :]
+    limit = position + 1 if until is None else until[:, None]
+    visible = key < limit
+    if window is not None:
+        visible &= key > position - window
+    return visible
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    soft_cap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """One sequence's attention: query (q, heads, dim), key and value (k, kv_heads, dim).
+
+    mask (q, k) is True where a query may look. Returns (q, heads, dim) in the query's dtype.
+    """
+    kv_heads = key.shape[1]
+    groups = query.shape[1] // kv_heads
+    if query.shape[0] == 1 or soft_cap is not None or sinks is not None:
+        return _attend_by_group(query, key, value, mask, scale, soft_cap, sinks)
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, heads, length, dim)
+    if groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1)
+
+
+def _attend_by_group(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    soft_cap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention in float32 without repeating the keys: heads that share a key stand side by
+    side.
+    """
+    queries, heads, _ = query.shape
+    kv_heads = key.shape[1]
+    groups = heads // kv_heads
+    q = query.float().mul(scale).unflatten(1, (kv_heads, groups))  # (q, kv_heads, groups, dim)
+    q = q.permute(1, 2, 0, 3).flatten(1, 2)  # (kv_heads, groups * q, dim)
+    scores = q @ key.float().permute(1, 2, 0)  # (kv_heads, groups * q, k)
+    if soft_cap is not None:
+        scores = torch.tanh(scores / soft_cap) * soft_cap
+    if mask is not None:
+        scores = scores.unflatten(1, (groups, queries)).masked_fill(~mask, -torch.inf).flatten(1, 2)
+    if sinks is not None:
+        extra = sinks.float().view(kv_heads, groups, 1, 1).expand(-1, -1, queries, 1).flatten(1, 2)
+        weights = torch.cat((scores, extra), dim=-1).softmax(dim=-1)[..., :-1]
+    else:
+        weights = scores.softmax(dim=-1)
+    out = weights @ value.float().transpose(0, 1)  # (kv_heads, groups * q, dim)
+    out = out.unflatten(1, (groups, queries)).permute(2, 0, 1, 3).flatten(1, 2)
+    return out.to(query.dtype)

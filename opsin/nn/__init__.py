@@ -1,0 +1,1 @@
+"""Small layers that hold weights and call the kernels."""

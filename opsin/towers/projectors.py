@@ -1,0 +1,46 @@
+"""From a tower's features to the decoder's embeddings."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from opsin.kernels import Activation, Kernels
+from opsin.nn.linear import Linear
+from opsin.nn.norm import NormKind, norm
+
+
+class MLPProjector(nn.Module):
+    """Linear, activation, linear; optionally behind a norm over `norm_dim` features.
+
+    Merging patches is a reshape: with a norm over fewer features than `in_features`, each patch is
+    normalised alone and then merged.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        in_features: int,
+        hidden: int,
+        out_features: int,
+        *,
+        activation: Activation = "gelu",
+        bias: bool = True,
+        norm_kind: NormKind | None = None,
+        norm_dim: int = 0,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.activation: Activation = activation
+        self.in_features = in_features
+        self.norm_dim = norm_dim or in_features
+        self.norm: nn.Module = nn.Identity()
+        if norm_kind is not None:
+            self.norm = norm(kernels, norm_kind, self.norm_dim, norm_eps)
+        self.up = Linear(kernels, in_features, hidden, bias=bias)
+        self.down = Linear(kernels, hidden, out_features, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (patches, dim) to (patches * dim / in_features, out_features)."""
+        merged = self.norm(x.reshape(-1, self.norm_dim)).view(-1, self.in_features)
+        return self.down(self.kernels.activation(self.up(merged), self.activation))

@@ -1,0 +1,207 @@
+"""The one configurable vision transformer (arXiv:2010.11929 and its descendants)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from opsin.kernels import Activation, Kernels
+from opsin.nn.linear import Embedding, Linear
+from opsin.nn.norm import NormKind, norm
+
+
+@dataclass(frozen=True, slots=True)
+class ViTConfig:
+    """A vision transformer's shape.
+
+    `patch_dim` is channels * (frames *) height * width of a patch, flattened in that order.
+    `positions` is the number of rows of a learned position table, 0 for none. `windowed` names the
+    layers whose attention stays inside the layout's windows. `layers` counts the layers that run: a
+    family whose features come from an earlier layer states fewer and ignores the rest.
+    """
+
+    patch_dim: int
+    hidden: int
+    layers: int
+    heads: int
+    mlp_hidden: int
+    activation: Activation = "gelu"
+    norm: NormKind = "layer"
+    norm_eps: float = 1e-6
+    gated_mlp: bool = False
+    patch_bias: bool = True
+    qkv_bias: bool = True
+    out_bias: bool = True
+    mlp_bias: bool = True
+    positions: int = 0
+    class_token: bool = False
+    pre_norm: bool = False
+    post_norm: bool = False
+    windowed: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class VisionLayout:
+    """How the patches of one call lie together.
+
+    `lengths` are the runs of patches that attend to each other (one a picture or frame), `windows`
+    the shorter runs of windowed layers. `position_embeds` (patches, hidden) is added to the
+    patches, `angles` are rope's cos and sin, each (patches, head_dim / 2).
+    """
+
+    lengths: list[int]
+    windows: list[int] = field(default_factory=list)
+    position_embeds: Tensor | None = None
+    angles: tuple[Tensor, Tensor] | None = None
+
+
+class VisionMLP(nn.Module):
+    """Two layers with an activation between, or gated."""
+
+    def __init__(self, kernels: Kernels, config: ViTConfig) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.config = config
+        hidden = config.mlp_hidden
+        widths = (hidden, hidden) if config.gated_mlp else hidden
+        self.up = Linear(kernels, config.hidden, widths, bias=config.mlp_bias)
+        self.down = Linear(kernels, hidden, config.hidden, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (patches, hidden) to the same shape."""
+        apply = self.kernels.gated if self.config.gated_mlp else self.kernels.activation
+        return self.down(apply(self.up(x), self.config.activation))
+
+
+class VisionAttention(nn.Module):
+    """Bidirectional attention inside runs of patches."""
+
+    def __init__(self, kernels: Kernels, config: ViTConfig) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.heads = config.heads
+        self.scale = (config.hidden // config.heads) ** -0.5
+        widths = (config.hidden,) * 3
+        self.qkv = Linear(kernels, config.hidden, widths, bias=config.qkv_bias)
+        self.out = Linear(kernels, config.hidden, config.hidden, bias=config.out_bias)
+
+    def forward(
+        self, x: Tensor, lengths: list[int], angles: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """x (patches, hidden) to the same shape."""
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        if angles is not None:
+            query = self.kernels.rope(query, *angles, "half")
+            key = self.kernels.rope(key, *angles, "half")
+        attended = self.kernels.dense_attention(query, key, value, lengths, scale=self.scale)
+        return self.out(attended.flatten(1))
+
+
+class VisionLayer(nn.Module):
+    """Attention and MLP, each behind a norm and added."""
+
+    def __init__(self, kernels: Kernels, config: ViTConfig) -> None:
+        super().__init__()
+        self.attention_norm = norm(kernels, config.norm, config.hidden, config.norm_eps)
+        self.attention = VisionAttention(kernels, config)
+        self.mlp_norm = norm(kernels, config.norm, config.hidden, config.norm_eps)
+        self.mlp = VisionMLP(kernels, config)
+
+    def forward(
+        self, x: Tensor, lengths: list[int], angles: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """x (patches, hidden) to the same shape."""
+        x = x + self.attention(self.attention_norm(x), lengths, angles)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class VisionTransformer(nn.Module):
+    """Patches to features, for any number of pictures at once."""
+
+    def __init__(self, kernels: Kernels, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch = Linear(kernels, config.patch_dim, config.hidden, bias=config.patch_bias)
+        if config.positions:
+            self.positions = Embedding(config.positions, config.hidden)
+        if config.class_token:
+            self.class_token = nn.Parameter(torch.empty(config.hidden), requires_grad=False)
+        hidden, eps = config.hidden, config.norm_eps
+        self.pre_norm: nn.Module = nn.Identity()
+        if config.pre_norm:
+            self.pre_norm = norm(kernels, config.norm, hidden, eps)
+        self.layers = nn.ModuleList(VisionLayer(kernels, config) for _ in range(config.layers))
+        self.post_norm: nn.Module = nn.Identity()
+        if config.post_norm:
+            self.post_norm = norm(kernels, config.norm, hidden, eps)
+
+    def forward(
+        self, patches: Tensor, layout: VisionLayout, taps: tuple[int, ...] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """patches (patches, patch_dim) to features (patches, hidden), and those after layers
+        `taps`.
+
+        With a class token, each run of the result starts with it and is one longer than the
+        layout's.
+        """
+        x = self.patch(patches.to(self.patch.weight.dtype))
+        lengths, windows = layout.lengths, layout.windows
+        if self.config.class_token:
+            runs = [torch.cat((self.class_token[None], run)) for run in x.split(lengths)]
+            x = torch.cat(runs)
+            lengths = [length + 1 for length in lengths]
+        if layout.position_embeds is not None:
+            x = x + layout.position_embeds.to(x.dtype)
+        x = self.pre_norm(x)
+        tapped = {}
+        for i, layer in enumerate(self.layers):
+            x = layer(x, windows if i in self.config.windowed else lengths, layout.angles)
+            if i in taps:
+                tapped[i] = x
+        return self.post_norm(x), [tapped[i] for i in taps]
+
+
+def axial_angles(coordinates: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Two-dimensional rope: the first half of the frequencies turn by row, the rest by column.
+
+    coordinates (patches, 2), row and column, to cos and sin, each (patches, head_dim / 2), float32.
+    """
+    dim = head_dim // 2
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=coordinates.device) / dim
+    frequencies = 1.0 / theta**exponents
+    angles = (coordinates[:, :, None].float() * frequencies).flatten(1)
+    return angles.cos(), angles.sin()
+
+
+def grid_coordinates(height: int, width: int, merge: int = 1) -> Tensor:
+    """Row and column of each patch of a grid, (height * width, 2), merge blocks kept together."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    grid = torch.stack((rows, columns), dim=-1)
+    blocks = grid.unflatten(1, (width // merge, merge)).unflatten(0, (height // merge, merge))
+    return blocks.transpose(1, 2).reshape(-1, 2)
+
+
+def resampled_positions(table: Tensor, coordinates: Tensor, height: int, width: int) -> Tensor:
+    """A square table of learned positions, resampled bilinearly with its corners kept in place.
+
+    table (side * side, hidden); coordinates (patches, 2) in a grid of height x width. Returns
+    (patches, hidden).
+    """
+    side = int(table.shape[0] ** 0.5)
+    extent = torch.tensor([max(height - 1, 1), max(width - 1, 1)], device=table.device)
+    source = coordinates.to(table.device).float() * (side - 1) / extent  # (patches, 2)
+    low = source.floor().long()
+    high = (low + 1).clamp(max=side - 1)
+    row_part, column_part = (source - low).unbind(-1)
+    corners = (
+        (low[:, 0], low[:, 1], (1 - row_part) * (1 - column_part)),
+        (low[:, 0], high[:, 1], (1 - row_part) * column_part),
+        (high[:, 0], low[:, 1], row_part * (1 - column_part)),
+        (high[:, 0], high[:, 1], row_part * column_part),
+    )
+    return sum(
+        (table[row * side + column] * weight[:, None] for row, column, weight in corners),
+        start=torch.zeros((), device=table.device),
+    )
