@@ -13,7 +13,7 @@ from opsin.families.base import Encoded, MediaInput
 from opsin.families.qwen2_vl import Qwen2VL
 from opsin.kernels import Kernels
 from opsin.towers.projectors import MLPProjector
-from opsin.towers.vit import VisionLayout, VisionTransformer, ViTConfig
+from opsin.towers.vit import VisionLayout, VisionTransformer, ViTConfig, vision_of
 
 
 class Qwen25VL(Qwen2VL):
@@ -75,7 +75,7 @@ class Qwen25VL(Qwen2VL):
         return torch.cat(orders), windows
 
     def encode(self, towers: nn.ModuleDict, items: Sequence[MediaInput]) -> list[Encoded]:
-        patches, plain = self.patches(towers, items), self.layout(towers["vision"], items)
+        patches, plain = self.patches(towers, items), self.layout(vision_of(towers), items)
         order, windows = self.window_order(items)
         order = order.to(patches.device)
         assert plain.angles is not None

@@ -26,6 +26,7 @@ from opsin.towers.vit import (
     ViTConfig,
     axial_angles,
     grid_coordinates,
+    vision_of,
 )
 
 
@@ -162,7 +163,7 @@ class Qwen2VL(Family):
 
     # Towers.
 
-    def layout(self, tower: nn.Module, items: Sequence[MediaInput]) -> VisionLayout:
+    def layout(self, tower: VisionTransformer, items: Sequence[MediaInput]) -> VisionLayout:
         """How the patches of several pictures lie together, with their rope angles."""
         device = tower.patch.weight.device
         grids = [item.features["grid"].tolist() for item in items]
@@ -179,12 +180,12 @@ class Qwen2VL(Family):
 
     def patches(self, towers: nn.ModuleDict, items: Sequence[MediaInput]) -> Tensor:
         """All patches of several pictures, (patches, patch_dim), where the tower wants them."""
-        weight = towers["vision"].patch.weight
+        weight = vision_of(towers).patch.weight
         return torch.cat([item.features["pixel_values"] for item in items]).to(weight)
 
     def encode(self, towers: nn.ModuleDict, items: Sequence[MediaInput]) -> list[Encoded]:
         features, _ = towers["vision"](
-            self.patches(towers, items), self.layout(towers["vision"], items)
+            self.patches(towers, items), self.layout(vision_of(towers), items)
         )
         merged = towers["merger"](features)
         return [Encoded(part) for part in merged.split([item.num_tokens for item in items])]

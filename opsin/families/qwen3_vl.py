@@ -22,6 +22,7 @@ from opsin.towers.vit import (
     ViTConfig,
     grid_coordinates,
     resampled_positions,
+    vision_of,
 )
 
 
@@ -79,7 +80,7 @@ class Qwen3VL(Qwen2VL):
             }
         )
 
-    def layout(self, tower: nn.Module, items: Sequence[MediaInput]) -> VisionLayout:
+    def layout(self, tower: VisionTransformer, items: Sequence[MediaInput]) -> VisionLayout:
         plain = super().layout(tower, items)
         table = tower.positions.weight
         embeds = []
@@ -92,7 +93,7 @@ class Qwen3VL(Qwen2VL):
 
     def encode(self, towers: nn.ModuleDict, items: Sequence[MediaInput]) -> list[Encoded]:
         taps = tuple(self.vision["deepstack_visual_indexes"])
-        layout = self.layout(towers["vision"], items)
+        layout = self.layout(vision_of(towers), items)
         features, tapped = towers["vision"](self.patches(towers, items), layout, taps)
         counts = [item.num_tokens for item in items]
         merged = towers["merger"](features).split(counts)

@@ -163,6 +163,13 @@ class VisionTransformer(nn.Module):
         return self.post_norm(x), [tapped[i] for i in taps]
 
 
+def vision_of(towers: nn.ModuleDict) -> VisionTransformer:
+    """The tower that a family named "vision"."""
+    tower = towers["vision"]
+    assert isinstance(tower, VisionTransformer)
+    return tower
+
+
 def axial_angles(coordinates: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Two-dimensional rope: the first half of the frequencies turn by row, the rest by column.
 
