@@ -1,0 +1,94 @@
+"""One call for every kind of media: fetch and decode under one deadline, each timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from opsin.errors import InputError
+from opsin.media.failure import source_name
+from opsin.media.limits import DEFAULT_LIMITS, Deadline, MediaLimits
+from opsin.media.worker import WORKERS
+from opsin.types import Media
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from opsin.media.sampling import Chooser, Video
+
+    Decoded: TypeAlias = Image.Image | np.ndarray | Video
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Decoded media and what it took.
+
+    value: an RGB PIL image, float32 samples (samples,), or a Video. fetch_seconds: getting at the
+    bytes (download, opening the file); decode_seconds: the rest.
+    """
+
+    value: Decoded
+    fetch_seconds: float
+    decode_seconds: float
+
+
+def load(media: Media, limits: MediaLimits = DEFAULT_LIMITS, **settings: Any) -> Loaded:
+    """Fetch and decode one media part of a message.
+
+    settings, by kind: audio `sample_rate`; video `fps`, `max_frames`, `choose`, as `load_audio` and
+    `load_video` take them. For a video, `fps` and `max_frames` in `media.options` come first; other
+    options are facts for the prompt and the processor, and are not read here. Raises
+    MediaError or a subclass.
+    """
+    deadline = Deadline(limits.deadline)
+    source = media.source
+    work: Callable[[], Decoded]
+    if media.kind == "image":
+        work = partial(_image, source, limits, deadline, **settings)
+    elif media.kind == "audio":
+        work = partial(_audio, source, limits, deadline, **settings)
+    elif media.kind == "video":
+        asked = {key: media.options[key] for key in ("fps", "max_frames") if key in media.options}
+        work = partial(_video, source, limits, deadline, **{**settings, **asked})
+    else:
+        raise InputError(
+            f"media of kind {str(media.kind)[:20]} is not known",
+            remedy="Use image, audio or video",
+        )
+    start = time.perf_counter()
+    value = WORKERS.run(work, deadline, source_name(source, media.kind))
+    spent = time.perf_counter() - start
+    return Loaded(value, deadline.fetch_seconds, max(0.0, spent - deadline.fetch_seconds))
+
+
+def _image(source: Any, limits: MediaLimits, deadline: Deadline) -> Decoded:
+    from opsin.media.image import decode_image
+
+    return decode_image(source, limits, deadline)
+
+
+def _audio(
+    source: Any, limits: MediaLimits, deadline: Deadline, sample_rate: int = 16_000
+) -> Decoded:
+    from opsin.media.audio import decode_audio
+
+    return decode_audio(source, sample_rate, limits, deadline)
+
+
+def _video(
+    source: Any,
+    limits: MediaLimits,
+    deadline: Deadline,
+    fps: float | None = 2.0,
+    max_frames: int | None = None,
+    choose: Chooser | None = None,
+) -> Decoded:
+    from opsin.media.sampling import DEFAULT_FPS, chooser
+    from opsin.media.video import decode_video
+
+    picker = choose or chooser(fps, max_frames, limits)
+    return decode_video(source, picker, limits, deadline, fps or DEFAULT_FPS)
