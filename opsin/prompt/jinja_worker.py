@@ -31,7 +31,7 @@ class Refusal(jinja2.TemplateError):
 class GenerationTag(Extension):
     """`{% generation %}` marks the assistant's words for training; here it renders its body."""
 
-    tags = {"generation"}  # noqa: RUF012  (the base class declares it so)
+    tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
