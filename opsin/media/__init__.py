@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from opsin.media.audio import load_audio
     from opsin.media.image import ImageInfo, load_image, probe_image
     from opsin.media.key import array_key, image_key
-    from opsin.media.loading import Loaded, load
+    from opsin.media.loading import Loaded, MediaTiming, load
     from opsin.media.sampling import Video, VideoInfo, uniform_indices
     from opsin.media.video import load_video
 
@@ -21,6 +21,7 @@ __all__ = [
     "Deadline",
     "MediaLimits",
     "Loaded",
+    "MediaTiming",
     "load",
     "ImageInfo",
     "load_image",
@@ -37,6 +38,7 @@ __all__ = [
 # Each decoder's libraries load when it is first used: start-up pays for none of them.
 _HOMES = {
     "Loaded": "loading",
+    "MediaTiming": "loading",
     "load": "loading",
     "ImageInfo": "image",
     "load_image": "image",

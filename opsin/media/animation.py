@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from opsin.errors import MediaError
 from opsin.media.image import corrupt_as_media_error, open_checked
@@ -11,6 +12,10 @@ from opsin.media.limits import Deadline, MediaLimits
 from opsin.media.pixels import to_rgb
 from opsin.media.sampling import Chooser, Video, VideoInfo, check_choice
 from opsin.media.source import Opened
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
 
 # Browsers show frames that ask for 10 ms or less for 100 ms; files rely on it.
 SHORTEST_DELAY = 0.01
@@ -28,6 +33,7 @@ def decode_animation(
         image = open_checked(opened, limits)
         delays, skipped = _delays(opened, image.format or "", deadline)
         starts = (0.0, *accumulate(delays))
+        fps = len(delays) / starts[-1]
         info = VideoInfo(
             len(delays),
             len(delays) / starts[-1],
@@ -50,7 +56,7 @@ def decode_animation(
     return Video(frames, tuple(starts[index] for index in chosen), chosen, info)
 
 
-def _frame(picture: object, info: VideoInfo, name: str) -> object:
+def _frame(picture: Image.Image, info: VideoInfo, name: str) -> np.ndarray:
     import numpy as np
 
     pixels = np.asarray(picture)

@@ -32,6 +32,7 @@ DEMUXERS = ",".join(
 # Up to this size a file is read through once, which gives every frame's exact time.
 SURVEY_BYTES = 64 * 2**20
 MAX_DAMAGED_PACKETS = 64
+DAMAGED: tuple[type[Exception], ...] = (av.FFmpegError, *CORRUPT)
 SEEK_FRAMES = 8
 SEEK_SECONDS = 2.0
 _BACK_OFF_SECONDS = (0.0, 1.0, 8.0, 64.0)
@@ -85,11 +86,11 @@ def damaged_as_media_error(name: str) -> Iterator[None]:
     """Turns what FFmpeg and its binding raise into a MediaError that names the media."""
     try:
         yield
-    except (av.FFmpegError, *CORRUPT) as error:
+    except DAMAGED as error:
         raise MediaError(
             f"{name} cannot be decoded",
             why=f"it is damaged, incomplete or of an unknown format ({reason(error)})",
-            remedy="Check that the whole file was sent, or convert it to MP4 (video) or WAV (audio)",
+            remedy="Check that the whole file was sent, or convert it to MP4 or WAV",
         ) from None
 
 
@@ -292,7 +293,8 @@ class _Reader:
             seconds = max(0.0, (self.position - self.survey.first) / self.per_second)
             raise MediaError(
                 f"{self.name} breaks off",
-                why=f"no frame decodes after {seconds:.2f} of {self.survey.info.duration:.2f} seconds",
+                why=f"no frame decodes after {seconds:.2f} of "
+                f"{self.survey.info.duration:.2f} seconds",
                 remedy="Check that the whole file was sent, or save it again",
             )
         return self._last

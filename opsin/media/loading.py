@@ -24,16 +24,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class MediaTiming:
+    """Seconds: `fetch` got at the bytes (download, opening the file), `decode` is all the rest."""
+
+    fetch: float
+    decode: float
+
+
+@dataclass(frozen=True, slots=True)
 class Loaded:
-    """Decoded media and what it took.
+    """Decoded media, an RGB PIL image, float32 samples (samples,) or a Video, and its timing."""
 
-    value: an RGB PIL image, float32 samples (samples,), or a Video. fetch_seconds: getting at the
-    bytes (download, opening the file); decode_seconds: the rest.
-    """
-
-    value: Decoded
-    fetch_seconds: float
-    decode_seconds: float
+    value: Any
+    timing: MediaTiming
 
 
 def load(media: Media, limits: MediaLimits = DEFAULT_LIMITS, **settings: Any) -> Loaded:
@@ -62,7 +65,8 @@ def load(media: Media, limits: MediaLimits = DEFAULT_LIMITS, **settings: Any) ->
     start = time.perf_counter()
     value = WORKERS.run(work, deadline, source_name(source, media.kind))
     spent = time.perf_counter() - start
-    return Loaded(value, deadline.fetch_seconds, max(0.0, spent - deadline.fetch_seconds))
+    fetch = deadline.fetch_seconds
+    return Loaded(value, MediaTiming(fetch, max(0.0, spent - fetch)))
 
 
 def _image(source: Any, limits: MediaLimits, deadline: Deadline) -> Decoded:

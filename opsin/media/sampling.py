@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from opsin.errors import MediaError, MediaTooLarge
@@ -123,7 +124,7 @@ def check_choice(
 ) -> tuple[int, ...]:
     """The chosen frame numbers, checked to exist, to ascend and to fit the budgets."""
     chosen = tuple(int(index) for index in indices)
-    ascending = all(a <= b for a, b in zip(chosen, chosen[1:], strict=False))
+    ascending = all(a <= b for a, b in pairwise(chosen))
     if not chosen or not ascending or chosen[0] < 0 or chosen[-1] >= info.num_frames:
         raise MediaError(
             f"{name} has no such frames",
