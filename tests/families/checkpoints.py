@@ -23,7 +23,10 @@ class Case:
 
     `config` is written to config.json as it stands ("published" manner) or as Transformers writes
     it back ("saved"). `rename` turns the weight names that Transformers saves into those that the
-    authors' checkpoints carry, `repack` does what names alone cannot. `gains` are (pattern, standard deviation over the usual one).
+    authors' checkpoints carry, `repack` does what names alone cannot. `gains` are (pattern,
+    standard deviation over the usual one). `processor_kwargs` go with every request. `images` is
+    how many a request may hold, up to three. A greedy answer holds `distinct` tokens at least.
+    Without the packages in `needs` the reference cannot run.
     """
 
     family: str
@@ -35,6 +38,7 @@ class Case:
     template_file: str = "chat_template.jinja"
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     generation: Mapping[str, Any] = field(default_factory=dict)
+    processor_kwargs: Mapping[str, Any] = field(default_factory=dict)
     manner: str = "published"
     rename: Sequence[tuple[str, str]] = ()
     repack: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
@@ -45,6 +49,10 @@ class Case:
     two_turns: bool = True
     audio: bool = False
     distinct: int = 8
+    needs: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        return self.name
 
     @property
     def name(self) -> str:

@@ -1,38 +1,82 @@
-"""Checkpoints and references, each built once in a session and only when a test asks for it."""
+"""Checkpoints, references and loaded models, each built once and only when a test asks for it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from .checkpoints import Case, write_checkpoint
 from .oracle import Reference
+from .ours import Ours
+from .scenes import Scene, scenes
+
+
+@dataclass
+class Lab:
+    """One case: its folder, the reference's answers to its scenes, and our model."""
+
+    case: Case
+    folder: Path
+    inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    logits: dict[str, torch.Tensor] = field(default_factory=dict)
+    greedy: dict[str, list[int]] = field(default_factory=dict)
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The folder as Transformers loads it."""
+        return Reference(self.folder)
+
+    @cached_property
+    def ours(self) -> Ours:
+        """The folder as Opsin loads it."""
+        return Ours(self.case, self.folder)
+
+    @cached_property
+    def scenes(self) -> dict[str, Scene]:
+        """What the case is asked."""
+        return {scene.name: scene for scene in scenes(self.case)}
+
+    def encode(self, scene: Scene) -> dict[str, Any]:
+        """A scene as the reference's processor makes it."""
+        return self.reference.inputs(
+            scene.messages, scene.images, scene.audio, self.case.processor_kwargs
+        )
+
+    def reference_inputs(self, name: str) -> dict[str, Any]:
+        """A scene's inputs, made once."""
+        if name not in self.inputs:
+            self.inputs[name] = self.encode(self.scenes[name])
+        return self.inputs[name]
+
+    def reference_logits(self, name: str) -> torch.Tensor:
+        """The reference's logits of a whole scene.  # (tokens, vocab)"""
+        if name not in self.logits:
+            self.logits[name] = self.reference.logits(self.reference_inputs(name))
+        return self.logits[name]
+
+    def reference_greedy(self, name: str) -> list[int]:
+        """The reference's next 64 tokens."""
+        if name not in self.greedy:
+            self.greedy[name] = self.reference.greedy(self.reference_inputs(name))
+        return self.greedy[name]
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Path]:
-    """Gives the folder of a case's checkpoint."""
-    folders: dict[str, Path] = {}
+def labs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Lab]:
+    """Gives a case's lab; a case is written to disk once."""
+    made: dict[str, Lab] = {}
 
-    def folder_of(case: Case) -> Path:
-        if case.name not in folders:
-            folder = tmp_path_factory.mktemp(case.name)
-            folders[case.name] = write_checkpoint(case, folder)
-        return folders[case.name]
+    def lab_of(case: Case) -> Lab:
+        if case.name not in made:
+            for package in case.needs:
+                pytest.importorskip(package)
+            made[case.name] = Lab(case, write_checkpoint(case, tmp_path_factory.mktemp(case.name)))
+        return made[case.name]
 
-    return folder_of
-
-
-@pytest.fixture(scope="session")
-def reference(checkpoint: Callable[[Case], Path]) -> Callable[[Case], Reference]:
-    """Gives a case's checkpoint as Transformers loads it."""
-    references: dict[str, Reference] = {}
-
-    def reference_of(case: Case) -> Reference:
-        if case.name not in references:
-            references[case.name] = Reference(checkpoint(case))
-        return references[case.name]
-
-    return reference_of
+    return lab_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +13,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import transformers
 from PIL import Image
-from transformers.models.auto import processing_auto
-from transformers.utils import logging
+
+from .torchvision_operators import declare
+
+TORCHVISION = declare()
+
+import transformers  # noqa: E402  (asks on import whether torchvision is there)
+from transformers.models.auto import processing_auto  # noqa: E402
+from transformers.utils import logging  # noqa: E402
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -84,6 +89,7 @@ class Reference:
         messages: Sequence[dict[str, Any]],
         images: Sequence[Image.Image] = (),
         audio: Sequence[Any] = (),
+        processor_kwargs: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Token ids, pixels and the rest, as the checkpoint's template and processor make them.
 
@@ -102,6 +108,7 @@ class Reference:
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
+            processor_kwargs=dict(processor_kwargs or {}),
             add_generation_prompt=messages[-1]["role"] != "assistant",
         )
         return dict(encoded)

@@ -154,6 +154,7 @@ def _gemma3() -> tuple[Case, Case]:
                 (r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model."),
                 (r"^model\.language_model\.", "language_model.model."),
             ),
+            gains=((r"embed_tokens", 0.2),),
             seed=40,
         ),
         Case(
@@ -172,6 +173,12 @@ def _gemma3() -> tuple[Case, Case]:
             },
             generation=generation,
             manner="saved",
+            processor_kwargs={
+                "do_pan_and_scan": True,
+                "pan_and_scan_max_num_crops": 3,
+                "pan_and_scan_min_crop_size": 24,
+                "pan_and_scan_min_ratio_to_activate": 1.2,
+            },
             seed=41,
         ),
     )
@@ -283,6 +290,7 @@ def _paligemma() -> tuple[Case, Case]:
             rename=old_names,
             text_only=False,
             two_turns=False,
+            gains=((r"embed_tokens", 0.2),),
             seed=42,
         ),
         Case(
@@ -296,6 +304,7 @@ def _paligemma() -> tuple[Case, Case]:
             manner="saved",
             text_only=False,
             two_turns=False,
+            gains=((r"embed_tokens", 0.2),),
             seed=43,
         ),
     )

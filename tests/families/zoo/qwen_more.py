@@ -20,7 +20,6 @@ from .qwen import (
 )
 
 
-
 def transpose_experts(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Experts as Qwen3-VL's checkpoints keep them, input axis before output axis."""
     return {
@@ -166,7 +165,9 @@ def _hybrid_text(model_type: str, **changes: Any) -> dict[str, Any]:
     }
 
 
-def _hybrid(family: str, class_name: str, texts: list[dict[str, Any]], seed: list[int]) -> list[Case]:
+def _hybrid(
+    family: str, class_name: str, texts: list[dict[str, Any]], seed: list[int]
+) -> list[Case]:
     tied = [False, True]
     cases = []
     for index, text in enumerate(texts):

@@ -48,8 +48,7 @@ def _llava_next() -> tuple[Case, Case]:
         "image_grid_pinpoints": [[60, 30], [30, 60], [60, 60]],
         "text_config": llama_text(hidden_size=40, num_attention_heads=2, num_key_value_heads=2),
         "vision_config": clip_vision(image_size=30, patch_size=10, num_hidden_layers=3),
-        "vision_feature_layer": -1,
-        "vision_feature_select_strategy": "full",
+        "vision_feature_layer": [-3, -1],
     }
 
     def preprocessor(size: int, pinpoints: list[list[int]]) -> dict[str, Any]:
@@ -90,14 +89,14 @@ def _llava_next() -> tuple[Case, Case]:
         ),
         Case(
             "llava_next",
-            "vicuna_full",
+            "vicuna_two_layers",
             class_name,
             vicuna,
             VICUNA,
             templates.LLAVA,
             files={
                 "preprocessor_config.json": preprocessor(30, vicuna["image_grid_pinpoints"]),
-                "processor_config.json": processor(10, 1, "full"),
+                "processor_config.json": processor(10, 1, "default"),
             },
             generation=LLAVA_GENERATION,
             manner="saved",
@@ -617,7 +616,7 @@ def _internvl() -> tuple[Case, Case]:
                 },
             },
             generation=generation,
-            seed=38,
+            seed=100,
         ),
         Case(
             "internvl",
@@ -637,7 +636,7 @@ def _internvl() -> tuple[Case, Case]:
             generation,
             manner="saved",
             rename=NEW_NAMES,
-            seed=39,
+            seed=100,
         ),
     )
 
