@@ -1,0 +1,86 @@
+"""The environment, read in this one place: every `OPSIN_*` variable as a typed value.
+
+What belongs to the hub (`HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE`...) is left to `huggingface_hub`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from opsin.errors import InputError
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the environment says, with the defaults filled in.
+
+    cache: where Opsin keeps what it can make again (`OPSIN_CACHE`, default a folder of the user's
+    cache); cpu_isa: the instruction set the native kernels are held to (`OPSIN_CPU_ISA`, default:
+    the best one found); num_threads: threads of CPU arithmetic (`OPSIN_NUM_THREADS`, default: one
+    a core); log_level: `OPSIN_LOG_LEVEL`, one of debug, info, warning, error.
+    """
+
+    cache: Path
+    cpu_isa: str | None = None
+    num_threads: int | None = None
+    log_level: str = "warning"
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> Settings:
+        """The settings that the variables give; InputError where a value cannot be meant."""
+        return cls(
+            cache=_cache_folder(environ),
+            cpu_isa=_text(environ, "OPSIN_CPU_ISA"),
+            num_threads=_count(environ, "OPSIN_NUM_THREADS"),
+            log_level=_choice(environ, "OPSIN_LOG_LEVEL", LOG_LEVELS, "warning"),
+        )
+
+
+@functools.cache
+def settings() -> Settings:
+    """The process's settings, read at the first call and the same ever after."""
+    return Settings.read(os.environ)
+
+
+def _text(environ: Mapping[str, str], name: str) -> str | None:
+    return environ.get(name, "").strip().lower() or None
+
+
+def _cache_folder(environ: Mapping[str, str]) -> Path:
+    if named := environ.get("OPSIN_CACHE", "").strip():
+        return Path(named).expanduser()
+    if base := environ.get("XDG_CACHE_HOME", "").strip():
+        return Path(base).expanduser() / "opsin"
+    return Path.home() / ".cache" / "opsin"
+
+
+def _count(environ: Mapping[str, str], name: str) -> int | None:
+    value = _text(environ, name)
+    if value is None:
+        return None
+    if not value.isdecimal() or int(value) < 1:
+        raise InputError(
+            f"{name}={value} cannot be used",
+            why="it is not a whole number above zero",
+            remedy=f"Set {name} to a number such as 4, or unset it",
+            param=name,
+        )
+    return int(value)
+
+
+def _choice(environ: Mapping[str, str], name: str, choices: tuple[str, ...], default: str) -> str:
+    value = _text(environ, name) or default
+    if value not in choices:
+        raise InputError(
+            f"{name}={value} cannot be used",
+            why="it is not a known value",
+            remedy=f"Set {name} to one of {', '.join(choices)}",
+            param=name,
+        )
+    return value
