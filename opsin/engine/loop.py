@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,12 @@ import torch
 
 from opsin.decoder.cache import PagedCache
 from opsin.engine.blocks import BlockPool
+from opsin.engine.memory import default_cache_memory
 from opsin.engine.model import Model
 from opsin.engine.output import Output
 from opsin.engine.processor import Processor
 from opsin.engine.runner import Runner
-from opsin.engine.sampler import Sampler
+from opsin.engine.sampler import LogitsProcessor, Sampler
 from opsin.engine.scheduler import Scheduled, Scheduler
 from opsin.engine.sequence import Sequence
 from opsin.errors import EngineError, InputError, OpsinError, PromptTooLong, QueueFull
@@ -129,6 +131,7 @@ class Engine:
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="opsin-engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # torch must not be left mid-step when the interpreter goes
 
     def _cache_tokens(self) -> int:
         per_token = PagedCache.bytes_per_token(self.model.decoder.config, self.model.dtype)
@@ -146,17 +149,22 @@ class Engine:
     # The way in, from any thread.
 
     def submit(
-        self, prompt: Prompt, sampling: SamplingParams, on_event: Callable[[Event], None]
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        on_event: Callable[[Event], None],
+        processors: Iterable[LogitsProcessor] = (),
     ) -> int:
         """Queue a request; `on_event` is called from the engine's thread with each of its events.
 
-        Returns the request's id. Raises PromptTooLong, QueueFull, or EngineError after `close`.
+        `processors` change the logits after those that the sampling parameters ask for. Returns
+        the request's id. Raises PromptTooLong, QueueFull, or EngineError after `close`.
         """
         self._check_length(prompt)
         request_id = next(self._ids)
         sequence = Sequence.start(request_id, prompt, sampling)
         output = Output(sequence, self.processor.tokenizer, self.processor.eos_token_ids)
-        request = _Request(sequence, Sampler.of(sampling), output, on_event)
+        request = _Request(sequence, Sampler.of(sampling, processors), output, on_event)
         with self._wake:
             if self._closing:
                 raise EngineError("The engine is closed", remedy="Create another")
@@ -190,10 +198,15 @@ class Engine:
                 param="prompt",
             )
 
-    def stream(self, prompt: Prompt, sampling: SamplingParams) -> Stream:
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        processors: Iterable[LogitsProcessor] = (),
+    ) -> Stream:
         """Queue a request and iterate over its events; an error event is raised."""
         stream = Stream()
-        request_id = self.submit(prompt, sampling, stream._events.put)
+        request_id = self.submit(prompt, sampling, stream._events.put, processors)
         stream._cancel = lambda: self.cancel(request_id)
         return stream
 
@@ -209,6 +222,7 @@ class Engine:
             self._closing = True
             self._wake.notify()
         self._thread.join()
+        atexit.unregister(self.close)
         self.cache.keys.clear()
         self.cache.values.clear()
 
@@ -301,13 +315,3 @@ class Engine:
             "num_blocks": self.scheduler.pool.num_blocks,
             "steps": self.steps,
         }
-
-
-def default_cache_memory(device: torch.device) -> int:
-    """Bytes for the key-value cache when nobody said: see EngineLimits.memory."""
-    import os
-
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * 0.8)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4

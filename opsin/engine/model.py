@@ -44,6 +44,8 @@ class Model(nn.Module):
         self.config = config
         self.decoder = Decoder(arithmetic, family.decoder())
         self.towers = family.towers(arithmetic)
+        self.engine: Any = None  # the one that serves `opsin.generate`, made on first use
+        self.processor: Any = None  # the one that was loaded with it
 
     @property
     def device(self) -> torch.device:

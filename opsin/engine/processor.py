@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,11 +9,13 @@ from typing import Any
 
 from PIL import Image
 
-from opsin import families, media
-from opsin.checkpoint.config import Config, read_config, read_json, read_processor_config
+from opsin import families
+from opsin.checkpoint.config import Config, read_config, read_processor_config
 from opsin.errors import CheckpointError, InputError, UnsupportedMedia
 from opsin.families.base import Family, MediaInput, Prompt, check_options
+from opsin.media.key import image_key
 from opsin.media.limits import DEFAULT_LIMITS, MediaLimits
+from opsin.media.loading import load
 from opsin.prompt.api import apply_chat_template
 from opsin.prompt.messages import Prompt as PromptForm
 from opsin.prompt.messages import parse_messages
@@ -136,14 +137,16 @@ class Processor:
         videos: Sequence[Any],
         template: Mapping[str, Any],
     ) -> str:
+        variables = dict(template)
+        if videos:
+            variables["video"] = list(videos)
         text = apply_chat_template(
             self,
             self.config,
             prompt,
             num_images=sum(item.kind == "image" for item in held),
             num_audios=sum(item.kind == "audio" for item in held),
-            **({"video": list(videos)} if videos else {}),
-            **template,
+            **variables,
         )
         if not isinstance(text, str):
             raise InputError("The last message is not plain text", param="prompt")
@@ -162,16 +165,16 @@ class Processor:
 
     def _ready(self, item: Media, options: Mapping[str, Any], timings: Timings) -> MediaInput:
         """Fetch, decode and preprocess one medium; the key names content and settings."""
-        loaded = media.load(item, self.limits)
+        loaded = load(item, self.limits)
         timings.fetch += loaded.timing.fetch
         timings.decode += loaded.timing.decode
         started = time.perf_counter()
+        assert isinstance(loaded.value, Image.Image)
         image = resized(loaded.value, options.get("resize_shape"))
-        settings = _without({**item.options, **options}, GENERAL_OPTIONS)
+        settings = _without(options, GENERAL_OPTIONS)
         ready = self.family.prepare_image(image, settings)
         ready.size = loaded.value.size
-        identity = media.image_key(image) + repr(sorted(settings.items())).encode()
-        ready.key = hashlib.blake2b(identity, digest_size=32).digest()
+        ready.key = image_key(image, sorted(settings.items()))
         timings.preprocess += time.perf_counter() - started
         return ready
 
@@ -211,8 +214,3 @@ def resized(image: Image.Image, shape: Any) -> Image.Image:
 
 def _without(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in names}
-
-
-def generation_defaults(folder: Path) -> dict[str, Any]:
-    """The checkpoint's generation_config.json."""
-    return read_json(folder / "generation_config.json")

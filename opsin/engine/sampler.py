@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -106,14 +106,14 @@ class Sampler:
     generator: torch.Generator
 
     @classmethod
-    def of(cls, params: SamplingParams) -> Sampler:
-        """A sampler in its starting state."""
+    def of(cls, params: SamplingParams, extra: Iterable[LogitsProcessor] = ()) -> Sampler:
+        """A sampler in its starting state; `extra` processors come after the parameters' own."""
         generator = torch.Generator()
         if params.seed is None:
             generator.seed()
         else:
             generator.manual_seed(params.seed)
-        return cls(params, processors(params), generator)
+        return cls(params, [*processors(params), *extra], generator)
 
     @property
     def is_plain_greedy(self) -> bool:

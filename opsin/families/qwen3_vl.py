@@ -99,7 +99,7 @@ class Qwen3VL(Qwen2VL):
         merged = towers["merger"](features).split(counts)
         adds = [
             merger(tap).split(counts)
-            for merger, tap in zip(towers["deepstack"], tapped, strict=True)
+            for merger, tap in zip(towers["deepstack"].children(), tapped, strict=True)
         ]
         return [Encoded(embeds, tuple(add[i] for add in adds)) for i, embeds in enumerate(merged)]
 

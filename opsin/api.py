@@ -1,0 +1,462 @@
+"""The Python API: load a model, ask it about pictures, one question or many at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opsin.checkpoint.hub import resolve
+from opsin.engine.loop import Engine, EngineLimits
+from opsin.engine.memory import peak_memory
+from opsin.engine.model import Model, load_model
+from opsin.engine.processor import Processor
+from opsin.errors import InputError
+from opsin.families.base import MediaInput, Prompt
+from opsin.media.limits import DEFAULT_LIMITS, MediaLimits
+from opsin.prompt.api import apply_chat_template, get_message_json
+from opsin.prompt.messages import Prompt as PromptForm
+from opsin.types import Event, SamplingParams, Timings, TokenLogprob
+
+__all__ = [
+    "GenerationResult",
+    "apply_chat_template",
+    "batch_generate",
+    "generate",
+    "generate_step",
+    "get_message_json",
+    "load",
+    "prepare_inputs",
+    "stream_generate",
+]
+
+DEFAULT_MODEL = "bundled"
+SAMPLING_FIELDS = frozenset(f.name for f in dataclasses.fields(SamplingParams))
+LIMIT_FIELDS = frozenset(f.name for f in dataclasses.fields(EngineLimits))
+TEMPLATE_FIELDS = frozenset({"enable_thinking", "chat_template_kwargs", "chat_template", "tools"})
+# Spellings of other libraries in this field, and the name each has here.
+OTHER_NAMES = {
+    "temp": "temperature",
+    "max_new_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """An answer, whole or so far.
+
+    text: the answer; while streaming, what is new. token: the last token's id; tokens: all of them.
+    logprobs: each token's, if asked. prompt_tps, generation_tps: tokens a second. peak_memory: the
+    process's, in GB (10^9 bytes). finish_reason: "stop", "length", or None while streaming.
+    timings: seconds by stage. image_sizes: (width, height) that each picture was processed at.
+    """
+
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prompt_tps: float = 0.0
+    generation_tps: float = 0.0
+    peak_memory: float = 0.0
+    finish_reason: str | None = None
+    timings: Timings = field(default_factory=Timings)
+    image_sizes: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def token(self) -> int | None:
+        """The last token's id."""
+        return self.tokens[-1] if self.tokens else None
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of prompt and answer."""
+        return self.prompt_tokens + self.generation_tokens
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def load(
+    path_or_hf_repo: str = DEFAULT_MODEL,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    chat_template: str | None = None,
+    media_limits: MediaLimits = DEFAULT_LIMITS,
+) -> tuple[Model, Processor]:
+    """Load a checkpoint: a folder, a hub name, or "bundled", the small model in the package.
+
+    device: "cpu", "cuda", "cuda:N" or "mps"; None picks the best there is. dtype: "float32",
+    "bfloat16" or "float16"; None takes the checkpoint's. revision: a branch, tag or commit of a hub
+    name. chat_template: jinja text, a file, or the name of a bundled one, in place of the
+    checkpoint's. Raises NotFoundError, CheckpointError or UnknownFamily.
+    """
+    folder = resolve(path_or_hf_repo, revision=revision)
+    processor = Processor.from_folder(folder, chat_template=chat_template, limits=media_limits)
+    model = load_model(folder, device=device, dtype=dtype)
+    model.processor = processor
+    return model, processor
+
+
+def engine_for(model: Model, processor: Processor, limits: EngineLimits | None = None) -> Engine:
+    """The model's engine, made when first asked for and again when other limits are asked."""
+    limits = limits or EngineLimits()
+    engine = model.engine
+    if isinstance(engine, Engine) and (engine.limits, engine.processor) == (limits, processor):
+        return engine
+    if isinstance(engine, Engine):
+        engine.close()
+    fresh = Engine(model, processor, limits)
+    model.engine = fresh
+    return fresh
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """The keyword arguments of a generate call, by who they are for."""
+
+    sampling: SamplingParams
+    limits: EngineLimits
+    template: dict[str, Any]
+    processor: dict[str, Any]
+
+
+def _options(arguments: Mapping[str, Any]) -> _Options:
+    """Sort keyword arguments; an unknown one is an InputError that names it."""
+    given = {OTHER_NAMES.get(name, name): value for name, value in arguments.items()}
+    processor = dict(given.pop("processor_kwargs", None) or {})
+    if given.get("resize_shape") is not None:
+        processor["resize_shape"] = given["resize_shape"]
+    given.pop("resize_shape", None)
+    stop = given.get("stop")
+    if stop is not None:
+        given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    known = SAMPLING_FIELDS | LIMIT_FIELDS | TEMPLATE_FIELDS
+    for name in given:
+        if name not in known:
+            raise InputError(
+                f"Unknown argument {name!r}",
+                remedy="See help(opsin.generate) for those there are",
+                param=name,
+            )
+    given = {name: value for name, value in given.items() if value is not None}
+    return _Options(
+        checked_sampling({k: v for k, v in given.items() if k in SAMPLING_FIELDS}),
+        EngineLimits(**{k: v for k, v in given.items() if k in LIMIT_FIELDS}),
+        {k: v for k, v in given.items() if k in TEMPLATE_FIELDS},
+        processor,
+    )
+
+
+def checked_sampling(values: Mapping[str, Any]) -> SamplingParams:
+    """Sampling parameters from plain values; each out of its range is an InputError naming it."""
+    ranges: dict[str, tuple[float, float]] = {
+        "max_tokens": (1, 10_000_000),
+        "temperature": (0, 100),
+        "top_p": (0, 1),
+        "top_k": (0, 10_000_000),
+        "min_p": (0, 1),
+        "repetition_penalty": (0.01, 100),
+        "repetition_context_size": (0, 10_000_000),
+        "presence_penalty": (-100, 100),
+        "frequency_penalty": (-100, 100),
+        "logprobs": (0, 20),
+    }
+    for name, (low, high) in ranges.items():
+        value = values.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InputError(f"{name} must be a number, not {value!r}", param=name)
+        if not low <= value <= high:
+            raise InputError(
+                f"{name} cannot be {value}",
+                why=f"it lies between {low:g} and {high:g}",
+                param=name,
+            )
+    if values.get("top_p") == 0:
+        values = {**values, "top_p": 1e-9}
+    return SamplingParams(**values)
+
+
+def _media_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def stream_generate(
+    model: Model,
+    processor: Processor,
+    prompt: PromptForm,
+    image: Any = None,
+    audio: Any = None,
+    video: Any = None,
+    **kwargs: Any,
+) -> Iterator[GenerationResult]:
+    """Answer as it comes: each result holds the new text, the last one the totals.
+
+    Takes what `generate` takes. Closing the iterator cancels the request.
+    """
+    options = _options(kwargs)
+    ready = processor.prepare(
+        prompt,
+        images=_media_list(image),
+        audios=_media_list(audio),
+        videos=_media_list(video),
+        options=options.processor,
+        **options.template,
+    )
+    engine = engine_for(model, processor, options.limits)
+    stream = engine.stream(ready, options.sampling)
+    return _results(ready, stream, options.sampling.logprobs is not None)
+
+
+def _results(
+    prompt: Prompt, events: Iterator[Event] | Any, wants_logprobs: bool
+) -> Iterator[GenerationResult]:
+    sizes = tuple(item.processed_size for item in prompt.media)
+    for event in events:
+        result = GenerationResult(
+            event.text,
+            tuple(event.token_ids),
+            tuple(event.logprobs) if wants_logprobs else None,
+            prompt_tokens=len(prompt.token_ids),
+            image_sizes=sizes,
+        )
+        yield result if event.finish_reason is None else _finished(result, event)
+
+
+def _finished(result: GenerationResult, event: Event) -> GenerationResult:
+    timings, usage = event.timings or Timings(), event.usage
+    prompt_seconds = timings.encode + timings.prefill
+    return dataclasses.replace(
+        result,
+        generation_tokens=usage.generation_tokens,
+        prompt_tps=usage.prompt_tokens / prompt_seconds if prompt_seconds > 0 else 0.0,
+        generation_tps=(
+            (usage.generation_tokens - 1) / timings.generate if timings.generate > 0 else 0.0
+        ),
+        peak_memory=peak_memory() / 1e9,
+        finish_reason=event.finish_reason,
+        timings=timings,
+    )
+
+
+def _fold(results: Iterator[GenerationResult]) -> GenerationResult:
+    """One result out of a stream of them."""
+    parts = list(results)
+    logprobs = [lp for part in parts for lp in part.logprobs or ()]
+    return dataclasses.replace(
+        parts[-1],
+        text="".join(part.text for part in parts),
+        tokens=tuple(token for part in parts for token in part.tokens),
+        logprobs=tuple(logprobs) if parts[-1].logprobs is not None else None,
+    )
+
+
+def generate(
+    model: Model,
+    processor: Processor,
+    prompt: PromptForm,
+    image: Any = None,
+    audio: Any = None,
+    video: Any = None,
+    verbose: bool = False,
+    **kwargs: Any,
+) -> GenerationResult:
+    """Answer a prompt about pictures.
+
+    prompt: text, or messages; text that holds the chat template's special tokens is taken as it
+    stands, any other as one user message. image: a path, URL, data URL, bytes, PIL image, array, or
+    a list of them, put into the first user message.
+
+    kwargs: the fields of SamplingParams (max_tokens, temperature, top_p, top_k, min_p,
+    repetition_penalty, presence_penalty, frequency_penalty, logit_bias, seed, stop, logprobs, ...);
+    of EngineLimits (prefill_step_size, memory, ...); `resize_shape` and `processor_kwargs`;
+    `enable_thinking` and `chat_template_kwargs`. An unknown one is refused by name.
+
+    verbose: print the answer as it comes and the figures at its end. Raises OpsinError.
+    """
+    results = stream_generate(model, processor, prompt, image, audio, video, **kwargs)
+    if not verbose:
+        return _fold(results)
+    kept = []
+    for result in results:
+        print(result.text, end="", flush=True)  # noqa: T201
+        kept.append(result)
+    whole = _fold(iter(kept))
+    print("\n" + figures(whole))  # noqa: T201
+    return whole
+
+
+def figures(result: GenerationResult) -> str:
+    """Token counts, rates, times and memory of a result, in lines to print."""
+    times = dataclasses.asdict(result.timings)
+    stages = ", ".join(f"{name} {seconds:.3f}" for name, seconds in times.items() if seconds)
+    return "\n".join(
+        (
+            f"Prompt: {result.prompt_tokens} tokens, {result.prompt_tps:.1f} tokens/s",
+            f"Answer: {result.generation_tokens} tokens, {result.generation_tps:.1f} tokens/s",
+            f"Seconds: {stages}",
+            f"Peak memory: {result.peak_memory:.2f} GB",
+        )
+    )
+
+
+def batch_generate(
+    model: Model,
+    processor: Processor,
+    images: Sequence[Any] | None = None,
+    prompts: Sequence[PromptForm] = (),
+    audios: Sequence[Any] | None = None,
+    verbose: bool = False,
+    **kwargs: Any,
+) -> list[GenerationResult]:
+    """Answer many prompts at once, one result for each, in order.
+
+    images[i] (one picture, a list of them, or None) belongs to prompts[i]; audios likewise. With
+    `verbose`, or on a terminal, a progress bar is shown. Takes the keyword arguments of `generate`.
+    """
+    for name, values in (("images", images), ("audios", audios)):
+        if values is not None and len(values) != len(prompts):
+            raise InputError(
+                f"There are {len(values)} {name} for {len(prompts)} prompts",
+                remedy="Give one for each prompt, None where there is none",
+                param=name,
+            )
+    options = _options(kwargs)
+    engine = engine_for(model, processor, options.limits)
+    streams = []
+    for i, prompt in enumerate(prompts):
+        ready = processor.prepare(
+            prompt,
+            images=_media_list(images[i] if images is not None else None),
+            audios=_media_list(audios[i] if audios is not None else None),
+            options=options.processor,
+            **options.template,
+        )
+        streams.append((ready, engine.stream(ready, options.sampling)))
+    wants_logprobs = options.sampling.logprobs is not None
+    return [
+        _fold(_results(ready, stream, wants_logprobs))
+        for ready, stream in _tracked(streams, verbose)
+    ]
+
+
+def _tracked(items: list[Any], verbose: bool) -> Iterator[Any]:
+    """The items, with a progress bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    if verbose or console.is_terminal:
+        yield from track(items, "Generating", console=console)
+    else:
+        yield from items
+
+
+def prepare_inputs(
+    processor: Processor,
+    images: Any = None,
+    audio: Any = None,
+    prompts: PromptForm = "",
+    **kwargs: Any,
+) -> dict[str, Tensor]:
+    """What the model computes from, for one prompt; `generate_step` takes it back.
+
+    input_ids and attention_mask are (1, tokens). The media's features come under their names
+    (`pixel_values`, ...), those of several pictures one after another along the first axis;
+    `media_rows` (media, features) says how many rows each has of each feature, in the order of
+    their sorted names, and `media_indices` where their tokens stand, `media_tokens` how many.
+    """
+    options = _options(kwargs)
+    ready = processor.prepare(
+        prompts,
+        images=_media_list(images),
+        audios=_media_list(audio),
+        options=options.processor,
+        **options.template,
+    )
+    input_ids = torch.tensor(ready.token_ids)[None]
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    if not ready.media:
+        return inputs
+    names = sorted(ready.media[0].features)
+    rows = {name: [_rows(item.features[name]) for item in ready.media] for name in names}
+    inputs |= {name: torch.cat(parts) for name, parts in rows.items()}
+    counts = [[len(rows[name][i]) for name in names] for i in range(len(ready.media))]
+    inputs["media_rows"] = torch.tensor(counts)
+    inputs["media_indices"] = torch.cat([item.indices for item in ready.media])
+    inputs["media_tokens"] = torch.tensor([item.num_tokens for item in ready.media])
+    return inputs
+
+
+def _rows(value: Tensor) -> Tensor:
+    return value[None] if value.ndim < 2 else value
+
+
+def _prompt_of(
+    model: Model, input_ids: Any, pixel_values: Tensor | None, features: Mapping[str, Tensor]
+) -> Prompt:
+    """The prompt that `prepare_inputs` took apart."""
+    ids = torch.as_tensor(input_ids).flatten().tolist()
+    held = {k: v for k, v in features.items() if not k.startswith("media_")}
+    if pixel_values is not None:
+        held["pixel_values"] = pixel_values
+    media = []
+    if held:
+        names = sorted(held)
+        counts = features["media_rows"].T.tolist()
+        parts = [held[name].split(rows) for name, rows in zip(names, counts, strict=True)]
+        tokens = features["media_tokens"].tolist()
+        indices = features["media_indices"].split(tokens)
+        for i, count in enumerate(tokens):
+            own = {name: part[i] for name, part in zip(names, parts, strict=True)}
+            own = {name: v if name == "pixel_values" else v.squeeze(0) for name, v in own.items()}
+            media.append(MediaInput("image", own, "", count, indices=indices[i]))
+    positions, following = model.family.positions(ids, media)
+    return Prompt(ids, positions, following, media, model.family.atomic_spans(media))
+
+
+def generate_step(
+    input_ids: Tensor | Sequence[int],
+    model: Model,
+    pixel_values: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    **kwargs: Any,
+) -> Iterator[tuple[int, Tensor]]:
+    """Generate token by token: pairs of (token, log probabilities of all tokens (vocab,)).
+
+    Takes what `prepare_inputs` returns: its input_ids, pixel_values and attention_mask by position
+    and the rest by name; and the sampling parameters of `generate`. Only masks of ones are taken,
+    since one prompt has no padding.
+    """
+    if mask is not None and not bool(torch.as_tensor(mask).all()):
+        raise InputError("The mask leaves tokens out", remedy="Leave them out of input_ids")
+    features = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
+    plain = {k: v for k, v in kwargs.items() if k not in features}
+    options = _options({"max_tokens": max_tokens, "temperature": temperature, **plain})
+    prompt = _prompt_of(model, input_ids, pixel_values, features)
+    seen: deque[Tensor] = deque()
+
+    def keep(logits: Tensor, token_ids: Sequence[int], num_prompt: int) -> Tensor:
+        del token_ids, num_prompt
+        seen.append(logits.log_softmax(0))
+        return logits
+
+    engine = engine_for(model, model.processor, options.limits)
+    for event in engine.stream(prompt, options.sampling, (keep,)):
+        for token in event.token_ids:
+            yield token, seen.popleft()
