@@ -148,7 +148,7 @@ def test_only_the_fetcher_opens_sockets(file: Source) -> None:
     assert connections(file) == []
 
 
-@pytest.mark.parametrize("file", sources("opsin", "bench", "training"), ids=lambda s: s.path)
+@pytest.mark.parametrize("file", sources("opsin", "bench"), ids=lambda s: s.path)
 def test_nothing_runs_text_unpickles_or_starts_a_shell(file: Source) -> None:
     assert dangerous(file) == []
     assert machine_paths(file) == []
