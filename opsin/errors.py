@@ -1,18 +1,18 @@
 """What can go wrong for a user: each error says what happened, why, and the remedy.
 
-    OpsinError
-    ├── InputError          the request cannot be answered as it stands           (exit 2, HTTP 400)
-    │   ├── MediaError      a picture, sound or video cannot be used              (400)
-    │   │   ├── MediaTooLarge       over a stated budget                          (413)
-    │   │   ├── UnsupportedMedia    a format nothing here decodes                 (415)
-    │   │   └── MediaTimeout        fetching or decoding outlived its deadline    (408)
-    │   └── PromptTooLong   more tokens than the model or the cache holds         (400)
-    ├── NotFoundError       no such model, file or route                          (exit 3, HTTP 404)
-    ├── CheckpointError     a checkpoint folder that cannot be loaded as it is    (exit 4, HTTP 422)
-    │   └── UnknownFamily   its model_type is not one Opsin knows
-    ├── MissingDependency   an optional package, compiler or driver is not there  (exit 5, HTTP 501)
-    └── EngineError         the engine cannot take or finish the request now      (exit 6, HTTP 503)
-        └── QueueFull       too many requests are waiting                         (HTTP 429)
+OpsinError
+├── InputError          the request cannot be answered as it stands           (exit 2, HTTP 400)
+│   ├── MediaError      a picture, sound or video cannot be used              (400)
+│   │   ├── MediaTooLarge       over a stated budget                          (413)
+│   │   ├── UnsupportedMedia    a format nothing here decodes                 (415)
+│   │   └── MediaTimeout        fetching or decoding outlived its deadline    (408)
+│   └── PromptTooLong   more tokens than the model or the cache holds         (400)
+├── NotFoundError       no such model, file or route                          (exit 3, HTTP 404)
+├── CheckpointError     a checkpoint folder that cannot be loaded as it is    (exit 4, HTTP 422)
+│   └── UnknownFamily   its model_type is not one Opsin knows
+├── MissingDependency   an optional package, compiler or driver is not there  (exit 5, HTTP 501)
+└── EngineError         the engine cannot take or finish the request now      (exit 6, HTTP 503)
+    └── QueueFull       too many requests are waiting                         (HTTP 429)
 """
 
 from typing import ClassVar

@@ -1,4 +1,6 @@
-"""The values that travel through Opsin: messages in, sampling parameters, events and results out."""
+"""The values that travel through Opsin: messages in, sampling parameters, events and results
+out.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ class Text:
 class Media:
     """One picture, sound or video inside a message, not yet fetched or decoded.
 
-    `source` is whatever the user gave: a path, an http(s) or data URL, bytes, a PIL image, an array.
+    `source` is whatever the user gave: a path, an http(s) or data URL, bytes, a PIL image, an
+    array.
     """
 
     kind: Literal["image", "audio", "video"]
