@@ -56,7 +56,7 @@ def get_message_json(
     """
     videos = _videos(kwargs)
     if kwargs:
-        raise InputError(f"get_message_json has no argument {min(kwargs)!r}", param=min(kwargs))
+        raise InputError(f"get_message_json() has no argument {min(kwargs)!r}", param=min(kwargs))
     return format_text(
         _format_of(model_name),
         prompt,
@@ -161,8 +161,8 @@ def _media_target(message_format: MessageFormat, messages: Sequence[Message]) ->
         if message.role == "user":
             return index
     raise InputError(
-        "media were given but there is no user message to hold them",
-        remedy="add a user message",
+        "Media were given but there is no user message to hold them",
+        remedy="Add a user message",
         param="messages",
     )
 
@@ -191,7 +191,7 @@ def _render(
     if not tokenize:
         return text
     if processor is None:
-        raise InputError("a prompt cannot be tokenized without a processor", param="tokenize")
+        raise InputError("A prompt cannot be tokenized without a processor", param="tokenize")
     return processor.tokenizer.encode_prompt(text)
 
 
@@ -223,5 +223,5 @@ def _format_of(model_name: str) -> MessageFormat:
 def _model_type(config: Any) -> str:
     model_type = config.get("model_type") if isinstance(config, Mapping) else config.model_type
     if not isinstance(model_type, str):
-        raise InputError("the config names no model_type", param="config")
+        raise InputError("The config names no model_type", param="config")
     return model_type

@@ -118,9 +118,9 @@ class VideoOptions:
         rates = [self.fps] * len(self.sources) if isinstance(self.fps, int | float) else self.fps
         if len(rates) != len(self.sources):
             raise InputError(
-                "the videos and their rates do not match",
+                "The videos and their rates do not match",
                 why=f"{len(rates)} fps values for {len(self.sources)} videos",
-                remedy="give one fps, or one for each video",
+                remedy="Give one fps, or one for each video",
                 param="fps",
             )
         parts = tuple(
@@ -265,9 +265,9 @@ def _text_part(text: str) -> MessageDict:
 
 def _no_video() -> InputError:
     return InputError(
-        "this model's prompts cannot name a video",
+        "This model's prompts cannot name a video",
         why="its messages have a place for images only",
-        remedy="send frames of the video as images, or choose a model that takes video",
+        remedy="Send frames of the video as images, or choose a model that takes video",
         param="video",
     )
 

@@ -19,7 +19,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 Reply = dict[str, str]
 
@@ -52,6 +52,28 @@ class Dict:
         return dict.fromkeys(*args)
 
 
+class Namespace(jinja2.utils.Namespace):
+    """`namespace(...)` that holds no name with an underscore in front."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        # `self` is taken from the arguments so that a template can use that name.
+        self, *values = args
+        attributes = dict(*values, **kwargs)
+        for name in attributes:
+            refuse_private(name)
+        jinja2.utils.Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        refuse_private(name)
+        super().__setitem__(name, value)
+
+
+def refuse_private(name: object) -> None:
+    """Keep templates from names that are Python's own."""
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a template cannot store the name {name!r}")
+
+
 def raise_exception(message: object) -> None:
     """Let a template refuse a conversation."""
     raise Refusal(str(message))
@@ -82,7 +104,7 @@ def chat_environment() -> ImmutableSandboxedEnvironment:
     )
     environment.filters["tojson"] = tojson
     environment.globals.update(
-        raise_exception=raise_exception, strftime_now=strftime_now, dict=Dict()
+        raise_exception=raise_exception, strftime_now=strftime_now, dict=Dict(), namespace=Namespace
     )
     return environment
 

@@ -44,8 +44,8 @@ def parse_messages(prompt: Prompt) -> tuple[Message, ...]:
     if isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray):
         return tuple(_parse_message(item, index) for index, item in enumerate(prompt))
     raise InputError(
-        f"a prompt cannot be a {type(prompt).__name__}",
-        remedy="give a string, a message or a list of messages",
+        f"A prompt cannot be a {type(prompt).__name__}",
+        remedy="Give a string, a message or a list of messages",
         param="prompt",
     )
 
@@ -71,7 +71,7 @@ def _parse_message(item: Any, index: int) -> Message:
         raise InputError(f"{where} is a {type(item).__name__}, not a message", param=where)
     if not isinstance(role, str) or not role:
         raise InputError(
-            f"{where} has no role", remedy='give "role", such as "user"', param=f"{where}.role"
+            f"{where} has no role", remedy='Give "role", such as "user"', param=f"{where}.role"
         )
     return Message(role, _parse_content(content, f"{where}.content"), extra)
 
@@ -102,7 +102,7 @@ def _parse_content(content: Any, where: str) -> tuple[Part, ...]:
         return tuple(_parse_part(part, f"{where}[{index}]") for index, part in enumerate(content))
     raise InputError(
         f"{where} is a {type(content).__name__}",
-        remedy="give a string or a list of parts",
+        remedy="Give a string or a list of parts",
         param=where,
     )
 
@@ -122,7 +122,7 @@ def _parse_part(part: Any, where: str) -> Part:
         return _parse_media(part, str(kind), where)
     known = ", ".join([*_TEXT_TYPES, *_MEDIA_TYPES])
     raise InputError(
-        f"{where} has the unknown type {kind!r}"
+        f"{where} has the unknown type {kind[:80]!r}"
         if isinstance(kind, str)
         else f"{where} has no type",
         remedy=f"known types: {known}",
@@ -134,7 +134,7 @@ def _text_of(part: Mapping[str, Any], where: str) -> str:
     text = part.get("text", part.get("content"))
     if not isinstance(text, str):
         raise InputError(
-            f"{where} has no text", remedy='give "text" as a string', param=f"{where}.text"
+            f"{where} has no text", remedy='Give "text" as a string', param=f"{where}.text"
         )
     return text
 
@@ -175,7 +175,7 @@ def _nested_source(value: Mapping[str, Any], kind: _Kind, where: str) -> tuple[A
                 if name not in (key, "format") and item is not None
             }
             return read(), rest
-    raise InputError(f"{where} names no {kind}", remedy='give "url" or "data"', param=where)
+    raise InputError(f"{where} names no {kind}", remedy='Give "url" or "data"', param=where)
 
 
 def _as_data_url(value: Mapping[str, Any], kind: _Kind) -> Any:

@@ -118,9 +118,9 @@ class Renderer:
     def _start(self) -> subprocess.Popen[bytes]:
         if not sys.executable:
             raise EngineError(
-                "chat templates cannot be rendered",
+                "Chat templates cannot be rendered",
                 why="templates run in a process of their own, and Python's program is not known",
-                remedy="run Opsin from an ordinary Python installation",
+                remedy="Run Opsin from an ordinary Python installation",
             )
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _LAUNCH],
@@ -174,11 +174,11 @@ def _failure(kind: str, message: str, limits: RenderLimits) -> InputError:
     remedy = "give another template with --chat-template"
     if kind == "refused":
         return InputError(
-            "the chat template refuses this conversation", why=message, param="messages"
+            "The chat template refuses this conversation", why=message, param="messages"
         )
     if kind == "syntax":
         return InputError(
-            "the chat template is not valid Jinja",
+            "The chat template is not valid Jinja",
             why=message,
             remedy=remedy,
             param="chat_template",
@@ -190,6 +190,6 @@ def _failure(kind: str, message: str, limits: RenderLimits) -> InputError:
     }
     if kind in reasons:
         return InputError(
-            "the chat template was stopped", why=reasons[kind], remedy=remedy, param="chat_template"
+            "The chat template was stopped", why=reasons[kind], remedy=remedy, param="chat_template"
         )
-    return InputError("the chat template failed", why=message, remedy=remedy, param="chat_template")
+    return InputError("The chat template failed", why=message, remedy=remedy, param="chat_template")

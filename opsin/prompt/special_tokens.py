@@ -26,7 +26,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(
-            f"{path.name} is not valid JSON", why=str(error), remedy="download the file again"
+            f"{path.name} is not valid JSON", why=str(error), remedy="Download the file again"
         ) from error
 
 

@@ -44,7 +44,7 @@ class ChatTemplate:
         """A template file: Jinja text, or JSON holding one, alone or as its `chat_template`."""
         path = Path(path)
         if not path.is_file():
-            raise InputError(f"there is no chat template file {path.name}", param="chat_template")
+            raise InputError(f"There is no chat template file {path.name}", param="chat_template")
         if path.suffix.lower() != ".json":
             return cls.from_text(path.read_text(encoding="utf-8"), variables)
         value = read_json(path)
@@ -91,7 +91,7 @@ class ChatTemplate:
         if name not in self.sources:
             names = ", ".join(sorted(self.sources))
             raise InputError(
-                f"there is no chat template named {name!r}",
+                f"There is no chat template named {name!r}",
                 why=f"this checkpoint has {names}",
                 param="chat_template",
             )
@@ -120,8 +120,8 @@ class ChatTemplate:
         """
         if continue_final_message and add_generation_prompt:
             raise InputError(
-                "a prompt cannot both continue the last message and open a new one",
-                remedy="give add_generation_prompt=False with continue_final_message",
+                "A prompt cannot both continue the last message and open a new one",
+                remedy="Give add_generation_prompt=False with continue_final_message",
                 param="continue_final_message",
             )
         source = self.source(name, with_tools=bool(tools))
@@ -185,14 +185,14 @@ def _named_sources(held: Any, file: str) -> dict[str, str]:
     raise CheckpointError(
         f"{file} holds no chat template that can be read",
         why="it is neither text nor named texts",
-        remedy="give a template with --chat-template",
+        remedy="Give a template with --chat-template",
     )
 
 
 def _with_reasoning_names(message: Any) -> dict[str, Any]:
     """A message with its reasoning, whatever it was called, under the names templates read."""
     if not isinstance(message, dict):
-        raise InputError("a chat template's messages must be objects", param="messages")
+        raise InputError("A chat template's messages must be objects", param="messages")
     given = [message[name] for name in _REASONING_FIELDS if message.get(name) is not None]
     if not given:
         return message
@@ -213,7 +213,7 @@ def _tag_final_message(chat: list[dict[str, Any]]) -> str:
                 part["content"] = part["text"]
             return text
     raise InputError(
-        "there is no final message to continue",
+        "There is no final message to continue",
         why="the last message has no text",
         param="continue_final_message",
     )
@@ -221,14 +221,15 @@ def _tag_final_message(chat: list[dict[str, Any]]) -> str:
 
 def _cut_after(text: str, ending: str) -> str:
     """The rendered text up to the mark, less the trailing space that the template trims."""
-    at = text.rfind(_CONTINUE_TAG.strip())
+    mark = _CONTINUE_TAG.strip()
+    at = text.rfind(mark)
     if at < 0 or ending.strip() not in text:
         raise InputError(
-            "this chat template cannot continue the final message",
+            "This chat template cannot continue the final message",
             why="it does not write the message as it stands",
             param="continue_final_message",
         )
-    kept = text[:at]
+    kept = text[:at].replace(_CONTINUE_TAG, "").replace(mark, "")
     return kept if text.startswith(_CONTINUE_TAG, at) else kept.rstrip()
 
 

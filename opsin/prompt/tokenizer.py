@@ -106,7 +106,7 @@ class Tokenizer:
         token_id = self.token_to_id(token)
         if token_id is None:
             raise CheckpointError(
-                f"the tokenizer has no token {token!r}", remedy="download the checkpoint again"
+                f"The tokenizer has no token {token!r}", remedy="Download the checkpoint again"
             )
         return token_id
 

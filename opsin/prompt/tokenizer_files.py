@@ -39,9 +39,9 @@ def read_backend(folder: Path, config: Mapping[str, Any]) -> tuple[Tokenizer, di
     if has_pair or any((folder / name).is_file() for name in _SENTENCEPIECE_FILES):
         return _through_transformers(folder)
     raise CheckpointError(
-        "the checkpoint has no tokenizer",
+        "The checkpoint has no tokenizer",
         why="there is no tokenizer.json, tekken.json, vocab.json or tokenizer.model",
-        remedy="download the checkpoint again, with its tokenizer files",
+        remedy="Download the checkpoint again, with its tokenizer files",
     )
 
 
@@ -50,7 +50,7 @@ def _from_json(path: Path) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(
-            f"{path.name} cannot be read", why=str(error), remedy="download the file again"
+            f"{path.name} cannot be read", why=str(error), remedy="Download the file again"
         ) from error
 
 
@@ -62,9 +62,9 @@ def _from_vocab_and_merges(folder: Path, config: Mapping[str, Any]) -> Tokenizer
         model = models.BPE(vocab, [(left, right) for left, _, right in pairs])
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(
-            "vocab.json and merges.txt do not fit together",
+            "The vocab.json and merges.txt do not fit together",
             why=str(error),
-            remedy="download both files again",
+            remedy="Download both files again",
         ) from error
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
@@ -121,7 +121,7 @@ def _through_transformers(folder: Path) -> tuple[Tokenizer, dict[str, str]]:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise MissingDependency(
-            "this checkpoint's tokenizer needs a converter",
+            "This checkpoint's tokenizer needs a converter",
             why="the folder has no tokenizer.json",
             remedy="pip install 'opsin[transformers]'",
         ) from error
@@ -131,19 +131,19 @@ def _through_transformers(folder: Path) -> tuple[Tokenizer, dict[str, str]]:
         )
     except ImportError as error:
         raise MissingDependency(
-            "this checkpoint's tokenizer needs a converter",
+            "This checkpoint's tokenizer needs a converter",
             why=str(error).strip().splitlines()[0],
             remedy="pip install 'opsin[transformers]'",
         ) from error
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise CheckpointError(
-            "the checkpoint's tokenizer cannot be read", why=str(error)
+            "The checkpoint's tokenizer cannot be read", why=str(error)
         ) from error
     if not loaded.is_fast:
         raise CheckpointError(
-            "the checkpoint's tokenizer cannot be read",
+            "The checkpoint's tokenizer cannot be read",
             why="Transformers has no fast form of it",
-            remedy="use a checkpoint that ships tokenizer.json",
+            remedy="Use a checkpoint that ships tokenizer.json",
         )
     backend = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
     return backend, {name: str(text) for name, text in loaded.special_tokens_map.items()}
