@@ -20,7 +20,7 @@ from opsin.errors import CheckpointError
 # (regular expression, replacement): all rules are applied to each name, one after another.
 Rename: TypeAlias = tuple[str, str]
 
-_INDEX = re.compile(r"^(.*)\[([\d,]+)\]$")
+_TARGET = re.compile(r"^(.*?)(?:\[([\d,]+)\])?(\^T\??)?$")
 
 
 @runtime_checkable
@@ -97,9 +97,11 @@ def assign(
 ) -> None:
     """Read every tensor into the parameter that its renamed name stands for.
 
-    A target may end in an index, `qkv.weight[1]`, which names a part of a fused parameter. Memory
-    never holds more than the model and one tensor. Raises CheckpointError unless every tensor is
-    used (or matches a pattern of `ignored`) and every parameter is filled, whole and once.
+    A target may end in an index, `qkv.weight[1]`, which names a part of a fused parameter, and in
+    `^T` if the checkpoint stores it with its last two axes swapped (`^T?`: if its shape says so).
+    Memory never holds more than the model and one tensor. Raises CheckpointError unless every
+    tensor is used (or matches a pattern of `ignored`) and every parameter is filled, whole and
+    once.
     """
     parameters = dict(model.named_parameters())
     filled = dict.fromkeys(parameters, 0)
@@ -108,14 +110,17 @@ def assign(
         if any(re.search(pattern, tensor.name) for pattern in ignored):
             continue
         target = renamed(tensor.name, rules)
-        match = _INDEX.match(target)
-        base = match[1] if match else target
+        match = _TARGET.match(target)
+        assert match is not None
+        base, index, transposed = match.groups()
         if base not in parameters:
             unused.append((tensor.name, target))
             continue
         out = parameters[base].data
-        if match:
-            out = _part(model, base, tuple(map(int, match[2].split(","))))
+        if index:
+            out = _part(model, base, tuple(map(int, index.split(","))))
+        if transposed == "^T" or (transposed and tensor.shape != tuple(out.shape)):
+            out = out.mT
         _check_shape(tensor, target, out)
         tensor.read_into(out)
         filled[base] += out.numel()

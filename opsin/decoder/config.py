@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from opsin.kernels import Activation
 from opsin.nn.norm import NormKind
@@ -40,6 +41,31 @@ class MLPConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class MoEConfig:
+    """A mixture of experts: gated blocks of inner width `hidden`, `top_k` of them for a token.
+
+    `router` makes the scores that weigh the chosen experts; `normalise` divides them by their sum,
+    which counts as at least `min_total`; `scale` multiplies them. `selection_bias` is a learned
+    bias that only the choice sees. `weigh_input` applies the weights to what the experts read
+    rather than to what they return. `shared` is a block that every token goes through,
+    `shared_gate` puts a sigmoid gate on it.
+    """
+
+    experts: int
+    top_k: int
+    hidden: int
+    activation: Activation = "silu"
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    normalise: bool = True
+    min_total: float = 0.0
+    scale: float = 1.0
+    selection_bias: bool = False
+    weigh_input: bool = False
+    shared: MLPConfig | None = None
+    shared_gate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class LayerConfig:
     """One decoder layer: attention and feed-forward, each behind a norm and added to the stream.
 
@@ -47,7 +73,7 @@ class LayerConfig:
     """
 
     attention: AttentionConfig
-    mlp: MLPConfig
+    mlp: MLPConfig | MoEConfig
     post_norms: bool = False
     residual_scale: float = 1.0
 

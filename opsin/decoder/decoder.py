@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from opsin.decoder.attention import Attention, StepContext
 from opsin.decoder.cache import PagedCache
-from opsin.decoder.config import DecoderConfig, LayerConfig
+from opsin.decoder.config import DecoderConfig, LayerConfig, MoEConfig
 from opsin.decoder.mlp import GatedMLP
+from opsin.decoder.moe import MixtureOfExperts
 from opsin.kernels import AttentionBatch, Kernels
 from opsin.nn.linear import Embedding, Linear
 from opsin.nn.norm import norm
@@ -45,7 +46,11 @@ class Layer(nn.Module):
         self.attention_norm = norm(kernels, decoder.norm, hidden, eps)
         self.attention = Attention(kernels, config.attention, index, hidden, eps)
         self.mlp_norm = norm(kernels, decoder.norm, hidden, eps)
-        self.mlp = GatedMLP(kernels, config.mlp, hidden)
+        self.mlp: nn.Module
+        if isinstance(config.mlp, MoEConfig):
+            self.mlp = MixtureOfExperts(kernels, config.mlp, hidden)
+        else:
+            self.mlp = GatedMLP(kernels, config.mlp, hidden)
         self.attention_post_norm: nn.Module = nn.Identity()
         self.mlp_post_norm: nn.Module = nn.Identity()
         if config.post_norms:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from opsin.checkpoint.weights import Rename
-from opsin.decoder.config import AttentionConfig, DecoderConfig, LayerConfig, MLPConfig
+from opsin.decoder.config import AttentionConfig, DecoderConfig, LayerConfig, MLPConfig, MoEConfig
 from opsin.nn.norm import NormKind
 from opsin.nn.rope import RopeConfig, scaling_pairs
 
@@ -39,6 +39,24 @@ LLAMA_RENAME: tuple[Rename, ...] = (
     (r"\.mlp\.gate_proj\.(\w+)$", r".mlp.gate_up.\1[0]"),
     (r"\.mlp\.up_proj\.(\w+)$", r".mlp.gate_up.\1[1]"),
     (r"\.mlp\.down_proj\.", ".mlp.down."),
+)
+
+# A mixture of experts in the same decoder: one tensor an expert, or one for all of them.
+EXPERT_RENAME: tuple[Rename, ...] = (
+    (r"\.mlp\.gate\.weight$", ".mlp.router.weight"),
+    (r"\.mlp\.gate\.e_score_correction_bias$", ".mlp.selection_bias"),
+    (r"\.mlp\.experts\.(\d+)\.gate_proj\.weight$", r".mlp.gate_up.weight[0,\1]"),
+    (r"\.mlp\.experts\.(\d+)\.up_proj\.weight$", r".mlp.gate_up.weight[1,\1]"),
+    (r"\.mlp\.experts\.(\d+)\.down_proj\.weight$", r".mlp.down.weight[0,\1]"),
+    (r"\.mlp\.experts\.gate_up_proj$", ".mlp.gate_up.weight^T?"),
+    (r"\.mlp\.experts\.down_proj$", ".mlp.down.weight^T?"),
+    (r"\.mlp\.switch_mlp\.gate_proj\.weight$", ".mlp.gate_up.weight[0]"),
+    (r"\.mlp\.switch_mlp\.up_proj\.weight$", ".mlp.gate_up.weight[1]"),
+    (r"\.mlp\.switch_mlp\.down_proj\.weight$", ".mlp.down.weight"),
+    (r"\.mlp\.shared_experts?\.gate_proj\.(\w+)$", r".mlp.shared.gate_up.\1[0]"),
+    (r"\.mlp\.shared_experts?\.up_proj\.(\w+)$", r".mlp.shared.gate_up.\1[1]"),
+    (r"\.mlp\.shared_experts?\.down_proj\.", ".mlp.shared.down."),
+    (r"\.mlp\.shared_expert_gate\.", ".mlp.shared_gate."),
 )
 
 
@@ -99,6 +117,25 @@ def llama_decoder(
         norm_eps=text.get("rms_norm_eps", 1e-6),
         tied_head=tied,
     )
+
+
+def expert_config(text: Mapping[str, Any]) -> MoEConfig:
+    """The mixture of experts that a text config in Qwen's keys describes: softmax, normalised."""
+    return MoEConfig(
+        experts=text.get("num_experts") or text["num_local_experts"],
+        top_k=text["num_experts_per_tok"],
+        hidden=text["moe_intermediate_size"],
+        activation=ACTIVATIONS[text.get("hidden_act", "silu")],
+    )
+
+
+def with_experts(config: DecoderConfig, moe: MoEConfig, sparse: Collection[int]) -> DecoderConfig:
+    """The same decoder with a mixture of experts in the layers `sparse`."""
+    layers = tuple(
+        dataclasses.replace(layer, mlp=moe) if i in sparse else layer
+        for i, layer in enumerate(config.layers)
+    )
+    return dataclasses.replace(config, layers=layers)
 
 
 def layer_windows(text: Mapping[str, Any]) -> list[int | None]:

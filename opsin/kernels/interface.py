@@ -50,6 +50,21 @@ class Kernels:
         """x (tokens, in) times weight (out, in) transposed, plus bias (out,)."""
         return F.linear(x, weight, bias)
 
+    def expert_linear(self, x: Tensor, weight: Tensor, expert_ids: Tensor) -> Tensor:
+        """Row i of x (rows, in) times weight[expert_ids[i]] transposed; weight (experts, out, in).
+
+        expert_ids (rows,) are in rising order. Returns (rows, out).
+        """
+        counts = expert_ids.bincount(minlength=weight.shape[0]).tolist()
+        out = torch.empty(x.shape[0], weight.shape[1], dtype=x.dtype, device=x.device)
+        start = 0
+        for expert, count in enumerate(counts):
+            if count:
+                rows = slice(start, start + count)
+                out[rows] = F.linear(x[rows], weight[expert])
+                start += count
+        return out
+
     def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         """Root-mean-square norm over the last axis (arXiv:1910.07467), in float32 inside.
 

@@ -1,0 +1,74 @@
+"""Mixture of experts: a router sends each token to a few of many feed-forward blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from opsin.decoder.config import MoEConfig
+from opsin.decoder.mlp import GatedMLP
+from opsin.kernels import Kernels
+from opsin.nn.experts import ExpertLinear
+from opsin.nn.linear import Linear
+
+
+class MixtureOfExperts(nn.Module):
+    """The sum of each token's chosen experts, weighted, and of the shared expert if there is
+    one (arXiv:2101.03961, arXiv:2401.06066).
+    """
+
+    def __init__(self, kernels: Kernels, config: MoEConfig, hidden: int) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.config = config
+        inner = config.hidden
+        self.router = Linear(kernels, hidden, config.experts)
+        self.gate_up = ExpertLinear(kernels, config.experts, hidden, (inner, inner))
+        self.down = ExpertLinear(kernels, config.experts, inner, hidden)
+        self.selection_bias = None
+        if config.selection_bias:
+            self.selection_bias = nn.Parameter(torch.empty(config.experts), requires_grad=False)
+        self.shared = self.shared_gate = None
+        if config.shared is not None:
+            self.shared = GatedMLP(kernels, config.shared, hidden)
+            if config.shared_gate:
+                self.shared_gate = Linear(kernels, hidden, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (tokens, hidden) to the same shape."""
+        mixed = self.routed(x)
+        if self.shared is None:
+            return mixed
+        shared = self.shared(x)
+        if self.shared_gate is not None:
+            shared = shared * torch.sigmoid(self.shared_gate(x))
+        return mixed + shared
+
+    def routed(self, x: Tensor) -> Tensor:
+        """What the chosen experts make of x (tokens, hidden), rows grouped by expert."""
+        config = self.config
+        weights, experts = self.route(x)
+        expert_ids, order = experts.flatten().sort(stable=True)
+        rows = x[order // config.top_k]  # (tokens * top_k, hidden)
+        if config.weigh_input:
+            rows = rows * weights.flatten()[order, None]
+        inner = self.kernels.gated(self.gate_up(rows, expert_ids), config.activation)
+        out = self.down(inner, expert_ids)
+        out = torch.empty_like(out).index_copy_(0, order, out).unflatten(0, weights.shape)
+        if config.weigh_input:
+            return out.sum(dim=1)
+        return (out * weights[..., None]).sum(dim=1)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Each token's chosen experts and their weights, both (tokens, top_k)."""
+        config = self.config
+        logits = self.router(x).float()
+        scores = logits.softmax(dim=-1) if config.router == "softmax" else logits.sigmoid()
+        ranked = scores
+        if self.selection_bias is not None:
+            ranked = scores + self.selection_bias.float()
+        experts = ranked.topk(config.top_k, dim=-1).indices
+        weights = scores.gather(1, experts)
+        if config.normalise:
+            weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(config.min_total)
+        return (weights * config.scale).to(x.dtype), experts
