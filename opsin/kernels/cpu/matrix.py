@@ -1,0 +1,150 @@
+"""Weight matrices repacked for the native kernels, and products with them."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from opsin.errors import EngineError
+from opsin.kernels.cpu import abi
+from opsin.kernels.cpu.library import Library, pointer
+
+Kind = Literal["bf16", "q8", "q4"]
+_KINDS = {"bf16": 0, "q8": 1, "q4": 2}
+
+
+class PackedMatrix:
+    """A weight (n, k) in blocks of sixteen interleaved rows on huge pages, in place of the tensor.
+
+    Kinds: "bf16"; "q8" and "q4", affine codes with a 16-bit scale and bias per `group` columns (0:
+    one a row, where k <= 65536). Activations of quantised kinds are quantised to int8 per group.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        kind: Kind,
+        n: int,
+        k: int,
+        *,
+        group: int = 64,
+        scale_dtype: torch.dtype = torch.float16,
+    ) -> None:
+        handle = library.handle.opsin_matrix_new(
+            _KINDS[kind], n, k, group, abi.DTYPES[scale_dtype]
+        )
+        if not handle:
+            raise EngineError(
+                f"a {kind} matrix of {n} x {k} in groups of {group} cannot be packed",
+                why="columns must be whole groups of 32, 64 or a multiple of 64, and fit in memory",
+            )
+        self.library = library
+        self.handle: int = handle
+        self.kind: Kind = kind
+        self.n = n
+        self.k = k
+        self.group = group
+        self.scale_dtype = scale_dtype
+        self._free = weakref.finalize(self, library.handle.opsin_matrix_free, handle)
+
+    @classmethod
+    def dense(
+        cls,
+        library: Library,
+        weight: Tensor,
+        kind: Kind = "bf16",
+        *,
+        group: int = 64,
+        bias: Tensor | None = None,
+    ) -> PackedMatrix:
+        """Pack weight (n, k); quantised kinds take their scales from it."""
+        packed = cls(library, kind, weight.shape[0], weight.shape[1], group=group)
+        packed.fill(weight)
+        if bias is not None:
+            packed.fill_bias(bias)
+        return packed
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads."""
+        return int(self.library.handle.opsin_matrix_bytes(self.handle))
+
+    def fill(self, weight: Tensor, row: int = 0, *, spread: int = 1) -> None:
+        """Put weight (rows, k) at `row`; spread 2 leaves every other sixteen rows for its pair."""
+        weight = weight if weight.stride(-1) == 1 else weight.contiguous()
+        if weight.shape[1] != self.k:
+            raise ValueError(f"rows have {weight.shape[1]} columns, not {self.k}")
+        code = self.library.handle.opsin_matrix_fill_dense(
+            self.handle, row, weight.shape[0], spread, pointer(weight), abi.DTYPES[weight.dtype],
+            weight.stride(0),
+        )  # fmt: skip
+        self.library.check(code, "fill")
+
+    def fill_affine(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        biases: Tensor,
+        bits: int,
+        row: int = 0,
+        *,
+        spread: int = 1,
+    ) -> None:
+        """Put MLX codes (rows, k * bits / 32) uint32 with scales and biases (rows, k / group)."""
+        rows = codes.shape[0]
+        if codes.shape[1] * 32 != self.k * bits or scales.shape != (rows, self.k // self.group):
+            raise ValueError("codes, scales and biases do not fit the matrix")
+        codes = codes.contiguous()
+        scales, biases = (x.to(self.scale_dtype).contiguous() for x in (scales, biases))
+        code = self.library.handle.opsin_matrix_fill_affine(
+            self.handle, row, rows, spread, pointer(codes), bits, pointer(scales), pointer(biases)
+        )
+        self.library.check(code, "fill")
+
+    def fill_bias(self, bias: Tensor, row: int = 0, *, spread: int = 1) -> None:
+        """Put the bias (rows,) that products add."""
+        bias = bias.float().contiguous()
+        code = self.library.handle.opsin_matrix_fill_bias(
+            self.handle, row, bias.numel(), spread, pointer(bias)
+        )
+        self.library.check(code, "fill")
+
+    def multiply(
+        self,
+        x: Tensor,
+        *,
+        out_dtype: torch.dtype | None = None,
+        gated: bool = False,
+        activation: str | None = None,
+    ) -> Tensor:
+        """x (rows, k) times the transpose, plus the bias: (rows, n) in x's dtype.
+
+        `gated`: rows of gate and up alternate by sixteen; act(gate) * up, (rows, n / 2).
+        """
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        if x.ndim != 2 or x.shape[1] != self.k:
+            raise ValueError(f"x must be (rows, {self.k})")
+        width = self.n // 2 if gated else self.n
+        out = x.new_empty(x.shape[0], width, dtype=out_dtype or x.dtype)
+        call = abi.Linear(
+            matrix=self.handle, x=pointer(x), out=pointer(out), x_stride=x.stride(0),
+            out_stride=width, x_dtype=abi.DTYPES[x.dtype], out_dtype=abi.DTYPES[out.dtype],
+            rows=x.shape[0], gated=gated, accumulate=0, scale=1.0,
+            activation=-1 if activation is None else abi.ACTIVATIONS[activation],
+        )  # fmt: skip
+        self.library.check(self.library.handle.opsin_linear(ctypes.byref(call)), "linear")
+        return out
+
+    def rows(self, indices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """Rows as an embedding: (count, k)."""
+        indices = indices.to(torch.int64).contiguous()
+        out = torch.empty(indices.numel(), self.k, dtype=dtype)
+        code = self.library.handle.opsin_matrix_rows(
+            self.handle, pointer(indices), indices.numel(), abi.DTYPES[dtype], pointer(out)
+        )
+        self.library.check(code, "rows")
+        return out

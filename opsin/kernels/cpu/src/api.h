@@ -1,0 +1,167 @@
+// The C interface of the native library: plain pointers and descriptors, no exceptions.
+//
+// Functions return 0 or a negative error code unless they say otherwise. Calls from several
+// threads take turns.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define OPSIN_API extern "C" __declspec(dllexport)
+#else
+#define OPSIN_API extern "C" __attribute__((visibility("default")))
+#endif
+
+enum OpsinError { OPSIN_OK = 0, OPSIN_BAD_ARGUMENT = -1, OPSIN_NO_MEMORY = -2, OPSIN_NO_ISA = -3 };
+enum OpsinDtype { OPSIN_F32 = 0, OPSIN_BF16 = 1, OPSIN_F16 = 2 };
+
+namespace opsin {
+struct Matrix;
+}
+typedef opsin::Matrix OpsinMatrix;
+
+// out = epilogue(x W^T + bias)
+struct OpsinLinear {
+  const OpsinMatrix* matrix;
+  const void* x;       // (rows, k)
+  void* out;           // (rows, n), or (rows, n / 2) for a gated product
+  int64_t x_stride;    // elements between rows
+  int64_t out_stride;
+  int32_t x_dtype, out_dtype;
+  int32_t rows;
+  int32_t gated;       // gate and up rows alternate by sixteen: out = act(gate) * up
+  int32_t activation;  // -1: none
+  int32_t accumulate;  // float32 out only: out += scale * result
+  float scale;
+};
+
+// One decoder layer. Norm weights are the factors themselves, float32; null: no such norm.
+struct OpsinLayer {
+  const OpsinMatrix* qkv;      // rows: query heads, key heads, value heads
+  const OpsinMatrix* out;
+  const OpsinMatrix* gate_up;  // gated: alternating by sixteen rows; plain: the up product
+  const OpsinMatrix* down;
+  const float* attention_norm;       // (dim)
+  const float* attention_norm_bias;  // (dim), layer norm only
+  const float* query_norm;           // (head_dim)
+  const float* key_norm;             // (head_dim)
+  const float* after_attention_norm; // (dim), applied to the block's output before it is added
+  const float* mlp_norm;
+  const float* mlp_norm_bias;
+  const float* after_mlp_norm;
+  uint16_t* key_cache;    // (slots, kv_heads, head_dim) bfloat16
+  uint16_t* value_cache;
+  const float* sinks;          // (heads) extra logits of each softmax without a value, or null
+  int32_t heads, kv_heads, head_dim;
+  int32_t intermediate;   // columns of down
+  int32_t rope;           // index of the rope table, -1: none
+  int32_t rotary_dim;
+  int32_t rope_interleaved;
+  int32_t window;         // keys seen, this one included; 0: all
+  int32_t gated;
+  int32_t activation;
+  float attention_scale;
+  float attention_softcap;  // 0: none
+  float residual_scale;     // on both blocks' outputs, 1: none
+  int32_t reserved;
+};
+
+struct OpsinStack {
+  const OpsinLayer* layers;
+  const float* final_norm;
+  const float* final_norm_bias;
+  const OpsinMatrix* head;     // null: no logits
+  int32_t num_layers;
+  int32_t dim;
+  int32_t layer_norm;          // the norms are layer norms, else RMS
+  float norm_eps;
+  float logit_scale;           // 1: none
+  float logit_softcap;         // 0: none
+};
+
+// One step over tokens of one or more sequences.
+struct OpsinStep {
+  float* hidden;               // (tokens, dim), replaced by the output of the last layer
+  const int32_t* query_start;  // (sequences + 1) first token of each sequence
+  const int32_t* num_keys;     // (sequences) keys in the cache once this step has written
+  const int32_t* block_tables; // (sequences, max_blocks)
+  const int64_t* slots;        // (tokens) where the cache keeps each token
+  const int32_t* positions;    // (tokens) index within the sequence
+  const int32_t* visible_until;  // (tokens) one past the last key seen
+  const float* const* cos;     // rope tables: (tokens, rotary_dim / 2) each
+  const float* const* sin;
+  const float* const* layer_add;  // null, or per layer null or (tokens, dim) added after it
+  const int32_t* logit_rows;   // (num_logits) tokens whose logits are wanted
+  float* logits;               // (num_logits, vocabulary)
+  float* normed;               // null, or (tokens, dim): after the final norm
+  int32_t tokens, sequences, max_blocks, block_size;
+  int32_t first_layer, last_layer;
+  int32_t num_logits;
+  int32_t reserved;
+};
+
+struct OpsinAttention {
+  const void* query;           // (tokens, heads, head_dim)
+  const void* key;             // cache (slots, kv_heads, head_dim), or rows when block_size is 0
+  const void* value;
+  void* out;                   // (tokens, heads, value_dim)
+  const int32_t* query_start;  // (sequences + 1)
+  const int32_t* num_keys;     // (sequences)
+  const int32_t* key_start;    // (sequences) first key row when block_size is 0, else null
+  const int32_t* block_tables;
+  const int32_t* visible_from; // (tokens) or null: 0
+  const int32_t* visible_until;  // (tokens) or null: every key
+  const float* sinks;          // (heads) or null
+  int64_t query_stride, key_stride, value_stride, out_stride;  // elements between tokens or slots
+  int32_t tokens, sequences, max_blocks, block_size;
+  int32_t heads, kv_heads, head_dim, value_dim;
+  int32_t dtype;               // of query and out: float32 or bfloat16
+  float scale, softcap;
+  int32_t reserved;
+};
+
+// Selects an instruction set by name ("" or "auto": the best one here) and the thread count.
+OPSIN_API int opsin_init(const char* isa, int threads);
+OPSIN_API const char* opsin_isa();
+OPSIN_API int opsin_threads();
+OPSIN_API int opsin_set_threads(int threads);
+OPSIN_API int opsin_isa_count();             // instruction sets of this build that run here
+OPSIN_API const char* opsin_isa_name(int i);
+OPSIN_API int opsin_abi();                   // changes with this file
+
+// A packed matrix (n, k) of zeros; group 0: one scale a row. Null when the arguments or the memory
+// do not do. Source row i of a fill goes to row + i / 16 * 16 * spread + i % 16: spread 2 lets gate
+// and up rows alternate by sixteen.
+OPSIN_API OpsinMatrix* opsin_matrix_new(int kind, int n, int k, int group, int scale_dtype);
+// Weights as they are; a quantised kind takes its scales from them (8 bits: symmetric, 4: min-max).
+OPSIN_API int opsin_matrix_fill_dense(OpsinMatrix* m, int row, int rows, int spread,
+                                      const void* weights, int dtype, int64_t stride);
+// Codes in the affine-group layout: little-endian bit fields in uint32 words, row by row, with
+// scales and biases (rows, k / group) of the matrix's scale_dtype.
+OPSIN_API int opsin_matrix_fill_affine(OpsinMatrix* m, int row, int rows, int spread,
+                                       const uint32_t* codes, int bits, const uint16_t* scales,
+                                       const uint16_t* biases);
+OPSIN_API int opsin_matrix_fill_bias(OpsinMatrix* m, int row, int rows, int spread,
+                                     const float* bias);
+OPSIN_API void opsin_matrix_free(OpsinMatrix* m);
+OPSIN_API int64_t opsin_matrix_bytes(const OpsinMatrix* m);
+// Rows as numbers (an embedding table): out (count, k), rows in float32 or bfloat16
+OPSIN_API int opsin_matrix_rows(const OpsinMatrix* m, const int64_t* rows, int count, int dtype,
+                                void* out);
+
+OPSIN_API int opsin_linear(const OpsinLinear* linear);
+OPSIN_API int opsin_attention(const OpsinAttention* attention);
+OPSIN_API int opsin_norm(const void* x, const void* residual, const float* weight,
+                         const float* bias, int layer_norm, float eps, int64_t rows, int dim,
+                         int dtype, void* out, void* sum);
+OPSIN_API int opsin_activate(const void* gate, const void* up, int kind, int64_t n, int dtype,
+                             void* out);
+// Rotates x (tokens, heads, head_dim) in place, float32 or bfloat16.
+OPSIN_API int opsin_rope(void* x, const float* cos, const float* sin, int tokens, int heads,
+                         int head_dim, int rotary_dim, int interleaved, int64_t stride, int dtype);
+OPSIN_API int64_t opsin_argmax(const float* x, int64_t n);
+OPSIN_API double opsin_softmax(const float* x, int64_t n, float temperature, float* out);
+OPSIN_API int opsin_step(const OpsinStack* stack, const OpsinStep* step);
+
+OPSIN_API double opsin_read_bandwidth(int64_t bytes, int repeats);  // bytes a second
+OPSIN_API double opsin_peak(int kind, int milliseconds);            // operations a second

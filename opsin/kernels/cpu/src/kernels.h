@@ -1,0 +1,107 @@
+// What the ISA-neutral code and the per-ISA builds share: packed matrices and the kernel table.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace opsin {
+
+constexpr int kRows = 16;         // rows of a weight matrix interleaved in one block
+constexpr int kAttentionRows = 64;  // query rows one attention unit may hold
+constexpr int kKeyBlock = 64;     // keys per step of the online softmax, at fixed positions
+constexpr int kSegment = 512;     // keys whose partial results are merged as one
+
+enum MatrixKind : int32_t { kBf16 = 0, kQ8 = 1, kQ4 = 2 };
+
+// A weight matrix (n, k) in blocks of sixteen rows, each block one run of memory.
+//
+// bf16: for each pair of columns the pairs of the sixteen rows.
+// q8, q4: for each group of columns sixteen scales, sixteen biases (16 bits each), then codes:
+//   q8: for each four columns the four codes of the sixteen rows (unsigned bytes);
+//   q4: for each eight columns 64 bytes, the first four columns in the low nibbles.
+// A weight is code * scale + bias. Columns are padded with codes whose activations are zero.
+struct Matrix {
+  uint8_t* data;
+  int64_t bytes;
+  int32_t kind;
+  int32_t n, k;
+  int32_t blocks;      // ceil(n / 16)
+  int32_t padded_k;    // columns in memory
+  int32_t group;       // columns that share a scale (padded_k for one scale a row)
+  int32_t groups;
+  int32_t scale_f16;   // scales are float16, else bfloat16
+  int64_t group_bytes;
+  int64_t block_bytes;
+  float* bias;         // (blocks * 16), or null
+  int64_t capacity;    // bytes mapped at data
+};
+
+// Activations of a product, ready for one kind of matrix; rows are padded to sixteen in memory.
+struct Activations {
+  const void* data;    // (rows, padded_k) int8 or bfloat16
+  const float* scale;  // (rows, groups)
+  const float* sum;    // (rows, groups): scale * sum of codes
+};
+
+struct AttentionShape {
+  int32_t head_dim, value_dim;
+  int64_t key_stride, value_stride;  // elements between slots of the cache
+  int32_t block_size;                // slots of one block; 0: keys are contiguous
+  float scale, softcap;              // softcap 0: none
+};
+
+// One unit: rows that share a kv head and a sequence.
+struct AttentionUnit {
+  const uint16_t* queries;  // (rows, padded head_dim) bfloat16
+  int32_t rows;
+  const int32_t* lo;        // (rows) first visible key
+  const int32_t* hi;        // (rows) one past the last visible key
+  const uint16_t* keys;     // cache, at this head
+  const uint16_t* values;
+  const int32_t* block_table;
+  const float* sinks;       // (rows) or null
+  int32_t num_keys;         // keys written for this sequence
+  float* out;               // (rows, padded value_dim)
+  uint8_t* scratch;
+};
+
+struct Kernels {
+  const char* name;
+  void (*quantize)(const float* x, int64_t stride, int rows, int k, int padded_k, int group,
+                   int8_t* codes, float* scale, float* sum);
+  void (*narrow)(const float* x, int64_t stride, int rows, int k, int padded_k, uint16_t* out);
+  // rows [row, row + count) of the activations times block b: out (count, 16)
+  void (*tile)(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
+               uint8_t* scratch);
+  void (*matmul_begin)(const Matrix* m, int rows);  // per thread, before tiles
+  void (*matmul_end)();
+  int panel;  // rows handed to one tile call at most
+  void (*rms_norm)(const float* x, const float* weight, float eps, int dim, float* out);
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int dim,
+                     float* out);
+  void (*activate)(int kind, const float* gate, const float* up, int n, float* out);
+  void (*rope)(float* x, const float* cos, const float* sin, int rotary_dim, int interleaved);
+  void (*to_bf16)(const float* x, int n, uint16_t* out);
+  void (*from_bf16)(const uint16_t* x, int n, float* out);
+  void (*axpy)(const float* x, float scale, int n, float* out);  // out += scale * x
+  int64_t (*argmax)(const float* x, int64_t n);
+  double (*softmax)(const float* x, int64_t n, float temperature, float* out);
+  void (*attention)(const AttentionShape* shape, const AttentionUnit* unit);
+  void (*dequantize_row)(const Matrix* m, int row, float* out);
+  float (*read_sum)(const uint8_t* p, int64_t bytes);
+  double (*peak)(int kind, int64_t iterations);  // operations done
+};
+
+int64_t tile_scratch_bytes(const Matrix* m);
+int64_t attention_scratch_bytes(int head_dim, int value_dim);
+
+const Kernels* portable_kernels();
+const Kernels* neon_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx2vnni_kernels();
+const Kernels* avx512_kernels();
+const Kernels* avx512vnni_kernels();
+const Kernels* avx512bf16_kernels();
+const Kernels* amx_kernels();
+
+}  // namespace opsin

@@ -1,0 +1,461 @@
+// Products of packed weights with a few or many rows of activations.
+//
+// A row's result is the same bits whatever rows are beside it: sums within a group are integers,
+// groups are added in order in float32, and bfloat16 sums keep one order over the columns.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace OPSIN_ISA {
+
+using opsin::Activations;
+using opsin::Matrix;
+
+OPSIN_INLINE F load_scale(const uint8_t* p, bool f16) {
+  return f16 ? load_f16((const uint16_t*)p) : load_bf16((const uint16_t*)p);
+}
+
+constexpr int kAhead = 2048;  // bytes between a weight's use and its prefetch
+
+template <int MT, bool F16>
+static void tile_q4(const Matrix* m, const uint8_t* w, const Activations* x, int row, float* out) {
+  F acc[MT];
+  const int8_t* codes[MT];
+  for (int t = 0; t < MT; t++) {
+    acc[t] = set1(0.0f);
+    codes[t] = (const int8_t*)x->data + (int64_t)(row + t) * m->padded_k;
+  }
+  const float* xs = x->scale + (int64_t)row * m->groups;
+  const float* xb = x->sum + (int64_t)row * m->groups;
+  const int groups = m->groups, steps = m->group / 8;
+  int64_t at = 0;
+  for (int g = 0; g < groups; g++) {
+    prefetch(w + kAhead);
+    F scale = load_scale(w, F16), bias = load_scale(w + 32, F16);
+    w += 64;
+    I sum[MT];
+    for (int t = 0; t < MT; t++) sum[t] = izero();
+    for (int j = 0; j < steps; j++, at += 8) {
+      prefetch(w + kAhead);
+      V v = vload(w);
+      V low = low_nibbles(v), high = high_nibbles(v);
+#pragma GCC unroll 8
+      for (int t = 0; t < MT; t++) {
+        sum[t] = dot_u4(sum[t], low, bcast4(codes[t] + at));
+        sum[t] = dot_u4(sum[t], high, bcast4(codes[t] + at + 4));
+      }
+      w += 64;
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < MT; t++) {
+      acc[t] = fma(from_int(sum[t]), mul(scale, set1(xs[t * groups + g])), acc[t]);
+      acc[t] = fma(bias, set1(xb[t * groups + g]), acc[t]);
+    }
+  }
+  for (int t = 0; t < MT; t++) store(out + 16 * t, acc[t]);
+}
+
+template <int MT, bool F16>
+static void tile_q8(const Matrix* m, const uint8_t* w, const Activations* x, int row, float* out) {
+  F acc[MT];
+  const int8_t* codes[MT];
+  for (int t = 0; t < MT; t++) {
+    acc[t] = set1(0.0f);
+    codes[t] = (const int8_t*)x->data + (int64_t)(row + t) * m->padded_k;
+  }
+  const float* xs = x->scale + (int64_t)row * m->groups;
+  const float* xb = x->sum + (int64_t)row * m->groups;
+  const int groups = m->groups, steps = m->group / 8;
+  int64_t at = 0;
+  for (int g = 0; g < groups; g++) {
+    prefetch(w + kAhead);
+    F scale = load_scale(w, F16), bias = load_scale(w + 32, F16);
+    w += 64;
+    I sum[MT];
+    for (int t = 0; t < MT; t++) sum[t] = izero();
+    for (int j = 0; j < steps; j++, at += 8) {
+      prefetch(w + kAhead);
+      prefetch(w + kAhead + 64);
+      V first = vload(w), second = vload(w + 64);
+#pragma GCC unroll 8
+      for (int t = 0; t < MT; t++) {
+        sum[t] = dot_u8(sum[t], first, bcast4(codes[t] + at));
+        sum[t] = dot_u8(sum[t], second, bcast4(codes[t] + at + 4));
+      }
+      w += 128;
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < MT; t++) {
+      acc[t] = fma(from_int(sum[t]), mul(scale, set1(xs[t * groups + g])), acc[t]);
+      acc[t] = fma(bias, set1(xb[t * groups + g]), acc[t]);
+    }
+  }
+  for (int t = 0; t < MT; t++) store(out + 16 * t, acc[t]);
+}
+
+// Two chains, even and odd pairs of columns, added at the end.
+template <int MT>
+static void tile_bf16(const Matrix* m, const uint8_t* w, const Activations* x, int row,
+                      float* out) {
+  F even[MT], odd[MT];
+  const uint16_t* a[MT];
+  for (int t = 0; t < MT; t++) {
+    even[t] = odd[t] = set1(0.0f);
+    a[t] = (const uint16_t*)x->data + (int64_t)(row + t) * m->padded_k;
+  }
+  const int steps = m->padded_k / 4;
+  for (int64_t j = 0; j < steps; j++) {
+    prefetch(w + kAhead);
+    prefetch(w + kAhead + 64);
+    V first = vload(w), second = vload(w + 64);
+#pragma GCC unroll 8
+    for (int t = 0; t < MT; t++) {
+      even[t] = dot_bf16(even[t], first, bcast4(a[t] + 4 * j));
+      odd[t] = dot_bf16(odd[t], second, bcast4(a[t] + 4 * j + 2));
+    }
+    w += 128;
+  }
+  for (int t = 0; t < MT; t++) store(out + 16 * t, add(even[t], odd[t]));
+}
+
+template <int MT>
+static void tile_rows(const Matrix* m, const uint8_t* w, const Activations* x, int row,
+                      float* out) {
+  if (m->kind == opsin::kBf16) {
+    tile_bf16<MT>(m, w, x, row, out);
+  } else if (m->kind == opsin::kQ8) {
+    if (m->scale_f16) {
+      tile_q8<MT, true>(m, w, x, row, out);
+    } else {
+      tile_q8<MT, false>(m, w, x, row, out);
+    }
+  } else if (m->scale_f16) {
+    tile_q4<MT, true>(m, w, x, row, out);
+  } else {
+    tile_q4<MT, false>(m, w, x, row, out);
+  }
+}
+
+#if defined(__AVX512F__)
+constexpr int kTile = 8;
+#elif defined(__AVX2__)
+constexpr int kTile = 4;
+#else
+constexpr int kTile = 2;
+#endif
+
+static void vector_tile(const Matrix* m, int b, const Activations* x, int row, int count,
+                        float* out) {
+  const uint8_t* w = m->data + b * m->block_bytes;
+  int done = 0;
+  for (; done + kTile <= count; done += kTile) {
+    tile_rows<kTile>(m, w, x, row + done, out + 16 * done);
+  }
+  out += 16 * done;
+  row += done;
+  switch (count - done) {
+#if defined(__AVX512F__)
+    case 7: tile_rows<7>(m, w, x, row, out); break;
+    case 6: tile_rows<6>(m, w, x, row, out); break;
+    case 5: tile_rows<5>(m, w, x, row, out); break;
+    case 4: tile_rows<4>(m, w, x, row, out); break;
+#endif
+#if defined(__AVX2__)
+    case 3: tile_rows<3>(m, w, x, row, out); break;
+    case 2: tile_rows<2>(m, w, x, row, out); break;
+#endif
+    case 1: tile_rows<1>(m, w, x, row, out); break;
+    default: break;
+  }
+}
+
+#if defined(__AMX_INT8__)
+
+// The compiler's own intrinsics do not say that a tile load reads memory, or how much of it.
+#define TILE_LOAD(tile, base, stride)                                             \
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile                             \
+                   :                                                              \
+                   : "r"((const void*)(base)), "r"((int64_t)(stride))             \
+                   : "memory")
+#define TILE_STORE(tile, base, stride)                                            \
+  __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)"                         \
+                   :                                                              \
+                   : "r"((void*)(base)), "r"((int64_t)(stride))                   \
+                   : "memory")
+
+struct TileConfig {
+  uint8_t palette, start, reserved[14];
+  uint16_t colsb[16];
+  uint8_t rows[16];
+};
+
+// Tiles 0-3 sums (16 x 16), tile 4 weights, tiles 5-7 activations.
+// depth: 4-byte steps of one multiplication, rows: of activations and sums, both up to 16
+static void configure(int depth, int rows) {
+  TileConfig c;
+  __builtin_memset(&c, 0, sizeof c);
+  c.palette = 1;
+  for (int i = 0; i < 8; i++) {
+    c.rows[i] = i == 4 ? depth : rows;
+    c.colsb[i] = i > 4 ? depth * 4 : 64;
+  }
+  __asm__ volatile("ldtilecfg (%0)" : : "r"(&c) : "memory");
+}
+
+// GCC takes tile numbers as literals.
+OPSIN_INLINE void multiply_bf16(int count, const uint16_t* a, int64_t stride, const uint8_t* w,
+                                int steps, float* out) {
+  const int64_t bytes = stride * 2, next = 16 * bytes;
+  const uint8_t* p = (const uint8_t*)a;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int s = 0; s < steps; s++) {
+    for (int i = 0; i < 16; i++) prefetch(w + 2 * kAhead + 64 * i);
+    TILE_LOAD(4, w, 64);
+    TILE_LOAD(5, p, bytes);
+    _tile_dpbf16ps(0, 5, 4);
+    if (count > 1) {
+      TILE_LOAD(6, p + next, bytes);
+      _tile_dpbf16ps(1, 6, 4);
+    }
+    if (count > 2) {
+      TILE_LOAD(7, p + 2 * next, bytes);
+      _tile_dpbf16ps(2, 7, 4);
+      TILE_LOAD(5, p + 3 * next, bytes);
+      _tile_dpbf16ps(3, 5, 4);
+    }
+    w += 1024;
+    p += 64;
+  }
+  TILE_STORE(0, out, 64);
+  if (count > 1) TILE_STORE(1, out + 256, 64);
+  if (count > 2) {
+    TILE_STORE(2, out + 512, 64);
+    TILE_STORE(3, out + 768, 64);
+  }
+}
+
+static void amx_bf16(const Matrix* m, int b, const Activations* x, int row, int count,
+                     float* out) {
+  const uint8_t* w = m->data + b * m->block_bytes;
+  const uint16_t* a = (const uint16_t*)x->data + (int64_t)row * m->padded_k;
+  const int steps = m->padded_k / 32;
+  for (int done = 0; done < count;) {
+    const uint16_t* p = a + (int64_t)done * m->padded_k;
+    if (count - done > 32) {
+      multiply_bf16(4, p, m->padded_k, w, steps, out + 16 * done);
+      done += 64;
+    } else if (count - done > 16) {
+      multiply_bf16(2, p, m->padded_k, w, steps, out + 16 * done);
+      done += 32;
+    } else {
+      multiply_bf16(1, p, m->padded_k, w, steps, out + 16 * done);
+      done += 16;
+    }
+  }
+}
+
+// The integer sums of one group for sixteen rows, by tile `which` (0 or 1).
+OPSIN_INLINE void group_sums(int which, const int8_t* a, int64_t stride, const uint8_t* w,
+                             int depth, int steps, int32_t* sums) {
+  if (which == 0) {
+    _tile_zero(0);
+    for (int s = 0; s < steps; s++) {
+      TILE_LOAD(4, w + (int64_t)s * depth * 64, 64);
+      TILE_LOAD(5, a + s * depth * 4, stride);
+      _tile_dpbsud(0, 5, 4);
+    }
+    TILE_STORE(0, sums, 64);
+  } else {
+    _tile_zero(1);
+    for (int s = 0; s < steps; s++) {
+      TILE_LOAD(4, w + (int64_t)s * depth * 64, 64);
+      TILE_LOAD(6, a + s * depth * 4, stride);
+      _tile_dpbsud(1, 6, 4);
+    }
+    TILE_STORE(1, sums, 64);
+  }
+}
+
+template <bool F16>
+static void amx_rows(const Matrix* m, const uint8_t* header, const uint8_t* codes, int64_t step,
+                     const Activations* x, int row, float* out) {
+  alignas(64) int32_t sums[2][256];
+  const int groups = m->groups, depth = m->group < 64 ? m->group / 4 : 16;
+  const int steps = m->group / (4 * depth);
+  const int8_t* a = (const int8_t*)x->data + (int64_t)row * m->padded_k;
+  const float* xs = x->scale + (int64_t)row * groups;
+  const float* xb = x->sum + (int64_t)row * groups;
+  F acc[16];
+#pragma GCC unroll 16
+  for (int t = 0; t < 16; t++) acc[t] = set1(0.0f);
+  group_sums(0, a, m->padded_k, codes, depth, steps, sums[0]);
+  for (int g = 0; g < groups; g++) {
+    if (g + 1 < groups) {
+      const int8_t* next = a + (int64_t)(g + 1) * m->group;
+      group_sums((g + 1) & 1, next, m->padded_k, codes + (g + 1) * step, depth, steps,
+                 sums[(g + 1) & 1]);
+    }
+    const int32_t* s = sums[g & 1];
+    F scale = load_scale(header + g * m->group_bytes, F16);
+    F bias = load_scale(header + g * m->group_bytes + 32, F16);
+#pragma GCC unroll 16
+    for (int t = 0; t < 16; t++) {
+      acc[t] = fma(from_int(iload(s + 16 * t)), mul(scale, set1(xs[t * groups + g])), acc[t]);
+      acc[t] = fma(bias, set1(xb[t * groups + g]), acc[t]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < 16; t++) store(out + 16 * t, acc[t]);
+}
+
+static void amx_quantized(const Matrix* m, int b, const Activations* x, int row, int count,
+                          float* out, uint8_t* scratch) {
+  const uint8_t* w = m->data + b * m->block_bytes;
+  const uint8_t* codes = w + 64;
+  int64_t step = m->group_bytes;
+  if (m->kind == opsin::kQ4) {
+    step = (int64_t)m->group * 16;
+    codes = scratch;
+    for (int g = 0; g < m->groups; g++) {
+      const uint8_t* p = w + g * m->group_bytes + 64;
+      uint8_t* q = scratch + g * step;
+      for (int j = 0; j < m->group / 8; j++) {
+        prefetch(p + kAhead);
+        V v = vload(p + 64 * j);
+        vstore(q + 128 * j, low_nibbles(v));
+        vstore(q + 128 * j + 64, high_nibbles(v));
+      }
+    }
+  }
+  for (int done = 0; done < count; done += 16) {
+    if (m->scale_f16) {
+      amx_rows<true>(m, w, codes, step, x, row + done, out + 16 * done);
+    } else {
+      amx_rows<false>(m, w, codes, step, x, row + done, out + 16 * done);
+    }
+  }
+}
+
+constexpr int kAmxRows = 6;  // from here on tiles beat vectors for integer sums
+// A group of one scale a row may be any multiple of 64; else 32, 64 or 128.
+
+static void tile(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
+                 uint8_t* scratch) {
+  if (m->kind == opsin::kBf16) {
+    amx_bf16(m, b, x, row, count, out);
+  } else if (count >= kAmxRows) {
+    amx_quantized(m, b, x, row, count, out, scratch);
+  } else {
+    vector_tile(m, b, x, row, count, out);
+  }
+}
+static void matmul_begin(const Matrix* m, int rows) {
+  const bool bf16 = m->kind == opsin::kBf16;
+  configure(!bf16 && m->group < 64 ? m->group / 4 : 16, bf16 && rows < 16 ? rows : 16);
+}
+static void matmul_end() { _tile_release(); }
+
+#else
+
+static void tile(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
+                 uint8_t*) {
+  vector_tile(m, b, x, row, count, out);
+}
+static void matmul_begin(const Matrix*, int) {}
+static void matmul_end() {}
+
+#endif
+
+static void dequantize_row(const Matrix* m, int row, float* out) {
+  const uint8_t* w = m->data + (row / 16) * m->block_bytes;
+  const int r = row % 16;
+  if (m->kind == opsin::kBf16) {
+    const uint16_t* p = (const uint16_t*)w;
+    for (int c = 0; c < m->k; c++) out[c] = bf16_to_f32(p[(c / 2) * 32 + r * 2 + c % 2]);
+    return;
+  }
+  for (int c = 0; c < m->k; c++) {
+    const uint8_t* head = w + (c / m->group) * m->group_bytes;
+    const uint16_t* s = (const uint16_t*)head;
+    const float scale = m->scale_f16 ? f16_to_f32(s[r]) : bf16_to_f32(s[r]);
+    const float bias = m->scale_f16 ? f16_to_f32(s[16 + r]) : bf16_to_f32(s[16 + r]);
+    const int i = c % m->group;
+    const uint8_t* q = head + 64;
+    int code;
+    if (m->kind == opsin::kQ8) {
+      code = q[(i / 4) * 64 + r * 4 + i % 4];
+    } else {
+      const uint8_t byte = q[(i / 8) * 64 + r * 4 + i % 4];
+      code = i % 8 < 4 ? byte & 15 : byte >> 4;
+    }
+    out[c] = (float)code * scale + bias;
+  }
+}
+
+static void quantize(const float* x, int64_t stride, int rows, int k, int padded_k, int group,
+                     int8_t* codes, float* scale, float* sum) {
+  const int groups = padded_k / group;
+  for (int r = 0; r < rows; r++) {
+    const float* a = x + r * stride;
+    int8_t* q = codes + (int64_t)r * padded_k;
+    for (int g = 0; g < groups; g++) {
+      const int from = g * group;
+      float tail[16];
+      I top = izero();  // as integers, so that a NaN is the largest of all
+      for (int c = 0; c < group && from + c < k; c += 16) {
+        const float* p = a + from + c;
+        if (from + c + 16 > k) {
+          __builtin_memset(tail, 0, sizeof tail);
+          __builtin_memcpy(tail, p, sizeof(float) * (k - from - c));
+          p = tail;
+        }
+        top = imax(top, abs_bits(load(p)));
+      }
+      union {
+        int32_t i;
+        float f;
+      } most = {ihmax(top)};
+      const bool finite = most.f <= 3.4028234663852886e38f;
+      const bool tiny = most.f < 1e-30f;  // its inverse would overflow: such a group counts as 0
+      const float s = tiny ? 0.0f : most.f / 127.0f;
+      if (tiny || !finite) {
+        __builtin_memset(q + from, 0, group);
+        scale[r * groups + g] = s;
+        sum[r * groups + g] = tiny ? 0.0f : s - s;  // NaN: what is not finite stays so
+        continue;
+      }
+      const F inverse = set1(127.0f / most.f);
+      I total = izero();
+      for (int c = 0; c < group; c += 16) {
+        const float* p = a + from + c;
+        if (from + c + 16 > k) {
+          __builtin_memset(tail, 0, sizeof tail);
+          if (from + c < k) __builtin_memcpy(tail, p, sizeof(float) * (k - from - c));
+          p = tail;
+        }
+        I code = round_int(mul(load(p), inverse));
+        store_i8(q + from + c, code);
+        total = iadd(total, code);
+      }
+      scale[r * groups + g] = s;
+      sum[r * groups + g] = s * (float)ihsum(total);
+    }
+  }
+}
+
+static void narrow(const float* x, int64_t stride, int rows, int k, int padded_k, uint16_t* out) {
+  for (int r = 0; r < rows; r++) {
+    const float* a = x + r * stride;
+    uint16_t* o = out + (int64_t)r * padded_k;
+    int c = 0;
+    for (; c + 16 <= k; c += 16) store_bf16(o + c, load(a + c));
+    for (; c < k; c++) o[c] = f32_to_bf16(a[c]);
+    for (; c < padded_k; c++) o[c] = 0;
+  }
+}
+
+}  // namespace OPSIN_ISA

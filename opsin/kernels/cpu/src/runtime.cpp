@@ -1,0 +1,309 @@
+// Products and attention cut into chunks for the team.
+#include "runtime.h"
+
+#include <cstring>
+
+namespace opsin {
+
+namespace {
+
+constexpr int64_t kAlign = 64;
+constexpr int kPrivateRows = 4;  // up to here each thread prepares the activations for itself
+
+int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+int padded_rows(int rows) { return (rows + 63) / 64 * 64; }
+
+struct Prepared {
+  uint8_t* data;
+  float* scale;
+  float* sum;
+};
+
+Prepared lay_out(const Matrix* m, int rows, uint8_t* at) {
+  const int64_t padded = padded_rows(rows);
+  Prepared p;
+  p.data = at;
+  at += aligned(padded * m->padded_k * (m->kind == kBf16 ? 2 : 1));
+  p.scale = reinterpret_cast<float*>(at);
+  at += aligned(padded * m->groups * 4);
+  p.sum = reinterpret_cast<float*>(at);
+  return p;
+}
+
+// Rows [from, to): read, normalise, and quantise or narrow.
+void prepare(const Product& p, const Prepared& to, int from, int until, float* row) {
+  const Matrix* m = p.linear.matrix;
+  const Kernels* k = kernels();
+  for (int r = from; r < until; r++) {
+    const float* x = row;
+    const int64_t offset = r * p.linear.x_stride;
+    if (p.linear.x_dtype == OPSIN_F32) {
+      x = static_cast<const float*>(p.linear.x) + offset;
+    } else if (p.linear.x_dtype == OPSIN_BF16 && m->kind == kBf16 && !p.norm) {
+      uint16_t* out = reinterpret_cast<uint16_t*>(to.data) + static_cast<int64_t>(r) * m->padded_k;
+      std::memcpy(out, static_cast<const uint16_t*>(p.linear.x) + offset, 2u * m->k);
+      std::memset(out + m->k, 0, 2u * (m->padded_k - m->k));
+      continue;
+    } else {
+      read_row(p.linear.x, p.linear.x_dtype, offset, m->k, row);
+    }
+    if (p.norm) {
+      if (p.layer_norm) {
+        k->layer_norm(x, p.norm, p.norm_bias, p.eps, m->k, row);
+      } else {
+        k->rms_norm(x, p.norm, p.eps, m->k, row);
+      }
+      x = row;
+    }
+    if (m->kind == kBf16) {
+      k->narrow(x, 0, 1, m->k, m->padded_k,
+                reinterpret_cast<uint16_t*>(to.data) + static_cast<int64_t>(r) * m->padded_k);
+    } else {
+      k->quantize(x, 0, 1, m->k, m->padded_k, m->group,
+                  reinterpret_cast<int8_t*>(to.data) + static_cast<int64_t>(r) * m->padded_k,
+                  to.scale + static_cast<int64_t>(r) * m->groups,
+                  to.sum + static_cast<int64_t>(r) * m->groups);
+    }
+  }
+}
+
+// The results of one block of sixteen columns (two blocks when gated) to where they belong.
+void emit(const OpsinLinear& l, int block, int row, int count, const float* tile,
+          const float* second) {
+  const Matrix* m = l.matrix;
+  const Kernels* k = kernels();
+  const int column = (l.gated ? block / 2 : block) * 16;
+  const int width = l.gated ? m->n / 2 : m->n;
+  const int n = width - column < 16 ? width - column : 16;
+  for (int r = 0; r < count; r++) {
+    float values[16], up[16];
+    std::memcpy(values, tile + 16 * r, sizeof values);
+    if (m->bias) {
+      for (int i = 0; i < 16; i++) values[i] += m->bias[block * 16 + i];
+    }
+    if (l.gated) {
+      std::memcpy(up, second + 16 * r, sizeof up);
+      if (m->bias) {
+        for (int i = 0; i < 16; i++) up[i] += m->bias[block * 16 + 16 + i];
+      }
+    }
+    if (l.activation >= 0) {
+      k->activate(l.activation, values, l.gated ? up : nullptr, 16, values);
+    } else if (l.gated) {
+      for (int i = 0; i < 16; i++) values[i] *= up[i];
+    }
+    const int64_t at = (row + r) * l.out_stride + column;
+    if (l.accumulate) {
+      k->axpy(values, l.scale, n, static_cast<float*>(l.out) + at);
+    } else {
+      if (l.scale != 1.0f) {
+        for (int i = 0; i < 16; i++) values[i] *= l.scale;
+      }
+      write_row(values, l.out_dtype, at, n, l.out);
+    }
+  }
+}
+
+void multiply(const Product& p, const Activations& x, int from, int until, uint8_t* own) {
+  const OpsinLinear& l = p.linear;
+  const Matrix* m = l.matrix;
+  const Kernels* k = kernels();
+  float* tile = reinterpret_cast<float*>(own);
+  float* second = tile + 64 * 16;
+  uint8_t* scratch = own + 2 * 64 * 16 * 4;
+  const int step = l.gated ? 2 : 1;
+  k->matmul_begin(m, l.rows);
+  for (int row = 0; row < l.rows; row += k->panel) {
+    const int count = l.rows - row < k->panel ? l.rows - row : k->panel;
+    for (int block = from * step; block < until * step; block += step) {
+      k->tile(m, block, &x, row, count, tile, scratch);
+      if (l.gated) k->tile(m, block + 1, &x, row, count, second, scratch);
+      emit(l, block, row, count, tile, second);
+    }
+  }
+  k->matmul_end();
+}
+
+}  // namespace
+
+void read_row(const void* x, int dtype, int64_t offset, int n, float* out) {
+  if (dtype == OPSIN_F32) {
+    std::memcpy(out, static_cast<const float*>(x) + offset, 4u * n);
+  } else {
+    kernels()->from_bf16(static_cast<const uint16_t*>(x) + offset, n, out);
+  }
+}
+
+void write_row(const float* x, int dtype, int64_t offset, int n, void* out) {
+  if (dtype == OPSIN_F32) {
+    std::memcpy(static_cast<float*>(out) + offset, x, 4u * n);
+  } else {
+    kernels()->to_bf16(x, n, static_cast<uint16_t*>(out) + offset);
+  }
+}
+
+int64_t activation_bytes(const Matrix* m, int rows) {
+  const int64_t padded = padded_rows(rows);
+  return aligned(padded * m->padded_k * (m->kind == kBf16 ? 2 : 1)) +
+         2 * aligned(padded * m->groups * 4);
+}
+
+int64_t product_thread_bytes(const Matrix* m) {
+  return activation_bytes(m, kPrivateRows) + aligned(m->padded_k * 4) + 2 * 64 * 16 * 4 +
+         tile_scratch_bytes(m);
+}
+
+void product(Team& team, const Product& p, uint8_t* shared, uint8_t* own) {
+  const Matrix* m = p.linear.matrix;
+  const int rows = p.linear.rows;
+  const int blocks = p.linear.gated ? m->blocks / 2 : m->blocks;
+  const int chunks = chunks_for(blocks, team.size(), 1);
+  float* row = reinterpret_cast<float*>(own + activation_bytes(m, kPrivateRows));
+  uint8_t* scratch = own + activation_bytes(m, kPrivateRows) + aligned(m->padded_k * 4);
+  const bool alone = rows <= kPrivateRows;
+  const Prepared prepared = lay_out(m, rows, alone ? own : shared);
+  bool ready = !alone;
+  if (!alone) {
+    const int pieces = chunks_for(rows, team.size(), 4);
+    team.phase(pieces, [&](int c) {
+      const int64_t n = rows;
+      prepare(p, prepared, static_cast<int>(n * c / pieces), static_cast<int>(n * (c + 1) / pieces),
+              row);
+    });
+  }
+  const Activations x = {prepared.data, prepared.scale, prepared.sum};
+  team.phase(chunks, [&](int c) {
+    if (!ready) {
+      prepare(p, prepared, 0, rows, row);
+      ready = true;
+    }
+    const int64_t n = blocks;
+    multiply(p, x, static_cast<int>(n * c / chunks), static_cast<int>(n * (c + 1) / chunks),
+             scratch);
+  });
+}
+
+int64_t attention_thread_bytes(int head_dim, int value_dim) {
+  const int64_t dim = (head_dim + 31) / 32 * 32, wide = (value_dim + 31) / 32 * 32;
+  return aligned(kAttentionRows * dim * 2) + aligned(kAttentionRows * wide * 4) +
+         aligned(dim * 4) + attention_scratch_bytes(head_dim, value_dim);
+}
+
+namespace {
+
+struct Tile {
+  int sequence, token, tokens, kv_head, head, heads;
+};
+
+// Which rows a unit holds: units count over sequences, then tiles of tokens, then kv heads.
+struct Units {
+  int per_kv, head_pieces, tokens_per_tile;
+};
+
+Units cut(const OpsinAttention& a) {
+  Units u;
+  u.per_kv = a.heads / a.kv_heads;
+  u.head_pieces = (u.per_kv + kAttentionRows - 1) / kAttentionRows;
+  const int rows = u.head_pieces > 1 ? kAttentionRows : u.per_kv;
+  u.tokens_per_tile = kAttentionRows / rows;
+  return u;
+}
+
+void run_unit(const AttentionJob& job, const Tile& t, uint8_t* own) {
+  const OpsinAttention& a = job.a;
+  const int dim = (a.head_dim + 31) / 32 * 32, wide = (a.value_dim + 31) / 32 * 32;
+  uint16_t* queries = reinterpret_cast<uint16_t*>(own);
+  float* out = reinterpret_cast<float*>(own + aligned(kAttentionRows * dim * 2));
+  float* row = out + kAttentionRows * wide;
+  uint8_t* scratch = reinterpret_cast<uint8_t*>(row) + aligned(dim * 4);
+  int32_t lo[kAttentionRows], hi[kAttentionRows];
+  float sinks[kAttentionRows];
+  const Kernels* k = kernels();
+  int rows = 0;
+  for (int token = t.token; token < t.token + t.tokens; token++) {
+    const int32_t until = a.visible_until ? a.visible_until[token] : a.num_keys[t.sequence];
+    int32_t from = a.visible_from ? a.visible_from[token] : 0;
+    if (job.window > 0) {
+      const int32_t start = job.positions[token] + 1 - job.window;
+      from = start > from ? start : from;
+    }
+    for (int h = t.head; h < t.head + t.heads; h++, rows++) {
+      uint16_t* q = queries + rows * dim;
+      const int64_t at = token * a.query_stride + static_cast<int64_t>(h) * a.head_dim;
+      if (a.dtype == OPSIN_F32) {
+        k->narrow(static_cast<const float*>(a.query) + at, 0, 1, a.head_dim, dim, q);
+      } else {
+        std::memcpy(q, static_cast<const uint16_t*>(a.query) + at, 2u * a.head_dim);
+        std::memset(q + a.head_dim, 0, 2u * (dim - a.head_dim));
+      }
+      lo[rows] = from;
+      hi[rows] = until;
+      sinks[rows] = a.sinks ? a.sinks[h] : 0.0f;
+    }
+  }
+  const AttentionShape shape = {a.head_dim, a.value_dim, a.key_stride, a.value_stride,
+                                a.block_size, a.scale, a.softcap};
+  AttentionUnit unit;
+  unit.queries = queries;
+  unit.rows = rows;
+  unit.lo = lo;
+  unit.hi = hi;
+  unit.sinks = a.sinks ? sinks : nullptr;
+  const int64_t first = a.block_size == 0 && a.key_start ? a.key_start[t.sequence] : 0;
+  unit.keys = static_cast<const uint16_t*>(a.key) + first * a.key_stride +
+              static_cast<int64_t>(t.kv_head) * a.head_dim;
+  unit.values = static_cast<const uint16_t*>(a.value) + first * a.value_stride +
+                static_cast<int64_t>(t.kv_head) * a.value_dim;
+  unit.block_table =
+      a.block_size ? a.block_tables + static_cast<int64_t>(t.sequence) * a.max_blocks : nullptr;
+  unit.num_keys = a.num_keys[t.sequence];
+  unit.out = out;
+  unit.scratch = scratch;
+  k->attention(&shape, &unit);
+  rows = 0;
+  for (int token = t.token; token < t.token + t.tokens; token++) {
+    for (int h = t.head; h < t.head + t.heads; h++, rows++) {
+      const int64_t at = token * a.out_stride + static_cast<int64_t>(h) * a.value_dim;
+      write_row(out + rows * wide, a.dtype, at, a.value_dim, a.out);
+    }
+  }
+}
+
+}  // namespace
+
+void attention(Team& team, const AttentionJob& job, uint8_t* own) {
+  const OpsinAttention& a = job.a;
+  const Units u = cut(a);
+  const int per_tile = a.kv_heads * u.head_pieces;
+  int total = 0;
+  for (int s = 0; s < a.sequences; s++) {
+    const int n = a.query_start[s + 1] - a.query_start[s];
+    total += (n + u.tokens_per_tile - 1) / u.tokens_per_tile * per_tile;
+  }
+  const int chunks = total;  // units differ in length: hand them out one by one
+  int sequence = 0, before = 0;  // units of earlier sequences; chunks come in rising order
+  team.phase(chunks, [&](int unit) {
+    for (;;) {
+      const int n = a.query_start[sequence + 1] - a.query_start[sequence];
+      const int here = (n + u.tokens_per_tile - 1) / u.tokens_per_tile * per_tile;
+      if (unit < before + here) break;
+      before += here;
+      sequence++;
+    }
+    const int local = unit - before, tile = local / per_tile, piece = local % per_tile;
+    Tile t;
+    t.sequence = sequence;
+    t.kv_head = piece / u.head_pieces;
+    t.token = a.query_start[sequence] + tile * u.tokens_per_tile;
+    const int left = a.query_start[sequence + 1] - t.token;
+    t.tokens = left < u.tokens_per_tile ? left : u.tokens_per_tile;
+    const int part = piece % u.head_pieces;
+    t.head = t.kv_head * u.per_kv + part * kAttentionRows;
+    const int heads_left = u.per_kv - part * kAttentionRows;
+    t.heads = heads_left < kAttentionRows ? heads_left : kAttentionRows;
+    run_unit(job, t, own);
+  });
+}
+
+}  // namespace opsin

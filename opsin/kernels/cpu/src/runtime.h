@@ -1,0 +1,37 @@
+// Work that the ISA-neutral sources share: products by the team and attention by the team.
+#pragma once
+
+#include "api.h"
+#include "kernels.h"
+#include "pool.h"
+
+namespace opsin {
+
+const Kernels* kernels();  // the chosen build, never null
+
+// A product whose input rows are float32 or 16-bit; see OpsinLinear for the fields.
+struct Product {
+  OpsinLinear linear;
+  const float* norm = nullptr;       // apply this norm to the rows first
+  const float* norm_bias = nullptr;
+  bool layer_norm = false;
+  float eps = 0.0f;
+};
+
+int64_t activation_bytes(const Matrix* m, int rows);
+int64_t product_thread_bytes(const Matrix* m);
+// Two phases at most. `shared` holds activation_bytes, `own` (this thread's) product_thread_bytes.
+void product(Team& team, const Product& p, uint8_t* shared, uint8_t* own);
+
+void read_row(const void* x, int dtype, int64_t offset, int n, float* out);
+void write_row(const float* x, int dtype, int64_t offset, int n, void* out);
+
+struct AttentionJob {
+  OpsinAttention a;
+  const int32_t* positions;  // with window: lo = position + 1 - window
+  int32_t window;
+};
+int64_t attention_thread_bytes(int head_dim, int value_dim);
+void attention(Team& team, const AttentionJob& job, uint8_t* own);
+
+}  // namespace opsin

@@ -1,0 +1,280 @@
+// A whole stack of decoder layers in one call.
+#include <algorithm>
+#include <cstring>
+
+#include "runtime.h"
+
+namespace opsin {
+
+namespace {
+
+int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Buffers all threads share during a step.
+struct Workspace {
+  float* qkv;        // (tokens, heads + 2 kv_heads, head_dim)
+  float* attended;   // (tokens, heads, head_dim)
+  float* middle;     // (tokens, intermediate)
+  float* block;      // (tokens, dim): a block's output before its own norm
+  float* selected;   // (num_logits, dim)
+  uint8_t* activations;
+};
+
+struct Sizes {
+  int64_t qkv = 0, attended = 0, middle = 0, activations = 0, own = 0;
+};
+
+void widen(Sizes* s, const Matrix* m, int rows) {
+  s->activations = std::max(s->activations, activation_bytes(m, rows));
+  s->own = std::max(s->own, product_thread_bytes(m));
+}
+
+Sizes measure(const OpsinStack& stack, const OpsinStep& step) {
+  Sizes s;
+  const int64_t tokens = step.tokens;
+  for (int i = step.first_layer; i < step.last_layer; i++) {
+    const OpsinLayer& l = stack.layers[i];
+    const int64_t width = static_cast<int64_t>(l.heads + 2 * l.kv_heads) * l.head_dim;
+    s.qkv = std::max(s.qkv, tokens * width * 4);
+    s.attended = std::max(s.attended, tokens * l.heads * l.head_dim * 4);
+    s.middle = std::max(s.middle, tokens * l.intermediate * 4);
+    s.own = std::max(s.own, attention_thread_bytes(l.head_dim, l.head_dim));
+    for (const OpsinMatrix* m : {l.qkv, l.out, l.gate_up, l.down}) widen(&s, m, step.tokens);
+  }
+  if (stack.head && step.num_logits > 0) widen(&s, stack.head, step.num_logits);
+  return s;
+}
+
+Workspace carve(const OpsinStack& stack, const OpsinStep& step, const Sizes& s, uint8_t* at,
+                int64_t* total) {
+  uint8_t* const start = at;
+  const auto take = [&at](int64_t bytes) {
+    uint8_t* p = at;
+    at += aligned(bytes);
+    return p;
+  };
+  Workspace w;
+  w.qkv = reinterpret_cast<float*>(take(s.qkv));
+  w.attended = reinterpret_cast<float*>(take(s.attended));
+  w.middle = reinterpret_cast<float*>(take(s.middle));
+  w.block = reinterpret_cast<float*>(take(static_cast<int64_t>(step.tokens) * stack.dim * 4));
+  w.selected = reinterpret_cast<float*>(take(static_cast<int64_t>(step.num_logits) * stack.dim * 4));
+  w.activations = take(s.activations);
+  *total = at - start;
+  return w;
+}
+
+Product plain(const Matrix* m, const float* x, float* out, int rows) {
+  Product p;
+  p.linear = OpsinLinear{};
+  p.linear.matrix = m;
+  p.linear.x = x;
+  p.linear.out = out;
+  p.linear.x_stride = m->k;
+  p.linear.out_stride = m->n;
+  p.linear.x_dtype = OPSIN_F32;
+  p.linear.out_dtype = OPSIN_F32;
+  p.linear.rows = rows;
+  p.linear.activation = -1;
+  p.linear.scale = 1.0f;
+  return p;
+}
+
+struct Run {
+  const OpsinStack& stack;
+  const OpsinStep& step;
+  const Workspace& w;
+  Team& team;
+  uint8_t* own;
+
+  void normalise(const float* x, const float* weight, const float* bias, float* out) const {
+    if (stack.layer_norm) {
+      kernels()->layer_norm(x, weight, bias, stack.norm_eps, stack.dim, out);
+    } else {
+      kernels()->rms_norm(x, weight, stack.norm_eps, stack.dim, out);
+    }
+  }
+
+  void with_norm(Product* p, const float* weight, const float* bias) const {
+    p->norm = weight;
+    p->norm_bias = bias;
+    p->layer_norm = stack.layer_norm != 0;
+    p->eps = stack.norm_eps;
+  }
+
+  template <class Work>
+  void over_tokens(Work&& work) const {
+    const int tokens = step.tokens, chunks = chunks_for(tokens, team.size(), 1);
+    team.phase(chunks, [&](int c) {
+      const int64_t n = tokens;
+      for (int t = static_cast<int>(n * c / chunks); t < n * (c + 1) / chunks; t++) work(t);
+    });
+  }
+
+  // Norms of queries and keys, rotation, and the cache rows of one token.
+  void place(const OpsinLayer& l, int token) const {
+    const Kernels* k = kernels();
+    const int width = (l.heads + 2 * l.kv_heads) * l.head_dim;
+    float* row = w.qkv + static_cast<int64_t>(token) * width;
+    const int half = l.rotary_dim / 2;
+    for (int h = 0; h < l.heads + l.kv_heads; h++) {
+      float* x = row + h * l.head_dim;
+      const float* norm = h < l.heads ? l.query_norm : l.key_norm;
+      if (norm) k->rms_norm(x, norm, stack.norm_eps, l.head_dim, x);
+      if (l.rope >= 0) {
+        const int64_t at = static_cast<int64_t>(token) * half;
+        k->rope(x, step.cos[l.rope] + at, step.sin[l.rope] + at, l.rotary_dim, l.rope_interleaved);
+      }
+    }
+    const int n = l.kv_heads * l.head_dim;
+    const int64_t slot = step.slots[token] * n;
+    k->to_bf16(row + l.heads * l.head_dim, n, l.key_cache + slot);
+    k->to_bf16(row + l.heads * l.head_dim + n, n, l.value_cache + slot);
+  }
+
+  void attend(const OpsinLayer& l) const {
+    const int64_t width = static_cast<int64_t>(l.heads + 2 * l.kv_heads) * l.head_dim;
+    const int64_t slot = static_cast<int64_t>(l.kv_heads) * l.head_dim;
+    AttentionJob job{};
+    job.a.query = w.qkv;
+    job.a.key = l.key_cache;
+    job.a.value = l.value_cache;
+    job.a.out = w.attended;
+    job.a.query_start = step.query_start;
+    job.a.num_keys = step.num_keys;
+    job.a.block_tables = step.block_tables;
+    job.a.visible_until = step.visible_until;
+    job.a.sinks = l.sinks;
+    job.a.query_stride = width;
+    job.a.key_stride = job.a.value_stride = slot;
+    job.a.out_stride = static_cast<int64_t>(l.heads) * l.head_dim;
+    job.a.tokens = step.tokens;
+    job.a.sequences = step.sequences;
+    job.a.max_blocks = step.max_blocks;
+    job.a.block_size = step.block_size;
+    job.a.heads = l.heads;
+    job.a.kv_heads = l.kv_heads;
+    job.a.head_dim = job.a.value_dim = l.head_dim;
+    job.a.dtype = OPSIN_F32;
+    job.a.scale = l.attention_scale;
+    job.a.softcap = l.attention_softcap;
+    job.positions = step.positions;
+    job.window = l.window;
+    attention(team, job, own);
+  }
+
+  // A block's last product: added to the hidden rows, through a norm of its own if it has one.
+  void finish(const OpsinLayer& l, const Matrix* m, const float* x, const float* after) const {
+    Product p = plain(m, x, step.hidden, step.tokens);
+    p.linear.out_stride = stack.dim;
+    p.linear.scale = l.residual_scale;
+    p.linear.accumulate = 1;
+    if (!after) {
+      product(team, p, w.activations, own);
+      return;
+    }
+    p.linear.out = w.block;
+    p.linear.accumulate = 0;
+    p.linear.scale = 1.0f;
+    product(team, p, w.activations, own);
+    over_tokens([&](int t) {
+      float* row = w.block + static_cast<int64_t>(t) * stack.dim;
+      normalise(row, after, nullptr, row);
+      kernels()->axpy(row, l.residual_scale, stack.dim,
+                      step.hidden + static_cast<int64_t>(t) * stack.dim);
+    });
+  }
+
+  void layer(int index) const {
+    const OpsinLayer& l = stack.layers[index];
+    Product qkv = plain(l.qkv, step.hidden, w.qkv, step.tokens);
+    with_norm(&qkv, l.attention_norm, l.attention_norm_bias);
+    product(team, qkv, w.activations, own);
+    over_tokens([&](int t) { place(l, t); });
+    attend(l);
+    finish(l, l.out, w.attended, l.after_attention_norm);
+    Product up = plain(l.gate_up, step.hidden, w.middle, step.tokens);
+    with_norm(&up, l.mlp_norm, l.mlp_norm_bias);
+    up.linear.out_stride = l.intermediate;
+    up.linear.gated = l.gated;
+    up.linear.activation = l.activation;
+    product(team, up, w.activations, own);
+    finish(l, l.down, w.middle, l.after_mlp_norm);
+    const float* add = step.layer_add ? step.layer_add[index] : nullptr;
+    if (!add) return;
+    over_tokens([&](int t) {
+      const int64_t at = static_cast<int64_t>(t) * stack.dim;
+      kernels()->axpy(add + at, 1.0f, stack.dim, step.hidden + at);
+    });
+  }
+
+  void logits() const {
+    if (step.normed) {
+      over_tokens([&](int t) {
+        const int64_t at = static_cast<int64_t>(t) * stack.dim;
+        normalise(step.hidden + at, stack.final_norm, stack.final_norm_bias, step.normed + at);
+      });
+    }
+    if (!stack.head || step.num_logits == 0) return;
+    const int dim = stack.dim;
+    team.phase(1, [&](int) {
+      for (int i = 0; i < step.num_logits; i++) {
+        const float* row = step.hidden + static_cast<int64_t>(step.logit_rows[i]) * dim;
+        normalise(row, stack.final_norm, stack.final_norm_bias,
+                  w.selected + static_cast<int64_t>(i) * dim);
+      }
+    });
+    Product p = plain(stack.head, w.selected, step.logits, step.num_logits);
+    p.linear.scale = stack.logit_scale;
+    product(team, p, w.activations, own);
+    if (stack.logit_softcap <= 0.0f) return;
+    const int64_t n = static_cast<int64_t>(step.num_logits) * stack.head->n;
+    const int chunks = chunks_for(static_cast<int>((n + 4095) / 4096), team.size(), 1);
+    team.phase(chunks, [&](int c) {
+      for (int64_t i = n * c / chunks; i < n * (c + 1) / chunks; i++) {
+        const float x = step.logits[i] / stack.logit_softcap;
+        step.logits[i] = stack.logit_softcap * __builtin_tanhf(x);
+      }
+    });
+  }
+};
+
+bool sound(const OpsinStack& stack, const OpsinStep& step) {
+  if (step.tokens < 0 || step.first_layer < 0 || step.last_layer > stack.num_layers) return false;
+  if (step.block_size <= 0 || step.sequences < 0) return false;
+  for (int i = step.first_layer; i < step.last_layer; i++) {
+    const OpsinLayer& l = stack.layers[i];
+    if (!l.qkv || !l.out || !l.gate_up || !l.down || l.kv_heads <= 0) return false;
+    if (l.heads % l.kv_heads != 0 || l.rotary_dim > l.head_dim) return false;
+    if (l.qkv->k != stack.dim || l.out->n != stack.dim || l.down->n != stack.dim) return false;
+    if (l.qkv->n != (l.heads + 2 * l.kv_heads) * l.head_dim) return false;
+    if (l.out->k != l.heads * l.head_dim || l.down->k != l.intermediate) return false;
+    if (l.gate_up->k != stack.dim) return false;
+    if (l.gate_up->n != (l.gated ? 2 : 1) * l.intermediate) return false;
+    if (l.gated && l.intermediate % kRows != 0) return false;
+  }
+  return !stack.head || stack.head->k == stack.dim;
+}
+
+}  // namespace
+
+}  // namespace opsin
+
+int opsin_step(const OpsinStack* stack, const OpsinStep* step) {
+  using namespace opsin;
+  if (!stack || !step || !sound(*stack, *step)) return OPSIN_BAD_ARGUMENT;
+  if (step->tokens == 0) return OPSIN_OK;
+  Pool& pool = Pool::instance();
+  std::lock_guard<std::mutex> lock(pool.region());
+  const Sizes sizes = measure(*stack, *step);
+  int64_t total = 0;
+  carve(*stack, *step, sizes, nullptr, &total);
+  const Workspace w = carve(*stack, *step, sizes, pool.scratch(-1, total), &total);
+  const int phases = (step->last_layer - step->first_layer) * 14 + 16;
+  pool.run(phases, [&](Team& team) {
+    const Run run{*stack, *step, w, team, pool.scratch(team.thread(), sizes.own)};
+    for (int i = step->first_layer; i < step->last_layer; i++) run.layer(i);
+    if (step->last_layer == stack->num_layers) run.logits();
+  });
+  return OPSIN_OK;
+}

@@ -1,0 +1,82 @@
+"""Builds the native CPU kernels with whatever C++ compiler there is; without one they are left out."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCE = Path("opsin/kernels/cpu/src")
+COMMON = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+X86 = {
+    "isa_avx2": AVX2,
+    "isa_avx2vnni": [*AVX2, "-mavxvnni"],
+    "isa_avx512": AVX512,
+    "isa_avx512vnni": [*AVX512, "-mavx512vnni"],
+    "isa_avx512bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
+    "isa_amx": [
+        *AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16",
+    ],
+}  # fmt: skip
+ARM = {"isa_neon": ["-march=armv8.2-a+dotprod"]}
+
+
+def flags_of(stem: str) -> list[str]:
+    """The flags of one source file: an instruction set of its own for the isa_ files."""
+    machine = platform.machine().lower()
+    if machine in ("x86_64", "amd64"):
+        return X86.get(stem, [])
+    if machine in ("arm64", "aarch64"):
+        return ARM.get(stem, [])
+    return []
+
+
+class BuildNative(build_ext):
+    """A plain shared library, each source with flags of its own."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile the sources two at a time; one that this compiler lacks the flags for is empty."""
+        with ThreadPoolExecutor(2) as workers:
+            objects = list(workers.map(self.compile_one, ext.sources))
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.compiler.link_shared_object(
+            objects, str(target), extra_postargs=["-pthread"], target_lang="c++"
+        )
+
+    def compile_one(self, source: str) -> str:
+        """Compile one file; if its instruction set is unknown to the compiler, without it."""
+        stem = Path(source).stem
+        variants = [flags_of(stem), []] if flags_of(stem) else [[]]
+        for flags in variants:
+            try:
+                return self.compiler.compile(
+                    [source], output_dir=self.build_temp, extra_postargs=[*COMMON, *flags]
+                )[0]
+            except Exception as error:
+                failure = error
+        raise failure
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """A name without the Python version: the library knows nothing of Python."""
+        return str(Path(*fullname.split("."))) + (".dylib" if sys.platform == "darwin" else ".so")
+
+
+setup(
+    cmdclass={"build_ext": BuildNative},
+    ext_modules=[
+        Extension(
+            "opsin.kernels.cpu._native",
+            sources=[str(path) for path in sorted(SOURCE.glob("*.cpp"))],
+            depends=[str(path) for path in sorted(SOURCE.glob("*.h"))],
+            language="c++",
+            optional=True,
+        )
+    ],
+)
