@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,17 +91,19 @@ def load(
     revision: str | None = None,
     chat_template: str | None = None,
     media_limits: MediaLimits = DEFAULT_LIMITS,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Model, Processor]:
     """Load a checkpoint: a folder, a hub name, or "bundled", the small model in the package.
 
     device: "cpu", "cuda", "cuda:N" or "mps"; None picks the best there is. dtype: "float32",
     "bfloat16" or "float16"; None takes the checkpoint's. revision: a branch, tag or commit of a hub
     name. chat_template: jinja text, a file, or the name of a bundled one, in place of the
-    checkpoint's. Raises NotFoundError, CheckpointError or UnknownFamily.
+    checkpoint's. on_progress is called with the bytes read so far and all. Raises NotFoundError,
+    CheckpointError or UnknownFamily.
     """
     folder = resolve(path_or_hf_repo, revision=revision)
     processor = Processor.from_folder(folder, chat_template=chat_template, limits=media_limits)
-    model = load_model(folder, device=device, dtype=dtype)
+    model = load_model(folder, device=device, dtype=dtype, on_progress=on_progress)
     model.processor = processor
     return model, processor
 
@@ -251,7 +253,7 @@ def _finished(result: GenerationResult, event: Event) -> GenerationResult:
     )
 
 
-def _fold(results: Iterator[GenerationResult]) -> GenerationResult:
+def fold(results: Iterator[GenerationResult]) -> GenerationResult:
     """One result out of a stream of them."""
     parts = list(results)
     logprobs = [lp for part in parts for lp in part.logprobs or ()]
@@ -288,12 +290,12 @@ def generate(
     """
     results = stream_generate(model, processor, prompt, image, audio, video, **kwargs)
     if not verbose:
-        return _fold(results)
+        return fold(results)
     kept = []
     for result in results:
         print(result.text, end="", flush=True)  # noqa: T201
         kept.append(result)
-    whole = _fold(iter(kept))
+    whole = fold(iter(kept))
     print("\n" + figures(whole))  # noqa: T201
     return whole
 
@@ -347,7 +349,7 @@ def batch_generate(
         streams.append((ready, engine.stream(ready, options.sampling)))
     wants_logprobs = options.sampling.logprobs is not None
     return [
-        _fold(_results(ready, stream, wants_logprobs))
+        fold(_results(ready, stream, wants_logprobs))
         for ready, stream in _tracked(streams, verbose)
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -121,11 +122,18 @@ def build(folder: Path) -> Model:
         return Model(family, config, kernels.select(torch.device("cpu")))
 
 
-def load_model(folder: Path, *, device: str | None = None, dtype: str | None = None) -> Model:
+def load_model(
+    folder: Path,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Model:
     """Read a checkpoint folder into memory, tensor by tensor.
 
-    Peak memory is the model's own and one tensor. Raises CheckpointError for a folder that does not
-    hold what its config.json says.
+    `on_progress` is called with the bytes read so far and the bytes there are. Peak memory is the
+    model's own and one tensor. Raises CheckpointError for a folder that does not hold what its
+    config.json says.
     """
     place = pick_device(device)
     config = read_config(folder)
@@ -134,11 +142,23 @@ def load_model(folder: Path, *, device: str | None = None, dtype: str | None = N
     with torch.device("meta"):
         model = Model(family, config, kernels.select(place))
     weights.allocate(model, pick_dtype(dtype, config, tensors), place)
-    weights.assign(model, tensors, family.rename, family.ignored)
+    weights.assign(model, counted(tensors, on_progress), family.rename, family.ignored)
     for module in model.modules():
         if isinstance(module, FinishesLoading):
             module.finish_loading()
     return model.eval()
+
+
+def counted(
+    tensors: list[StoredTensor], on_progress: Callable[[int, int], None] | None
+) -> Iterator[StoredTensor]:
+    """The tensors, with their bytes counted as they are taken."""
+    total, done = sum(tensor.num_bytes for tensor in tensors), 0
+    for tensor in tensors:
+        yield tensor
+        done += tensor.num_bytes
+        if on_progress is not None:
+            on_progress(done, total)
 
 
 def describe(model: Model) -> dict[str, Any]:

@@ -1,0 +1,41 @@
+"""The command line: parse, call, print. Nothing here imports torch until a command needs it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from opsin import __version__
+from opsin.cli import generate, models
+
+app = typer.Typer(
+    name="opsin",
+    help="Open vision-language models on one machine: pictures, video, sound, text in; text out.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"opsin {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """What every command shares."""
+    del version
+
+
+app.command("generate", help="Answer one prompt, with or without pictures.")(generate.command)
+app.command("run", hidden=True)(generate.command)
+app.add_typer(models.app, name="models")

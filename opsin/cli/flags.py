@@ -1,0 +1,80 @@
+"""Flags that several commands share, and loading a model with a progress bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+import typer
+
+from opsin.errors import InputError
+
+if TYPE_CHECKING:
+    from opsin.engine.model import Model as LoadedModel
+    from opsin.engine.processor import Processor
+
+ENGINE = "Engine"
+
+Model: TypeAlias = Annotated[
+    str, typer.Option("--model", "-m", help="A hub name or a folder.", rich_help_panel=ENGINE)
+]
+Device: TypeAlias = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:N or mps; the best by default.", rich_help_panel=ENGINE),
+]
+Revision: TypeAlias = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of a hub name.", rich_help_panel=ENGINE),
+]
+ChatTemplate: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template",
+        "-c",
+        "--jinja-explicit",
+        help="A jinja file, JSON holding one, or a bundled template's name.",
+        rich_help_panel="Prompt",
+    ),
+]
+
+BUNDLED_NOTE = (
+    "opsin: using the small bundled model; for real work name one, such as "
+    "--model Qwen/Qwen3-VL-2B-Instruct"
+)
+
+
+def json_option(flag: str, text: str | None) -> dict[str, Any] | None:
+    """The JSON object that a flag was given, None if it was not."""
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{flag} is not valid JSON", why=str(error), param=flag) from error
+    if not isinstance(value, dict):
+        raise InputError(
+            f"{flag} is not a JSON object", remedy="Write it like '{\"name\": value}'", param=flag
+        )
+    return value
+
+
+def load_with_progress(name: str, **options: Any) -> tuple[LoadedModel, Processor]:
+    """`opsin.load`, with a bar on a terminal and a note on stderr when it is the bundled model."""
+    from opsin.api import load
+
+    if name == "bundled":
+        typer.echo(BUNDLED_NOTE, err=True)
+    if not sys.stderr.isatty():
+        return load(name, **options)
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    columns = (TextColumn("Loading"), BarColumn(), DownloadColumn(binary_units=False))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("weights", total=None)
+
+        def on_progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        return load(name, on_progress=on_progress, **options)

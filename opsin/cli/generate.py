@@ -1,0 +1,238 @@
+"""`opsin generate`: one prompt in, an answer streamed to the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from opsin.cli.flags import (
+    ChatTemplate,
+    Device,
+    Model,
+    Revision,
+    json_option,
+    load_with_progress,
+)
+from opsin.errors import InputError
+
+if TYPE_CHECKING:
+    from opsin.api import GenerationResult
+
+MEDIA = "Media"
+SAMPLING = "Sampling"
+PROMPT = "Prompt"
+OUTPUT = "Output"
+
+
+def command(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[IMAGE]... PROMPT",
+            help="The prompt; pictures may stand before it. `-` reads the prompt from stdin.",
+        ),
+    ] = None,
+    model: Model = "bundled",
+    image: Annotated[
+        list[str] | None,
+        typer.Option(help="A picture: file, URL or data URL. Repeatable.", rich_help_panel=MEDIA),
+    ] = None,
+    audio: Annotated[
+        list[str] | None, typer.Option(help="A sound. Repeatable.", rich_help_panel=MEDIA)
+    ] = None,
+    video: Annotated[
+        list[str] | None, typer.Option(help="A video. Repeatable.", rich_help_panel=MEDIA)
+    ] = None,
+    resize_shape: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Resize pictures first: once for both sides, or twice, height then width.",
+            rich_help_panel=MEDIA,
+        ),
+    ] = None,
+    processor_kwargs: Annotated[
+        str | None,
+        typer.Option(help="The family's picture options, as JSON.", rich_help_panel=MEDIA),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-i", help="The prompt.", rich_help_panel=PROMPT)
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="A system message.", rich_help_panel=PROMPT)
+    ] = None,
+    chat_template: ChatTemplate = None,
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(help="Variables for the chat template, as JSON.", rich_help_panel=PROMPT),
+    ] = None,
+    enable_thinking: Annotated[
+        bool | None,
+        typer.Option(
+            "--enable-thinking/--no-thinking",
+            help="Let a thinking model think first, or not.",
+            rich_help_panel=PROMPT,
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(help="Most tokens to generate.", rich_help_panel=SAMPLING)
+    ] = 256,
+    temperature: Annotated[
+        float,
+        typer.Option("--temperature", "--temp", help="0 is greedy.", rich_help_panel=SAMPLING),
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Nucleus mass; 1 is off.", rich_help_panel=SAMPLING)
+    ] = 1.0,
+    top_k: Annotated[
+        int, typer.Option(help="Keep the k likeliest; 0 is off.", rich_help_panel=SAMPLING)
+    ] = 0,
+    min_p: Annotated[
+        float,
+        typer.Option(help="Keep those this likely beside the best.", rich_help_panel=SAMPLING),
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="1 is off.", rich_help_panel=SAMPLING)
+    ] = 1.0,
+    repetition_context_size: Annotated[
+        int | None,
+        typer.Option(help="How far back it looks; all by default.", rich_help_panel=SAMPLING),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Repeat a sampled answer.", rich_help_panel=SAMPLING)
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="Text that ends the answer. Repeatable.", rich_help_panel=SAMPLING),
+    ] = None,
+    prefill_step_size: Annotated[
+        int, typer.Option(help="Prompt tokens computed at once.", rich_help_panel="Engine")
+    ] = 2048,
+    device: Device = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16; the checkpoint's by default.",
+            rich_help_panel="Engine",
+        ),
+    ] = None,
+    revision: Revision = None,
+    output_format: Annotated[
+        str, typer.Option("--format", help="text or json.", rich_help_panel=OUTPUT)
+    ] = "text",
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose", "-v", help="Print tokens/s, times and memory.", rich_help_panel=OUTPUT
+        ),
+    ] = False,
+) -> None:
+    """Answer one prompt, with or without pictures."""
+    if output_format not in ("text", "json"):
+        raise InputError(
+            f"Unknown format {output_format!r}", remedy="Use text or json", param="format"
+        )
+    pictures, question = split_words(words or [], image or [], prompt)
+    sampling = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "repetition_context_size": repetition_context_size,
+        "seed": seed,
+        "stop": stop,
+        "prefill_step_size": prefill_step_size,
+        "resize_shape": resize_shape or None,
+        "processor_kwargs": json_option("--processor-kwargs", processor_kwargs),
+        "enable_thinking": enable_thinking,
+        "chat_template_kwargs": json_option("--chat-template-kwargs", chat_template_kwargs),
+    }
+    loaded, processor = load_with_progress(
+        model, device=device, dtype=dtype, revision=revision, chat_template=chat_template
+    )
+    from opsin.api import stream_generate
+
+    results = stream_generate(
+        loaded,
+        processor,
+        conversation(system, question),
+        pictures,
+        audio or [],
+        video or [],
+        **{name: value for name, value in sampling.items() if value is not None},
+    )
+    show(results, output_format, verbose)
+
+
+def split_words(words: list[str], images: list[str], prompt: str | None) -> tuple[list[str], str]:
+    """Pictures and prompt from the words of a command line.
+
+    The last word is the prompt unless --prompt gave it; words before it are pictures.
+    """
+    if prompt is None:
+        if not words:
+            raise InputError(
+                "There is no prompt",
+                remedy='Write it last: opsin generate --image FILE "What is this?"',
+                param="prompt",
+            )
+        words, prompt = words[:-1], words[-1]
+        if Path(prompt).is_file() and " " not in prompt:
+            raise InputError(
+                "There is no prompt",
+                why=f"{prompt} is a file",
+                remedy='Write the prompt last: opsin generate --image FILE "What is this?"',
+                param="prompt",
+            )
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    return [*images, *words], prompt
+
+
+def conversation(system: str | None, question: str) -> str | list[dict[str, Any]]:
+    """The prompt, with a system message before it if there is one."""
+    if system is None:
+        return question
+    return [{"role": "system", "content": system}, {"role": "user", "content": question}]
+
+
+def show(results: Iterator[GenerationResult], output_format: str, verbose: bool) -> None:
+    """Print an answer as it comes, or as one JSON object at its end."""
+    from opsin.api import figures, fold
+
+    if output_format == "json":
+        typer.echo(json.dumps(as_json(fold(results)), ensure_ascii=False))
+        return
+    kept = []
+    for result in results:
+        typer.echo(result.text, nl=False)
+        sys.stdout.flush()
+        kept.append(result)
+    typer.echo()
+    if verbose:
+        typer.echo(figures(fold(iter(kept))), err=True)
+
+
+def as_json(result: GenerationResult) -> dict[str, Any]:
+    """A result as plain JSON values."""
+    return {
+        "text": result.text,
+        "finish_reason": result.finish_reason,
+        "usage": {
+            "prompt_tokens": result.prompt_tokens,
+            "generation_tokens": result.generation_tokens,
+            "total_tokens": result.total_tokens,
+        },
+        "prompt_tps": round(result.prompt_tps, 2),
+        "generation_tps": round(result.generation_tps, 2),
+        "peak_memory": round(result.peak_memory, 3),
+        "timings": {k: round(v, 4) for k, v in dataclasses.asdict(result.timings).items()},
+        "image_sizes": [list(size) for size in result.image_sizes],
+    }

@@ -1,0 +1,144 @@
+"""`opsin models`: which families there are, what is cached, and what a checkpoint needs."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Annotated, Any
+
+import typer
+
+from opsin.cli.flags import Revision
+from opsin.errors import InputError
+
+app = typer.Typer(
+    help="List families and cached models; inspect a checkpoint.", invoke_without_command=True
+)
+
+
+@app.callback()
+def models(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the families as a Markdown table.")
+    ] = False,
+) -> None:
+    """List the supported families and the models in the local cache."""
+    if context.invoked_subcommand is not None:
+        return
+    from opsin.checkpoint.hub import cached_models
+
+    table = family_table()
+    if markdown:
+        typer.echo(markdown_table(table), nl=False)
+        return
+    cached: list[dict[str, Any]] = [
+        {"name": m.name, "model_type": m.model_type, "bytes": m.size} for m in cached_models()
+    ]
+    if as_json:
+        typer.echo(json.dumps({"families": table, "cached": cached}))
+        return
+    typer.echo("Families (model_type: what they take)")
+    for row in table:
+        typer.echo(f"  {row['model_type']:<24}{', '.join(row['takes'])}")
+    typer.echo("\nIn the local cache")
+    for entry in cached:
+        typer.echo(f"  {entry['name']:<48}{entry['model_type']:<20}{entry['bytes'] / 1e9:.2f} GB")
+    if not cached:
+        typer.echo("  nothing yet; `opsin generate --model NAME` downloads what it needs")
+
+
+def family_table() -> list[dict[str, Any]]:
+    """Every model_type with what it takes and the aliases it also answers to."""
+    from opsin import families
+    from opsin.families.index import ALIASES, MODULES
+
+    rows = []
+    for model_type in sorted(MODULES):
+        aliases = sorted(alias for alias, name in ALIASES.items() if name == model_type)
+        takes = ["text", *families.find(model_type).modalities]
+        rows.append({"model_type": model_type, "aliases": aliases, "takes": takes})
+    return rows
+
+
+def markdown_table(rows: list[dict[str, Any]]) -> str:
+    """The families as the table that the README shows."""
+    lines = ["| `model_type` | also | takes |", "|---|---|---|"]
+    for row in rows:
+        aliases = ", ".join(f"`{alias}`" for alias in row["aliases"])
+        lines.append(f"| `{row['model_type']}` | {aliases} | {', '.join(row['takes'])} |")
+    return "\n".join(lines) + "\n"
+
+
+@app.command("inspect")
+def inspect(
+    name: Annotated[str, typer.Argument(help="A hub name, a folder, or bundled.")],
+    revision: Revision = None,
+    image_size: Annotated[
+        list[str] | None,
+        typer.Option(help="Count the tokens of a picture of WIDTHxHEIGHT. Repeatable."),
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens of context to plan memory for.")] = 8192,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a checkpoint is and what running it takes, without loading its weights."""
+    facts = inspection(name, revision, image_size or ["1024x768"], context)
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    memory = facts["memory_bytes"]
+    typer.echo(f"{name}: {facts['model_type']}, takes {', '.join(facts['takes'])}")
+    typer.echo(f"  parameters       {facts['parameters'] / 1e6:,.1f} million ({facts['dtype']})")
+    typer.echo(f"  longest context  {facts['max_positions']:,} tokens")
+    typer.echo(f"  weights          {memory['weights'] / 1e9:.2f} GB")
+    typer.echo(
+        f"  cache            {memory['cache'] / 1e9:.2f} GB for {context:,} tokens"
+        f" ({memory['cache_per_token'] / 1e3:.1f} kB each)"
+    )
+    for size, tokens in facts["image_tokens"].items():
+        typer.echo(f"  a picture        {size} costs {tokens} tokens")
+
+
+def inspection(name: str, revision: str | None, sizes: list[str], context: int) -> dict[str, Any]:
+    """The facts that `inspect` prints."""
+    from PIL import Image
+
+    from opsin.checkpoint import hub, weights
+    from opsin.decoder.cache import PagedCache
+    from opsin.engine.model import build, pick_dtype
+
+    folder = hub.resolve(name, revision=revision)
+    model = build(folder)
+    tensors = list(weights.all_tensors(weights.weight_files(folder)))
+    dtype = pick_dtype(None, model.config, tensors)
+    per_token = PagedCache.bytes_per_token(model.decoder.config, dtype)
+    tokens = {}
+    if "image" in model.family.modalities:
+        for size in sizes:
+            picture = Image.new("RGB", parse_size(size))
+            tokens[size] = model.family.prepare_image(picture, {}).num_tokens
+    return {
+        "model_type": model.config.model_type,
+        "takes": ["text", *model.family.modalities],
+        "parameters": model.num_parameters,
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_positions": model.decoder.config.max_positions,
+        "image_tokens": tokens,
+        "memory_bytes": {
+            "weights": model.num_parameters * dtype.itemsize,
+            "on_disk": sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors),
+            "cache_per_token": per_token,
+            "cache": per_token * context,
+        },
+    }
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """WIDTHxHEIGHT in pixels."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise InputError(
+            f"{text!r} is no picture size", remedy="Write it like 1024x768", param="image-size"
+        )
+    return int(width), int(height)
