@@ -62,9 +62,11 @@ def _guarded(look: Callable[[], Check]) -> Check:
     name = look.__name__.strip("_").replace("_", " ")
     try:
         return look()
-    except (ImportError, OSError, OpsinError, RuntimeError) as error:
+    except OpsinError as error:
+        return Check(name, False, error.why or error.what, error.remedy, required=True)
+    except (ImportError, OSError, RuntimeError) as error:
         line = " ".join(str(error).split())
-        remedy = "Reinstall with pip install --force-reinstall opsin"
+        remedy = "Reinstall Opsin in a new virtual environment"
         return Check(name, False, f"{type(error).__name__}: {line}", remedy, required=True)
 
 
@@ -173,7 +175,7 @@ def _native_kernels() -> Check:
     library = cpu.load()
     if library is not None:
         return Check("native kernels", True, f"{cpu.isa()}, {library.threads} threads")
-    remedy = "Install a C++17 compiler, then pip install --force-reinstall --no-deps opsin"
+    remedy = "Install a C++17 compiler, then install Opsin again"
     return Check("native kernels", False, cpu.why_missing(), remedy)
 
 

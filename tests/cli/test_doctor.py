@@ -74,7 +74,8 @@ def test_a_broken_part_is_a_finding_not_a_crash(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(hub, "BUNDLED_FOLDER", tmp_path)
     check = doctor._guarded(doctor._bundled_model)
     assert (check.name, check.ok, check.required) == ("bundled model", False, True)
-    assert "bundled model was not found" in check.detail
+    assert check.detail == "this installation lacks its files"
+    assert "Reinstall" in check.remedy
     monkeypatch.setitem(sys.modules, "av", None)
     assert not doctor._guarded(doctor._ffmpeg_libraries).ok
 
