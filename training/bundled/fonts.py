@@ -144,7 +144,7 @@ def faces(split: str) -> tuple[str, ...]:
     return tuple(chosen)
 
 
-@lru_cache(maxsize=1500)
+@lru_cache(maxsize=6000)
 def load(face: str, size: int) -> ImageFont.FreeTypeFont:
     """A font at a pixel size; basic layout, which is fast and needs no shaping library."""
     if face == PILLOW_FACE:
@@ -152,7 +152,7 @@ def load(face: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(face, size, layout_engine=ImageFont.Layout.BASIC)
 
 
-@lru_cache(maxsize=1500)
+@lru_cache(maxsize=6000)
 def advances(face: str, size: int) -> dict[str, float]:
     """Advance width in pixels of each printable ASCII character and the space."""
     font = load(face, size)

@@ -38,17 +38,17 @@ class Batch:
     text_spans: Spans
 
 
-def gather_patches(batch: Batch) -> Tensor:
-    """Normalised patches, # (patches, 768): channel, row, column."""
-    image, row, column = batch.patches.long()
-    facts = batch.images[image]  # (patches, 6)
+def gather_patches(pixels: Tensor, images: Tensor, tables: Tensor, patches: Tensor) -> Tensor:
+    """Normalised patches of a Batch's fields, # (patches, 768): channel, row, column."""
+    image, row, column = patches.long()
+    facts = images[image]  # (patches, 6)
     inner = torch.arange(PATCH, device=image.device)
     within = inner[:, None] * facts[:, 3, None, None] + inner  # (patches, 16, 16)
     corner = row * PATCH * facts[:, 3] + column * PATCH
     index = (facts[:, :3] + corner[:, None])[:, :, None, None] + within[:, None]
-    level = batch.pixels[index].long()  # (patches, 3, 16, 16)
+    level = pixels[index].long()  # (patches, 3, 16, 16)
     first = (image[:, None] * 3 + torch.arange(3, device=image.device)) * 256
-    value = batch.tables.flatten()[first[:, :, None, None] + level]
+    value = tables.flatten()[first[:, :, None, None] + level]
     return (value.to(torch.bfloat16) / 127.5 - 1).flatten(1)
 
 
@@ -128,9 +128,11 @@ class Packed(nn.Module):
         self.image_token = config.image_token_id
         self.vision_block: Callable[..., Tensor] = vision_block
         self.text_layer: Callable[..., Tensor] = text_layer
+        self.gather_patches: Callable[..., Tensor] = gather_patches
 
     def compile_layers(self) -> None:
-        """Compiles both kinds of layer, sizes left open."""
+        """Compiles both kinds of layer and the cutting of patches, sizes left open."""
+        self.gather_patches = torch.compile(gather_patches, dynamic=True)
         self.vision_block = torch.compile(vision_block, dynamic=True)
         self.text_layer = torch.compile(text_layer, dynamic=True)
 
@@ -151,7 +153,7 @@ class Packed(nn.Module):
     def encode_images(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Visual tokens and the deepstack features, # (visual tokens, hidden)."""
         visual = self.model.model.visual
-        patches = gather_patches(batch)
+        patches = self.gather_patches(batch.pixels, batch.images, batch.tables, batch.patches)
         proj = visual.patch_embed.proj
         kernel = proj.weight.sum(dim=2).flatten(1)  # a still picture shows both frames the same
         if not patches.is_cuda:

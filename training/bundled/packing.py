@@ -44,8 +44,10 @@ class Encoder:
         if turn == 0 and sample.system:
             text = f"<|im_start|>system\n{sample.system}<|im_end|>\n"
         images = "<|vision_start|><|image_pad|><|vision_end|>" * len(sample.pictures)
-        text += f"<|im_start|>user\n{images if turn == 0 else ''}{sample.turns[turn].question}"
-        return text + "<|im_end|>\n<|im_start|>assistant\n"
+        question = sample.turns[turn].question
+        if turn == 0:
+            question = question + images if sample.pictures_last else images + question
+        return text + f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
     def encode(self, sample: Sample, grids: list[tuple[int, int]]) -> Arrays:
         """Arrays of one conversation; grids are rows and columns of visual tokens."""

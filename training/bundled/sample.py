@@ -27,6 +27,7 @@ class Sample:
     pictures: list[Picture]
     turns: list[Turn]
     system: str | None = None
+    pictures_last: bool = False  # the pictures stand after the first question, not before
     facts: dict[str, Any] = field(default_factory=dict)
 
 

@@ -144,6 +144,8 @@ def scene(rng: Random, most: int = 8, small: bool = False) -> tuple[Page, list[I
     """A page with 1 to most shapes that do not touch; items in reading order of thirds."""
     paper = "white" if rng.random() < 0.6 else rng.choice(list(PAPERS))
     low, high = (120, 300) if small else (180, 640)
+    if not small and rng.random() < 0.05:
+        low, high = 600, 1280
     page = Page(rng.randint(low, high), rng.randint(low, int(high * 0.85)), PAPERS[paper], colour=True)
     palette = [name for name in COLOURS if (name, paper) not in _CLASHES]
     if rng.random() < 0.5:

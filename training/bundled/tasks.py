@@ -42,6 +42,7 @@ def training_sample(rng: Random) -> Sample:
     sample = MAKERS[kind](rng, "train")
     if rng.random() < 0.08:
         sample.system = rng.choice(SYSTEM)
+    sample.pictures_last = rng.random() < 0.06
     return sample
 
 

@@ -91,6 +91,8 @@ def draw_lines(
     if rng.random() < 0.3:
         width += rng.uniform(0, max(40.0, 720 - width)) * rng.random()
         height += rng.uniform(0, max(40.0, 560 - height)) * rng.random()
+    elif rng.random() < 0.06:
+        width, height = max(width, rng.uniform(600, 1280)), max(height, rng.uniform(400, 960))
     paper, ink = colours(rng)
     page = Page(max(32, int(width)), max(28, int(height)), paper, ink)
     left = rng.uniform(margin, max(margin, page.width - margin - block_width))

@@ -10,61 +10,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen3VLForConditionalGeneration
 
 from training.bundled import checkpoint
-from training.bundled.forward import Batch, Packed
+from training.bundled.feed import Feed, join
+from training.bundled.forward import Packed
 from training.bundled.optimizer import Optimizer
-from training.bundled.packing import Arrays, Factory
-
-
-def _spans(lengths: Tensor, longest: int) -> tuple[Tensor, int]:
-    edges = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=lengths.device)
-    edges[1:] = lengths.cumsum(0)
-    return edges, longest
-
-
-def join(packs: list[Arrays], device: torch.device) -> Batch:
-    """Packs end to end on the device; offsets moved along."""
-    images, patches = [], []
-    pixel_base, image_base = 0, 0
-    for part in packs:
-        shifted = part["images"].copy()
-        shifted[:, :3] += pixel_base
-        images.append(shifted)
-        moved = part["patches"].copy()
-        moved[0] += image_base
-        patches.append(moved)
-        pixel_base += len(part["pixels"])
-        image_base += len(shifted)
-
-    def send(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
-
-    def both(key: str, axis: int = 0) -> Tensor:
-        return send(np.concatenate([part[key] for part in packs], axis=axis))
-
-    every = np.concatenate(images)
-    patch_counts = every[:, 4] * every[:, 5]
-    lengths = np.concatenate([part["lengths"] for part in packs])
-    pixels = torch.cat([send(part["pixels"].copy()) for part in packs])
-    return Batch(
-        pixels=pixels,
-        images=send(every),
-        tables=both("tables"),
-        cells=both("cells"),
-        patches=send(np.concatenate(patches, axis=1)),
-        ids=both("ids").long(),
-        labels=both("labels").long(),
-        weights=both("weights"),
-        positions=both("positions", axis=1),
-        image_spans=_spans(send(patch_counts), int(patch_counts.max())),
-        text_spans=_spans(send(lengths), int(lengths.max())),
-    )
+from training.bundled.packing import Factory
 
 
 def rate_at(progress: float, peak: float) -> float:
@@ -115,12 +70,12 @@ def _restore(args: argparse.Namespace, packed: Packed, optimizer: Optimizer) -> 
     return {"elapsed": 0.0, "step": 0, "samples": 0, "piece": 0}
 
 
-def _report(window: list[Tensor], facts: dict[str, Any], rate: float, spent: float, waited: float) -> None:
+def _report(window: list[Tensor], facts: dict[str, Any], rate: float, fresh: int) -> None:
     loss, cell, right = torch.stack(window).mean(0).tolist()
     print(
         f"step {facts['step']} time {facts['elapsed']:.0f}s loss {loss:.4f} cell {cell:.4f} "
         f"right {right:.4f} rate {rate:.2e} {facts['samples'] / max(1.0, facts['elapsed']):.0f} samples/s "
-        f"step {spent * 1e3:.0f} ms, waiting {waited * 1e3:.0f} ms",
+        f"{fresh} packs fresh",
         flush=True,
     )
 
@@ -141,18 +96,12 @@ def train(args: argparse.Namespace) -> Qwen3VLForConditionalGeneration:
     facts = _restore(args, packed, optimizer)
     if args.compile:
         packed.compile_layers()
+    feed = Feed(factory, device, args.replays)
     print(f"ready after {time.monotonic() - begun:.1f} s", flush=True)
     start, base = time.monotonic(), facts["elapsed"]
     window: list[Tensor] = []
     while time.monotonic() - begun < args.seconds:
-        tick = time.monotonic()
-        taken = [factory.take() for _ in range(args.packs)]
-        waited = time.monotonic() - tick
-        batch = join([arrays for _, arrays in taken], device)
-        if device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
-        for slot, _ in taken:
-            factory.give(slot)
+        batch = join(feed.take(args.packs))
         rate = rate_at(facts["elapsed"] / args.total_seconds, args.rate)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss, cell, right = packed.losses(batch)
@@ -166,9 +115,9 @@ def train(args: argparse.Namespace) -> Qwen3VLForConditionalGeneration:
         facts["samples"] += args.packs * args.pack
         facts["elapsed"] = base + time.monotonic() - start
         if facts["step"] % args.log_every == 0 or facts["step"] <= 3:
-            _report(window, facts, rate, time.monotonic() - tick, waited)
+            _report(window, facts, rate, feed.fresh)
             window.clear()
-    factory.close()
+    feed.close()
     facts["piece"] += 1
     _save(args, packed, optimizer, facts)
     print(json.dumps(facts), flush=True)
@@ -188,6 +137,7 @@ def main() -> None:
     parser.add_argument("--pack", type=int, default=32, help="samples a worker packs together")
     parser.add_argument("--packs", type=int, default=8, help="packs in a step")
     parser.add_argument("--slots", type=int, default=48)
+    parser.add_argument("--replays", type=int, default=2, help="times a pack may be used again")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--decay", type=float, default=0.05)
     parser.add_argument("--cell-weight", type=float, default=1.0)
