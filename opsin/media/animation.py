@@ -34,14 +34,7 @@ def decode_animation(
         delays, skipped = _delays(opened, image.format or "", deadline)
         starts = (0.0, *accumulate(delays))
         fps = len(delays) / starts[-1]
-        info = VideoInfo(
-            len(delays),
-            len(delays) / starts[-1],
-            starts[-1],
-            image.width,
-            image.height,
-            starts[:-1],
-        )
+        info = VideoInfo(len(delays), fps, starts[-1], image.width, image.height, starts[:-1])
         chosen = check_choice(choose(info), info, limits, opened.name)
         frames = np.empty((len(chosen), info.height, info.width, 3), np.uint8)
         rows: dict[int, list[int]] = {}

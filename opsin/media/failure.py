@@ -25,7 +25,7 @@ CORRUPT: tuple[type[Exception], ...] = (
     zlib.error,
 )
 
-_REPR = re.compile(r"<[^<>]*>|\b0x[0-9a-fA-F]+")
+_REPR = re.compile(r"<[^<>]*>|\b0x[0-9a-fA-F]+|\[Errno -?\d+\]|: returned -?\d+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _USERINFO = re.compile(r"//[^/?#]*@")
 

@@ -105,7 +105,7 @@ def _scaled(samples: np.ndarray) -> np.ndarray:
     elif low >= 0 and high <= 65535 and samples.dtype.kind != "f":
         values = values // 256
     else:
-        values = (values - low) * (255 / (high - low)) if high > low else values * 0
+        values = (values - low) * 255 / (high - low) if high > low else values * 0
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
 
