@@ -90,7 +90,7 @@ class Family:
     placeholders: ClassVar[Mapping[str, str]] = {"image": "<image>"}
     media_tokens: ClassVar[Mapping[str, str]] = {}
     rename: ClassVar[tuple[Rename, ...]] = ()
-    ignored: ClassVar[tuple[str, ...]] = ()
+    ignored: tuple[str, ...] = ()
     bare_prompt: ClassVar[bool] = False
     processor_options: ClassVar[tuple[str, ...]] = ()
 

@@ -2,6 +2,7 @@
 
 # model_type -> the file in this folder whose FAMILY serves it
 MODULES = {
+    "llava": "llava",
     "qwen2_vl": "qwen2_vl",
     "qwen2_5_vl": "qwen2_5_vl",
     "qwen3_vl": "qwen3_vl",

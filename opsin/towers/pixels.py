@@ -13,6 +13,8 @@ from torch import Tensor
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
+# A resized picture with more pixels than this is only computed where it is kept.
+MAX_WHOLE = 1 << 24
 
 
 def resize(image: Image.Image, width: int, height: int, resample: int) -> Image.Image:
@@ -20,6 +22,66 @@ def resize(image: Image.Image, width: int, height: int, resample: int) -> Image.
     if image.size == (width, height):
         return image
     return image.resize((width, height), Image.Resampling(resample))
+
+
+def resize_and_crop(
+    image: Image.Image, size: tuple[int, int], crop: tuple[int, int], resample: int
+) -> Image.Image:
+    """The middle `crop` (width, height) of the picture at `size`; what lies outside it is black.
+
+    Of a long narrow picture only the part that is kept is computed; Pillow places that in single
+    precision, so that a value may round the other way.
+    """
+    left, top = (size[0] - crop[0]) // 2, (size[1] - crop[1]) // 2
+    if size[0] * size[1] <= MAX_WHOLE:
+        whole = resize(image, *size, resample)
+        return whole.crop((left, top, left + crop[0], top + crop[1]))
+    kept = (max(left, 0), max(top, 0), min(left + crop[0], size[0]), min(top + crop[1], size[1]))
+    across, down = image.width / size[0], image.height / size[1]
+    end = min(kept[2] * across, image.width), min(kept[3] * down, image.height)
+    box = (kept[0] * across, kept[1] * down, *end)
+    new_size = (kept[2] - kept[0], kept[3] - kept[1])
+    part = image.resize(new_size, Image.Resampling(resample), box=box)
+    left, top = min(left, 0), min(top, 0)
+    return part.crop((left, top, left + crop[0], top + crop[1]))
+
+
+def shortest_edge_size(width: int, height: int, edge: int) -> tuple[int, int]:
+    """The (width, height) of the picture scaled so that its shorter side is `edge`."""
+    if width <= height:
+        return edge, int(edge * height / width)
+    return int(edge * width / height), edge
+
+
+def padded_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """The picture in the middle of a square as large as its longer side."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def framed(image: Image.Image, config: Mapping[str, Any]) -> Image.Image:
+    """The picture as CLIP's and SigLIP's processors resize and crop it.
+
+    `size` is one edge, {"shortest_edge": n} or {"height": h, "width": w}; the middle is cut out
+    where the config names a `crop_size` and does not switch it off. With `do_pad` the picture is
+    first made square on the mean colour.
+    """
+    size, crop = config["size"], config.get("crop_size")
+    if config.get("do_pad"):
+        colour = tuple(int(value * 255) for value in config.get("image_mean", CLIP_MEAN))
+        image = padded_square(image, colour)
+    if isinstance(size, int):
+        size = {"shortest_edge": size} if crop else {"height": size, "width": size}
+    if "shortest_edge" in size:
+        target = shortest_edge_size(*image.size, size["shortest_edge"])
+    else:
+        target = (size["width"], size["height"])
+    window = target
+    if crop and config.get("do_center_crop", True):
+        window = (crop, crop) if isinstance(crop, int) else (crop["width"], crop["height"])
+    return resize_and_crop(image, target, window, config.get("resample", 3))
 
 
 def normalised(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -38,10 +100,10 @@ def normalisation(config: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[
 
 
 def patchify(pixels: Tensor, patch: int, merge: int = 1) -> Tensor:
-    """(channels, height, width) to (patches, channels * patch * patch), merge blocks kept
-    together.
+    """(..., channels, height, width) to (patches, channels * patch * patch), merge blocks kept
+    together and pictures one after another.
     """
-    channels, height, width = pixels.shape
+    channels, height, width = pixels.shape[-3:]
     rows, columns = height // (patch * merge), width // (patch * merge)
-    grid = pixels.view(channels, rows, merge, patch, columns, merge, patch)
-    return grid.permute(1, 4, 2, 5, 0, 3, 6).reshape(rows * columns * merge**2, -1)
+    grid = pixels.reshape(-1, channels, rows, merge, patch, columns, merge, patch)
+    return grid.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(-1, channels * patch**2)

@@ -141,7 +141,7 @@ class VisionTransformer(nn.Module):
         self, patches: Tensor, layout: VisionLayout, taps: tuple[int, ...] = ()
     ) -> tuple[Tensor, list[Tensor]]:
         """patches (patches, patch_dim) to features (patches, hidden), and those after layers
-        `taps`.
+        `taps` (-1: before the first).
 
         With a class token, each run of the result starts with it and is one longer than the
         layout's.
@@ -155,7 +155,7 @@ class VisionTransformer(nn.Module):
         if layout.position_embeds is not None:
             x = x + layout.position_embeds.to(x.dtype)
         x = self.pre_norm(x)
-        tapped = {}
+        tapped = {-1: x}
         for i, layer in enumerate(self.layers):
             x = layer(x, windows if i in self.config.windowed else lengths, layout.angles)
             if i in taps:
@@ -212,3 +212,18 @@ def resampled_positions(table: Tensor, coordinates: Tensor, height: int, width: 
         (table[row * side + column] * weight[:, None] for row, column, weight in corners),
         start=torch.zeros((), device=table.device),
     )
+
+
+def bucketed_positions(height: int, width: int, side: int) -> Tensor:
+    """Rows of a table of side x side positions for a grid of any size (arXiv:2307.06304).
+
+    Each patch takes the place that its fraction of the way down and across falls in; row by row,
+    (height * width,).
+    """
+    boundaries = torch.arange(1 / side, 1.0, 1 / side)
+
+    def buckets(count: int) -> Tensor:
+        fractions = torch.arange(count, dtype=torch.float32) * (1.0 / torch.tensor(count))
+        return torch.bucketize(fractions.clamp(max=1.0 - 1e-6), boundaries, right=True)
+
+    return (buckets(height)[:, None] * side + buckets(width)).flatten()

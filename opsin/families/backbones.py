@@ -1,0 +1,77 @@
+"""The text decoders that other models are built upon, chosen by a text config's `model_type`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from opsin.decoder.config import DecoderConfig
+from opsin.errors import CheckpointError
+from opsin.families.llama_shape import llama_decoder
+
+# What published configs leave out, because it is the default of the text model's own config.
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+    },
+    "mistral": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "qwen2": {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+}
+DEFAULTS = {**DEFAULTS, "qwen3": {**DEFAULTS["qwen2"], "head_dim": 128}}
+
+# Facts that no key of the text config states.
+FACTS: Mapping[str, Mapping[str, Any]] = {
+    "qwen2": {"qkv_bias": True, "out_bias": False},
+    "qwen3": {"qk_norm": "rms"},
+}
+
+# A head that a checkpoint stores although it is the embedding table.
+TIED_HEAD = r"(^|\.)lm_head\.weight$"
+
+
+def backbone(text: Mapping[str, Any], *, tied: bool) -> DecoderConfig:
+    """The decoder of a text config.
+
+    Raises CheckpointError for a `model_type` that is none of `DEFAULTS`.
+    """
+    kind = text.get("model_type", "llama")
+    if kind not in DEFAULTS:
+        raise CheckpointError(
+            f"The checkpoint's text model is of type {kind!r}",
+            why=f"this family takes {', '.join(DEFAULTS)}",
+            remedy="Choose a checkpoint of this family with one of those",
+        )
+    filled = {**DEFAULTS[kind], **text}
+    return llama_decoder(filled, tied=tied, **FACTS.get(kind, {}))
+
+
+def is_tied(config: Mapping[str, Any], *, inner: bool = True) -> bool:
+    """Whether the head is the embedding table; with `inner`, the text config may say so alone."""
+    tied = bool(config.get("tie_word_embeddings", False))
+    text = config.get("text_config") or {}
+    return tied or (inner and bool(text.get("tie_word_embeddings", False)))
