@@ -2,6 +2,7 @@
 
 # model_type -> the file in this folder whose FAMILY serves it
 MODULES = {
+    "idefics3": "idefics3",
     "llava": "llava",
     "qwen2_vl": "qwen2_vl",
     "qwen2_5_vl": "qwen2_5_vl",
@@ -10,4 +11,6 @@ MODULES = {
 }
 
 # other spellings that published configs carry -> the name above
-ALIASES: dict[str, str] = {}
+ALIASES: dict[str, str] = {
+    "smolvlm": "idefics3",
+}
