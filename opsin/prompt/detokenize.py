@@ -1,7 +1,7 @@
 """Token ids to text one token at a time: whole characters only, in time linear in the tokens.
 
-The text is what decoding all ids at once gives, with one exception: where byte tokens do not form
-valid UTF-8, what was valid before the first bad byte stands.
+The text is what decoding all ids at once gives, with one exception: where a run of byte tokens is
+not valid UTF-8, the characters that are whole in it stand, since they were given out already.
 """
 
 import codecs
@@ -83,32 +83,21 @@ class ByteFallbackAssembler:
         self._replaced = replaced
         self._byte_fallback = byte_fallback
         self._strip = strip
-        self._pending = b""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int, token: str) -> str:
         byte = _byte_of(token) if self._byte_fallback else None
         if byte is not None:
-            return self._stripped(self._add_byte(byte))
+            return self._stripped(self._decoder.decode(bytes([byte])))
         for old, new in self._replaced.items():
             token = token.replace(old, new)
-        return self._stripped(self._flush() + token)
+        return self._stripped(self._end_of_bytes() + token)
 
     def finish(self) -> str:
-        return self._stripped(self._flush())
+        return self._stripped(self._end_of_bytes())
 
-    def _add_byte(self, byte: int) -> str:
-        self._pending += bytes([byte])
-        try:
-            text = self._pending.decode()
-        except UnicodeDecodeError as error:
-            return "" if error.reason == "unexpected end of data" else self._flush()
-        self._pending = b""
-        return text
-
-    def _flush(self) -> str:
-        marks = _REPLACEMENT * len(self._pending)
-        self._pending = b""
-        return marks
+    def _end_of_bytes(self) -> str:
+        return self._decoder.decode(b"", final=True)
 
     def _stripped(self, text: str) -> str:
         while text and self._strip:

@@ -22,8 +22,8 @@ from opsin.errors import EngineError, InputError
 
 _WORKER = Path(__file__).with_name("jinja_worker.py")
 
-# The search path comes over stdin rather than from the environment: templates' process inherits no
-# settings, and skips `site`, which halves its start.
+# The search path comes over stdin: -I keeps Python's settings in the environment out of the process
+# and -S skips `site`, which halves its start.
 _LAUNCH = (
     "import json, runpy, sys;"
     "start = json.loads(sys.stdin.buffer.readline());"

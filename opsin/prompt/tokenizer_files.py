@@ -1,6 +1,7 @@
 """Finds and reads the files a checkpoint keeps its tokenizer in."""
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,10 @@ def read_backend(folder: Path, config: Mapping[str, Any]) -> tuple[Tokenizer, di
         _add_listed_tokens(tokenizer, folder, config)
         _set_bos_and_eos(tokenizer, config)
         return tokenizer, {}
-    if has_pair or any((folder / name).is_file() for name in _SENTENCEPIECE_FILES):
-        return _through_transformers(folder)
+    if has_pair:
+        return _through_transformers(folder, ("transformers",))
+    if any((folder / name).is_file() for name in _SENTENCEPIECE_FILES):
+        return _through_transformers(folder, ("transformers", "sentencepiece", "google.protobuf"))
     raise CheckpointError(
         "The checkpoint has no tokenizer",
         why="there is no tokenizer.json, tekken.json, vocab.json or tokenizer.model",
@@ -115,26 +118,16 @@ def _set_bos_and_eos(tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
     tokenizer.post_processor = processors.Sequence([tokenizer.post_processor, around])
 
 
-def _through_transformers(folder: Path) -> tuple[Tokenizer, dict[str, str]]:
-    """Let Transformers convert a tokenizer; nothing of the folder is executed."""
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise MissingDependency(
-            "This checkpoint's tokenizer needs a converter",
-            why="the folder has no tokenizer.json",
-            remedy="pip install 'opsin[transformers]'",
-        ) from error
+def _through_transformers(folder: Path, modules: Sequence[str]) -> tuple[Tokenizer, dict[str, str]]:
+    """Let Transformers convert a tokenizer; no code of the folder is run."""
+    for module in modules:
+        _require(module)
+    from transformers import AutoTokenizer
+
     try:
         loaded = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-    except ImportError as error:
-        raise MissingDependency(
-            "This checkpoint's tokenizer needs a converter",
-            why=str(error).strip().splitlines()[0],
-            remedy="pip install 'opsin[transformers]'",
-        ) from error
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise CheckpointError(
             "The checkpoint's tokenizer cannot be read", why=str(error)
@@ -147,3 +140,15 @@ def _through_transformers(folder: Path) -> tuple[Tokenizer, dict[str, str]]:
         )
     backend = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
     return backend, {name: str(text) for name, text in loaded.special_tokens_map.items()}
+
+
+def _require(module: str) -> None:
+    """Raise MissingDependency unless a module of the converter's can be imported."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise MissingDependency(
+            "This checkpoint's tokenizer needs a converter",
+            why=f"the folder has no tokenizer.json, and Python has no {module}",
+            remedy="pip install 'opsin[transformers]'",
+        ) from error

@@ -67,9 +67,7 @@ def test_any_cutting_gives_the_same(text: str, cuts: list[int], inside: Tag | No
     marks = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
     splitter = StreamSplitter(TAGS, inside)
     segments = [
-        segment
-        for a, b in itertools.pairwise(marks)
-        for segment in splitter.push(text[a:b])
+        segment for a, b in itertools.pairwise(marks) for segment in splitter.push(text[a:b])
     ]
     segments += splitter.finish()
     runs = [(kind, run, done) for kind, _, run, done in merged(segments)]
