@@ -25,7 +25,8 @@ class Case:
     it back ("saved"). `rename` turns the weight names that Transformers saves into those that the
     authors' checkpoints carry, `repack` does what names alone cannot. `gains` are (pattern,
     standard deviation over the usual one). `processor_kwargs` go with every request. `images` is
-    how many a request may hold, up to three. A greedy answer holds `distinct` tokens at least.
+    how many a request may hold, up to three; `large` is the size of a picture that the family cuts
+    up, where the usual ones are too small for it. A greedy answer holds `distinct` tokens at least.
     Without the packages in `needs` the reference cannot run.
     """
 
@@ -48,6 +49,7 @@ class Case:
     text_only: bool = True
     two_turns: bool = True
     audio: bool = False
+    large: tuple[int, int] | None = None
     distinct: int = 8
     needs: Sequence[str] = ()
 
@@ -129,7 +131,9 @@ def randomise(model: PreTrainedModel, seed: int, gains: Sequence[tuple[str, floa
     with, biases and tables are small but never zero.
     """
     generator = torch.Generator().manual_seed(seed)
-    tied = bool(model.config.tie_word_embeddings)
+    settings = model.config.to_dict()
+    inner = settings.get("text_config") or {}
+    tied = settings.get("tie_word_embeddings", inner.get("tie_word_embeddings", False))
     done: set[int] = set()
     for name, parameter in model.named_parameters():
         if id(parameter) in done:
@@ -155,3 +159,5 @@ def randomise(model: PreTrainedModel, seed: int, gains: Sequence[tuple[str, floa
     for name, buffer in model.named_buffers():
         if name.endswith("_bias") and buffer.is_floating_point():
             buffer.copy_(0.05 * torch.randn(buffer.shape, generator=generator))
+        elif name.endswith("std_scale"):
+            buffer.copy_(1 + 0.2 * torch.randn(buffer.shape, generator=generator))

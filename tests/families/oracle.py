@@ -142,7 +142,13 @@ class Reference:
 
     def _accepted(self, inputs: dict[str, Any]) -> dict[str, Any]:
         known = inspect.signature(self.model.forward).parameters
-        return {name: value for name, value in inputs.items() if name in known and name != "labels"}
+        accepted = {}
+        for name, value in inputs.items():
+            if name in known and name != "labels":
+                # Some processors give bfloat16, which rounds but must not set the arithmetic.
+                floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+                accepted[name] = value.float() if floating else value
+        return accepted
 
 
 def _processor_class(folder: Path, model_type: str) -> type:

@@ -48,6 +48,8 @@ def scenes(case: Case) -> list[Scene]:
     if case.images >= 1:
         found.append(one_image("one", picture(1, 90, 70)))
         found.append(one_image("another", picture(2, 90, 70)))
+    if case.large is not None:
+        found.append(one_image("large", picture(14, *case.large)))
     if case.images >= 3:
         three = [picture(3, 60, 100), picture(4, 120, 48), picture(5, 33, 31)]
         found.append(

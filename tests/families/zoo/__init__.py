@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..checkpoints import Case
-from . import gemma, idefics, llava, qwen, qwen_more, vlm_more
+from . import deepseek, ernie, gemma, gemma_more, idefics, llama, llava, qwen, qwen_more, vlm_more
 
 CASES: tuple[Case, ...] = (
     *qwen.CASES,
@@ -12,4 +12,8 @@ CASES: tuple[Case, ...] = (
     *qwen_more.CASES,
     *vlm_more.CASES,
     *gemma.CASES,
+    *gemma_more.CASES,
+    *llama.CASES,
+    *deepseek.CASES,
+    *ernie.CASES,
 )

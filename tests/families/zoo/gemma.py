@@ -155,7 +155,7 @@ def _gemma3() -> tuple[Case, Case]:
                 (r"^model\.language_model\.", "language_model.model."),
             ),
             gains=((r"embed_tokens", 0.2),),
-            seed=40,
+            seed=100,
         ),
         Case(
             "gemma3",

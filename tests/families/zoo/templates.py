@@ -267,3 +267,140 @@ QWEN3_5 = QWEN3_VL.replace(
     "        {{- '<think>\\n' }}\n"
     "    {%- endif %}\n",
 )
+
+LLAMA3_VISION = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {%- if message['content'] is string %}
+        {{- message['content'] }}
+    {%- else %}
+        {%- for content in message['content'] %}
+            {%- if content['type'] == 'image' %}
+                {{- '<|image|>' }}
+            {%- elif content['type'] == 'text' %}
+                {{- content['text'] }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+
+LLAMA4 = (
+    LLAMA3_VISION.replace("<|start_header_id|>", "<|header_start|>")
+    .replace("<|end_header_id|>", "<|header_end|>")
+    .replace("<|eot_id|>", "<|eot|>")
+)
+
+DEEPSEEK_VL = (
+    "{% set seps = ['\n\n', '<｜end▁of▁sentence｜>'] %}{% set i = namespace(value=0) %}"
+    "You are a helpful language and vision assistant. "
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language.\n\n"
+    "{% for message in messages %}"
+    "{% if message['role'] | lower == 'user' %}User: {% else %}Assistant: {% endif %}"
+    "{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}"
+    "{% if not loop.first %}{{ '\n' }}{% endif %}<image_placeholder>"
+    "{% if not loop.last %}{{ '\n' }}{% endif %}"
+    "{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}"
+    "{% if not loop.last or add_generation_prompt %}"
+    "{{ seps[0] if message['role'] | lower == 'user' else seps[1] }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+JANUS = DEEPSEEK_VL.replace("User: ", "<|User|>: ").replace("Assistant:", "<|Assistant|>:")
+
+DEEPSEEK_OCR = (
+    "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}{{ '<image>\n' }}"
+    "{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
+)
+
+ERNIE = """\
+{%- set image_count = namespace(value=0) %}
+{%- set video_count = namespace(value=0) %}
+{{- '<|begin_of_sentence|>' }}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {{- 'User: ' }}
+        {%- if message.content is string %}
+            {{- message.content }}
+        {%- else %}
+            {%- for content in message.content %}
+                {%- if content.type in ['image', 'image_url'] %}
+                    {%- set image_count.value = image_count.value + 1 %}
+                    {{- 'Picture ' + image_count.value | string + ':' }}
+                    {{- '<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>' }}
+                {%- elif content.type in ['video', 'video_url'] %}
+                    {%- set video_count.value = video_count.value + 1 %}
+                    {{- 'Video ' + video_count.value | string + ':' }}
+                    {{- '<|VIDEO_START|><|VIDEO_PLACEHOLDER|><|VIDEO_END|>' }}
+                {%- elif content.type == 'text' %}
+                    {{- content.text }}
+                {%- endif %}
+            {%- endfor %}
+        {%- endif %}
+        {{- '\\n' }}
+    {%- elif message.role == 'assistant' %}
+        {{- 'Assistant: ' }}
+        {%- if message.content is string %}
+            {{- message.content }}
+        {%- else %}
+            {%- for content in message.content %}
+                {{- content.text }}
+            {%- endfor %}
+        {%- endif %}
+        {{- '<|end_of_sentence|>' }}
+    {%- elif message.role == 'system' %}
+        {{- message.content + '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- 'Assistant: ' }}
+{%- endif %}
+"""
+
+GEMMA4 = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] %}
+    {{- '<|turn>' + role + '\\n' }}
+    {%- if message['content'] is string %}
+        {{- message['content'] | trim }}
+    {%- else %}
+        {%- for item in message['content'] %}
+            {%- if item['type'] == 'text' %}
+                {{- item['text'] | trim }}
+            {%- elif item['type'] == 'image' %}
+                {{- '\\n\\n<|image|>\\n\\n' }}
+            {%- elif item['type'] == 'audio' %}
+                {{- '<|audio|>' }}
+            {%- elif item['type'] == 'video' %}
+                {{- '\\n\\n<|video|>\\n\\n' }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<turn|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|turn>model\\n' }}
+    {%- if not enable_thinking | default(false) %}
+        {{- '<|channel>thought\\n<channel|>' }}
+    {%- endif %}
+{%- endif %}
+"""
+
+GEMMA3N = GEMMA3.replace("<start_of_image>", "<image_soft_token>").replace(
+    "            {%- elif item['type'] == 'text' -%}",
+    "            {%- elif item['type'] == 'audio' -%}\n"
+    "                {{ '<audio_soft_token>' }}\n"
+    "            {%- elif item['type'] == 'text' -%}",
+)
