@@ -1,0 +1,160 @@
+"""Products with packed weights equal their twins, at every shape, and bit for bit at every M."""
+
+import numpy as np
+import pytest
+import torch
+
+from opsin.errors import EngineError
+from opsin.kernels.cpu import PackedMatrix
+from opsin.kernels.cpu.twins import affine_linear, dequantise, unpack_codes
+
+
+def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes (rows, k) as little-endian bit fields in words, the MLX layout."""
+    flags = np.unpackbits(codes.numpy()[..., None], axis=-1, bitorder="little")[..., :bits]
+    stream = np.packbits(flags.reshape(codes.shape[0], -1), axis=-1, bitorder="little")
+    return torch.from_numpy(stream.view(np.int32).copy())
+
+
+def affine(n: int, k: int, group: int, bits: int, dtype: torch.dtype = torch.bfloat16):
+    torch.manual_seed(n + k + bits)
+    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
+    scales = (torch.rand(n, k // group) * 0.01 + 0.001).to(dtype)
+    biases = (-scales.float() * 2 ** (bits - 1) + torch.randn(n, k // group) * 0.001).to(dtype)
+    return codes, scales, biases
+
+
+def close(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
+    """Within `tolerance` of the largest value."""
+    assert got.shape == want.shape
+    if want.numel():
+        assert (got.float() - want).abs().max() <= tolerance * want.abs().max()
+
+
+def test_words_unpack_to_the_codes_that_were_packed():
+    codes = torch.randint(0, 8, (3, 64), dtype=torch.uint8)
+    assert torch.equal(unpack_codes(pack_words(codes, 3), 3, 64), codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_affine_product_equals_its_twin(native, bits, group):
+    n, k = 37, 384
+    codes, scales, biases = affine(n, k, group, bits)
+    kind = "q4" if bits <= 4 else "q8"
+    packed = PackedMatrix(native, kind, n, k, group=group, scale_dtype=torch.bfloat16)
+    packed.fill_affine(pack_words(codes, bits), scales, biases, bits)
+    assert torch.allclose(
+        packed.rows(torch.arange(n), torch.float32), dequantise(codes, scales, biases), atol=1e-6
+    )
+    x = torch.randn(19, k)
+    close(packed.multiply(x), affine_linear(x, codes, scales, biases), 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 3, 17, 70])
+def test_every_row_count_and_scale_type(native, rows, dtype):
+    codes, scales, biases = affine(50, 256, 64, 4, dtype)
+    packed = PackedMatrix(native, "q4", 50, 256, group=64, scale_dtype=dtype)
+    packed.fill_affine(pack_words(codes, 4), scales, biases, 4)
+    bias = torch.randn(50)
+    packed.fill_bias(bias)
+    x = torch.randn(rows, 256)
+    close(packed.multiply(x), affine_linear(x, codes, scales, biases, bias), 2e-6)
+
+
+@pytest.mark.parametrize("kind", ["q8", "q4"])
+@pytest.mark.parametrize("k", [96, 100, 257])
+def test_one_scale_a_row_takes_any_width(native, kind, k):
+    weight = torch.randn(21, k) * 0.05
+    packed = PackedMatrix.dense(native, weight, kind, group=0)
+    x = torch.randn(9, k)
+    kept = packed.rows(torch.arange(21), torch.float32)
+    step = weight.abs().max() / (127 if kind == "q8" else 7.5)
+    assert (kept - weight).abs().max() <= 0.6 * step
+    close(packed.multiply(x), x @ kept.T, 0.02)
+
+
+@pytest.mark.parametrize("k", [32, 100, 260])
+@pytest.mark.parametrize("rows", [1, 5, 16, 33, 130])
+def test_bfloat16_product_equals_torch(native, rows, k):
+    torch.manual_seed(rows)
+    weight = torch.randn(45, k).bfloat16()
+    x = torch.randn(rows, k).bfloat16()
+    packed = PackedMatrix.dense(native, weight, bias=torch.ones(45))
+    want = x.float() @ weight.float().T + 1
+    close(packed.multiply(x, out_dtype=torch.float32), want, 2e-6)
+    close(packed.multiply(x.float(), out_dtype=torch.float32), want, 2e-6)
+    close(packed.multiply(x), want, 4e-3)
+    assert torch.equal(packed.rows(torch.tensor([44, 0])), weight[[44, 0]])
+
+
+@pytest.mark.parametrize("kind", ["bf16", "q8", "q4"])
+def test_a_row_is_the_same_bits_beside_any_rows_and_on_any_threads(native, kind):
+    torch.manual_seed(0)
+    packed = PackedMatrix.dense(native, torch.randn(130, 512) * 0.02, kind)
+    x = torch.randn(150, 512)
+    whole = packed.multiply(x)
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 15, 16, 17, 40, 64, 65):
+        for start in (0, 81):
+            assert torch.equal(packed.multiply(x[start : start + rows]), whole[start : start + rows])
+    for threads in (1, 3, 4):
+        native.configure(native.isa, threads)
+        assert torch.equal(packed.multiply(x), whole)
+        assert torch.equal(packed.multiply(x[:3]), whole[:3])
+
+
+@pytest.mark.parametrize("kind", ["bf16", "q8", "q4"])
+def test_gate_and_up_alternate(native, kind):
+    torch.manual_seed(1)
+    gate, up = torch.randn(2, 48, 128) * 0.1
+    packed = PackedMatrix(native, kind, 96, 128)
+    packed.fill(gate, 0, spread=2)
+    packed.fill(up, 16, spread=2)
+    alone = [PackedMatrix.dense(native, w, kind) for w in (gate, up)]
+    x = torch.randn(7, 128)
+    a, b = (m.multiply(x) for m in alone)
+    got = packed.multiply(x, gated=True, activation="silu")
+    assert torch.allclose(got, torch.nn.functional.silu(a) * b, atol=1e-6, rtol=1e-5)
+
+
+def test_what_is_not_finite_stays_so(native):
+    for kind in ("bf16", "q8", "q4"):
+        packed = PackedMatrix.dense(native, torch.rand(16, 128) + 1, kind)
+        x = torch.ones(3, 128)
+        x[1, 5] = torch.nan
+        x[2, 7] = torch.inf
+        out = packed.multiply(x)
+        assert out[0].isfinite().all()
+        assert not out[1:].isfinite().any()
+
+
+def test_wrong_shapes_are_refused(best):
+    with pytest.raises(EngineError, match="groups of 64"):
+        PackedMatrix(best, "q4", 16, 100, group=64)
+    with pytest.raises(EngineError):
+        PackedMatrix(best, "q8", 16, 1 << 17, group=0)
+    packed = PackedMatrix(best, "q4", 16, 128, group=64)
+    with pytest.raises(ValueError, match="rows have 64"):
+        packed.fill(torch.zeros(16, 64))
+    with pytest.raises(EngineError, match="out of range"):
+        packed.fill(torch.zeros(16, 128), row=1)
+    with pytest.raises(ValueError, match="must be"):
+        packed.multiply(torch.zeros(2, 64))
+    with pytest.raises(ValueError, match="do not fit"):
+        packed.fill_affine(torch.zeros(16, 8, dtype=torch.int32), *torch.zeros(2, 16, 2), 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bf16", "q4"])
+def test_two_hundred_thousand_rows(best, kind):
+    n = 200_000
+    weight = torch.randn(n, 64)
+    packed = PackedMatrix.dense(best, weight, kind)
+    x = torch.randn(2, 64)
+    want = x @ packed.rows(torch.arange(n), torch.float32).T
+    close(packed.multiply(x), want, 0.02)
+    rows = torch.randn(n, 64)
+    few = PackedMatrix.dense(best, weight[:20], kind)
+    out = few.multiply(rows)
+    assert torch.equal(out[-5:], few.multiply(rows[-5:]))
