@@ -4,10 +4,13 @@
 MODULES = {
     "idefics3": "idefics3",
     "llava": "llava",
+    "llava_next": "llava_next",
     "qwen2_vl": "qwen2_vl",
     "qwen2_5_vl": "qwen2_5_vl",
     "qwen3_vl": "qwen3_vl",
     "qwen3_vl_moe": "qwen3_vl_moe",
+    "qwen3_5": "qwen3_5",
+    "qwen3_5_moe": "qwen3_5_moe",
 }
 
 # other spellings that published configs carry -> the name above

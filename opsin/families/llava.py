@@ -44,6 +44,7 @@ class Llava(Family):
     def __init__(self, config: dict[str, Any], processor_config: dict[str, Any]) -> None:
         super().__init__(config, processor_config)
         self.vision = with_defaults(config.get("vision_config") or {}, "clip_vision_model")
+        self.patch = one_side(self.vision["patch_size"])
         self.counts = layer_counts(
             config.get("vision_feature_layer", -2), self.vision["num_hidden_layers"]
         )
@@ -86,7 +87,7 @@ class Llava(Family):
 
     def tile_tokens(self, width: int, height: int) -> int:
         """How many features a picture of this size gives."""
-        patch = one_side(self.vision["patch_size"])
+        patch = self.patch
         class_token = self.vision["model_type"] == "clip_vision_model"
         return (width // patch) * (height // patch) + class_token - self.crops_first()
 
@@ -106,8 +107,7 @@ class Llava(Family):
 
     def project(self, towers: nn.ModuleDict, tiles: Tensor) -> Tensor:
         """Tiles (tiles, channels, height, width) to embeddings (tiles, tokens, hidden)."""
-        patch = one_side(self.vision["patch_size"])
-        features = tile_features(vision_of(towers), tiles, patch, counts=self.counts)
+        features = tile_features(vision_of(towers), tiles, self.patch, counts=self.counts)
         kept = features[:, 1:] if self.crops_first() else features
         projected: Tensor = towers["projector"](kept.flatten(0, 1))
         return projected.unflatten(0, kept.shape[:2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from opsin.kernels import Activation, Kernels
@@ -44,3 +45,15 @@ class MLPProjector(nn.Module):
         """x (patches, dim) to (patches * dim / in_features, out_features)."""
         merged = self.norm(x.reshape(-1, self.norm_dim)).view(-1, self.in_features)
         return self.down(self.kernels.activation(self.up(merged), self.activation))
+
+
+class LearnedVector(nn.Module):
+    """One learned embedding, such as the one that ends a row of patches."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Put it after the last column of rows (height, width, dim)."""
+        return torch.cat((rows, self.weight.expand(len(rows), 1, -1)), dim=1)
