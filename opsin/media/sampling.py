@@ -97,7 +97,7 @@ def chooser(fps: float | None, max_frames: int | None, limits: MediaLimits) -> C
     if fps is not None and not 0 < fps < 1e6:
         raise MediaError(
             "the video's fps is not usable",
-            why=f"{fps:g} is not a rate above 0",
+            why=f"{fps:g} is not between 0 and a million",
             remedy="Give frames per second, such as 1 or 2",
             param="fps",
         )

@@ -2,7 +2,7 @@
 
 import io
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -10,6 +10,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from opsin.errors import MediaError
 from opsin.media.limits import MediaLimits
 
 LOOPBACK = MediaLimits(allow_private_addresses=True, deadline=20)
@@ -24,6 +25,15 @@ def picture(width=32, height=24):
     pixels[half:, :middle] = (0, 0, 250)
     pixels[half:, middle:] = (250, 250, 250)
     return Image.fromarray(pixels)
+
+
+def refusal_line(load, source, **options):
+    """The error line of a load that may fail, "" where it succeeds; other errors come through."""
+    try:
+        load(source, **options)
+    except MediaError as error:
+        return error.line()
+    return ""
 
 
 def saved(image, name, **options):
@@ -98,10 +108,8 @@ def web_server(answer):
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            try:
+            with suppress(BrokenPipeError, ConnectionResetError):
                 answer(self)
-            except (BrokenPipeError, ConnectionResetError):
-                pass
 
         def log_message(self, *_):
             pass

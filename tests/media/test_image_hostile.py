@@ -1,5 +1,6 @@
 """Pictures that are damaged, lie or are something else: one clear error each, in bounded time."""
 
+import re
 import threading
 import zlib
 
@@ -11,11 +12,11 @@ from opsin.media import image as image_module
 from opsin.media.image import load_image
 from opsin.media.limits import FLAGS, Deadline, MediaLimits
 from opsin.media.worker import Workers
-from tests.media.samples import picture, saved
+from tests.media.samples import picture, refusal_line, saved
 from tests.media.test_image import FORMATS, png_chunk, raw_png
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL.*")
-REPR = r"<\w+|0x[0-9a-f]{4,}"
+REPR = r"<\w+|\b0x[0-9a-f]{4,}"
 
 
 def bomb(name, width=30_000, height=30_000):
@@ -92,10 +93,9 @@ def test_row_23_every_cut_of_a_file_is_an_error_or_a_picture(name):
     data = saved(picture(40, 30), name)
     cuts = {0, 1, 4, 16, 40, len(data) - 1, *range(2, len(data), max(1, len(data) // 40))}
     for cut in sorted(cuts):
-        try:
-            assert load_image(data[:cut]).size == (40, 30)
-        except MediaError as error:
-            assert error.line().count("\n") == 0
+        line = refusal_line(load_image, data[:cut])
+        assert not re.search(REPR, line)
+        assert line or load_image(data[:cut]).size == (40, 30)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -103,10 +103,7 @@ def test_row_23_flipped_bytes_never_escape_as_another_exception(name):
     data = bytearray(saved(picture(40, 30), name))
     for at in range(0, len(data), max(1, len(data) // 60)):
         data[at] ^= 0xFF
-        try:
-            load_image(bytes(data))
-        except MediaError as error:
-            assert error.what
+        assert not re.search(REPR, refusal_line(load_image, bytes(data)))
         data[at] ^= 0xFF
 
 
@@ -144,8 +141,6 @@ def test_what_is_no_picture_is_named_with_a_remedy(data, error, words, tmp_path)
 
 
 def test_row_09_no_error_shows_an_object_or_an_address():
-    import re
-
     for data in (
         b"\x89PNG\r\n\x1a\n" + bytes(50),
         saved(picture(), "TIFF")[:40],
