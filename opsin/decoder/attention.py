@@ -35,7 +35,9 @@ class Attention(nn.Module):
         self.layer = layer
         self.scale = config.head_dim**-0.5 if config.scale is None else config.scale
         q_dim, kv_dim = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.qkv = Linear(kernels, hidden, (q_dim, kv_dim, kv_dim), bias=config.qkv_bias)
+        # With an output gate, each head's rows are its query's and then its gate's.
+        wide = 2 * q_dim if config.output_gate else q_dim
+        self.qkv = Linear(kernels, hidden, (wide, kv_dim, kv_dim), bias=config.qkv_bias)
         self.out = Linear(kernels, q_dim, hidden, bias=config.out_bias)
         self.q_norm = self.k_norm = None
         if config.qk_norm is not None:
@@ -46,7 +48,11 @@ class Attention(nn.Module):
         """x (tokens, hidden) to the same shape; the new keys and values end up in the cache."""
         config, kernels = self.config, self.kernels
         qkv = self.qkv(x).unflatten(-1, (-1, config.head_dim))  # (tokens, heads + 2 kv, dim)
-        query, key, value = qkv.split((config.heads, config.kv_heads, config.kv_heads), dim=1)
+        kv_heads = config.kv_heads
+        query, key, value = qkv.split((qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
+        gate = None
+        if config.output_gate:
+            query, gate = query.unflatten(1, (config.heads, 2)).unbind(2)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         if config.rope is not None:
@@ -64,4 +70,6 @@ class Attention(nn.Module):
             window=config.window,
             soft_cap=config.soft_cap,
         )
+        if gate is not None:
+            attended = attended * gate.sigmoid()
         return self.out(attended.flatten(1))

@@ -1,19 +1,27 @@
-"""The paged key-value cache: one pool of token slots a layer, handed out in blocks."""
+"""What layers remember: token slots handed out in blocks, and states handed out one a sequence."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from opsin.decoder.config import DecoderConfig
+from opsin.decoder.config import AttentionConfig, DecoderConfig, DeltaNetConfig
 
 
 class PagedCache:
-    """Keys and values of every layer, (slots, kv_heads, head_dim), where slot = block * size +
-    offset.
+    """What every layer remembers of every sequence.
 
-    Which blocks belong to which sequence is the scheduler's business. Memory is reserved at once
-    but, on a CPU, only touched as blocks are used.
+    A softmax attention layer has keys and values, (slots, kv_heads, head_dim), where slot = block *
+    size + offset; a recurrent layer has states, tensors whose first axis is a sequence's state slot
+    (for a delta network: the convolution's inputs (state slots, kernel - 1, channels) and the
+    memory (state slots, heads, key_dim, value_dim), float32). The lists run over all layers and are
+    empty where the layer is of another kind.
+
+    Which blocks and state slots belong to which sequence is the scheduler's business. Memory is
+    reserved at once but, on a CPU, only touched as it is used.
     """
 
     def __init__(
@@ -23,18 +31,60 @@ class PagedCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        num_state_slots: int = 1,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.states: list[tuple[Tensor, ...]] = []
         for layer in config.layers:
-            shape = (num_blocks * block_size, layer.attention.kv_heads, layer.attention.head_dim)
+            shape: tuple[int, ...] = (0,)
+            if isinstance(layer.attention, AttentionConfig):
+                kind = layer.attention
+                shape = (num_blocks * block_size, kind.kv_heads, kind.head_dim)
             self.keys.append(torch.empty(shape, dtype=dtype, device=device))
             self.values.append(torch.empty(shape, dtype=dtype, device=device))
+            states: list[Tensor] = []
+            if isinstance(layer.attention, DeltaNetConfig):
+                states = [
+                    torch.empty((num_state_slots, *shape), dtype=kind, device=device)
+                    for shape, kind in _state_shapes(layer.attention, dtype)
+                ]
+            self.states.append(tuple(states))
+
+    def clear_states(self, slots: Sequence[int]) -> None:
+        """Forget what lies in these state slots: a sequence starts there."""
+        for states in self.states:
+            for state in states:
+                for slot in slots:
+                    state[slot].zero_()
+
+    def free(self) -> None:
+        """Let all memory go."""
+        self.keys.clear()
+        self.values.clear()
+        self.states.clear()
 
     @staticmethod
     def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
         """Cache memory that one token takes over all layers."""
-        attentions = [layer.attention for layer in config.layers]
-        return sum(2 * a.kv_heads * a.head_dim for a in attentions) * dtype.itemsize
+        return sum(2 * a.kv_heads * a.head_dim for a in config.attentions) * dtype.itemsize
+
+    @staticmethod
+    def bytes_per_state_slot(config: DecoderConfig, dtype: torch.dtype) -> int:
+        """Cache memory that one sequence's states take over all layers."""
+        return sum(
+            math.prod(shape) * kind.itemsize
+            for layer in config.layers
+            if isinstance(layer.attention, DeltaNetConfig)
+            for shape, kind in _state_shapes(layer.attention, dtype)
+        )
+
+
+def _state_shapes(
+    config: DeltaNetConfig, dtype: torch.dtype
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of each state tensor of one sequence."""
+    conv = (config.conv_kernel - 1, config.conv_dim)
+    return [(conv, dtype), (config.memory_shape, torch.float32)]

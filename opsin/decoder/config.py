@@ -16,7 +16,8 @@ class AttentionConfig:
 
     `window` limits how many of the last keys are seen, the token itself included; `rope` None means
     no positions; `scale` None means 1 / sqrt(head_dim); `qk_norm` normalises each head's query and
-    key before rope. `soft_cap` caps the scores.
+    key before rope. `soft_cap` caps the scores. `output_gate` multiplies each head's result by the
+    sigmoid of a gate that is projected beside its query.
     """
 
     heads: int
@@ -29,6 +30,38 @@ class AttentionConfig:
     window: int | None = None
     scale: float | None = None
     soft_cap: float | None = None
+    output_gate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaNetConfig:
+    """A gated delta network (arXiv:2412.06464), whose state does not grow with the sequence.
+
+    Each query and key head serves value_heads / key_heads value heads; `conv_kernel` is the width
+    of the causal convolution before them.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_kernel: int
+
+    @property
+    def mixed_dims(self) -> tuple[int, int, int]:
+        """Features of all queries, all keys and all values."""
+        keys = self.key_heads * self.key_dim
+        return keys, keys, self.value_heads * self.value_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Features that the convolution runs over."""
+        return sum(self.mixed_dims)
+
+    @property
+    def memory_shape(self) -> tuple[int, int, int]:
+        """What one sequence remembers beside the convolution's inputs."""
+        return self.value_heads, self.key_dim, self.value_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +105,7 @@ class LayerConfig:
     `post_norms` also normalises what each block returns, before it is added.
     """
 
-    attention: AttentionConfig
+    attention: AttentionConfig | DeltaNetConfig
     mlp: MLPConfig | MoEConfig
     post_norms: bool = False
     residual_scale: float = 1.0
@@ -96,5 +129,16 @@ class DecoderConfig:
     @property
     def rope_configs(self) -> set[RopeConfig]:
         """Every distinct rotary embedding among the layers."""
-        ropes = (layer.attention.rope for layer in self.layers)
+        ropes = (attention.rope for attention in self.attentions)
         return {rope for rope in ropes if rope is not None}
+
+    @property
+    def attentions(self) -> list[AttentionConfig]:
+        """The layers that keep keys and values of every token."""
+        kinds = [layer.attention for layer in self.layers]
+        return [kind for kind in kinds if isinstance(kind, AttentionConfig)]
+
+    @property
+    def has_states(self) -> bool:
+        """Whether some layers keep a state a sequence, which cannot be cut back to fewer tokens."""
+        return any(isinstance(layer.attention, DeltaNetConfig) for layer in self.layers)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from opsin.decoder.attention import Attention, StepContext
 from opsin.decoder.cache import PagedCache
-from opsin.decoder.config import DecoderConfig, LayerConfig, MoEConfig
+from opsin.decoder.config import DecoderConfig, DeltaNetConfig, LayerConfig, MoEConfig
+from opsin.decoder.delta_net import DeltaNet
 from opsin.decoder.mlp import GatedMLP
 from opsin.decoder.moe import MixtureOfExperts
 from opsin.kernels import AttentionBatch, Kernels
@@ -44,7 +45,11 @@ class Layer(nn.Module):
         hidden, eps = decoder.hidden, decoder.norm_eps
         self.residual_scale = config.residual_scale
         self.attention_norm = norm(kernels, decoder.norm, hidden, eps)
-        self.attention = Attention(kernels, config.attention, index, hidden, eps)
+        self.attention: nn.Module
+        if isinstance(config.attention, DeltaNetConfig):
+            self.attention = DeltaNet(kernels, config.attention, index, hidden, eps)
+        else:
+            self.attention = Attention(kernels, config.attention, index, hidden, eps)
         self.mlp_norm = norm(kernels, decoder.norm, hidden, eps)
         self.mlp: nn.Module
         if isinstance(config.mlp, MoEConfig):

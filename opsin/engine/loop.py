@@ -106,19 +106,24 @@ class Engine:
     """
 
     def __init__(
-        self, model: Model, processor: Processor, limits: EngineLimits | None = None
+        self, model: Model, processor: Processor | None, limits: EngineLimits | None = None
     ) -> None:
         self.model = model
         self.processor = processor
         self.limits = limits or EngineLimits()
         self.max_context = self.limits.max_context or model.decoder.config.max_positions
         size = self.limits.block_size
-        num_blocks = -(-self._cache_tokens() // size)
-        self.cache = PagedCache(model.decoder.config, num_blocks, size, model.dtype, model.device)
+        memory = self.limits.memory or default_cache_memory(model.device)
+        slots = self._state_slots(memory)
+        per_slot = PagedCache.bytes_per_state_slot(model.decoder.config, model.dtype)
+        num_blocks = -(-self._cache_tokens(memory - slots * per_slot) // size)
+        self.cache = PagedCache(
+            model.decoder.config, num_blocks, size, model.dtype, model.device, slots
+        )
         self.scheduler = Scheduler(
             BlockPool(num_blocks),
             size,
-            max_num_seqs=self.limits.max_num_seqs,
+            max_num_seqs=slots,
             max_num_batched_tokens=self.limits.prefill_step_size,
         )
         self.runner = Runner(model, self.cache)
@@ -133,10 +138,15 @@ class Engine:
         self._thread.start()
         atexit.register(self.close)  # torch must not be left mid-step when the interpreter goes
 
-    def _cache_tokens(self) -> int:
+    def _state_slots(self, memory: int) -> int:
+        """Sequences that may run at once: as many as asked if their states take half the memory."""
+        per_slot = PagedCache.bytes_per_state_slot(self.model.decoder.config, self.model.dtype)
+        fitting = memory // 2 // per_slot if per_slot else self.limits.max_num_seqs
+        return max(1, min(fitting, self.limits.max_num_seqs))
+
+    def _cache_tokens(self, memory: int) -> int:
         per_token = PagedCache.bytes_per_token(self.model.decoder.config, self.model.dtype)
-        memory = self.limits.memory or default_cache_memory(self.model.device)
-        tokens = min(memory // per_token, self.max_context * self.limits.max_num_seqs)
+        tokens = min(memory // max(per_token, 1), self.max_context * self.limits.max_num_seqs)
         if tokens < self.limits.block_size:
             raise InputError(
                 "The memory for the key-value cache is too small",
@@ -163,7 +173,7 @@ class Engine:
         self._check_length(prompt)
         request_id = next(self._ids)
         sequence = Sequence.start(request_id, prompt, sampling)
-        output = Output(sequence, self.processor.tokenizer, self.processor.eos_token_ids)
+        output = Output(sequence, self.processor)
         request = _Request(sequence, Sampler.of(sampling, processors), output, on_event)
         with self._wake:
             if self._closing:
@@ -223,8 +233,7 @@ class Engine:
             self._wake.notify()
         self._thread.join()
         atexit.unregister(self.close)
-        self.cache.keys.clear()
-        self.cache.values.clear()
+        self.cache.free()
 
     def __enter__(self) -> Engine:
         return self

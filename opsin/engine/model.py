@@ -139,6 +139,7 @@ def load_model(
     config = read_config(folder)
     family = families.load(config, read_processor_config(folder))
     tensors = list(weights.all_tensors(weights.weight_files(folder)))
+    family.inspect(tensors)
     with torch.device("meta"):
         model = Model(family, config, kernels.select(place))
     weights.allocate(model, pick_dtype(dtype, config, tensors), place)

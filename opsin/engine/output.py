@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Set
 
+from opsin.engine.processor import Processor
 from opsin.engine.sequence import Sequence
 from opsin.prompt.detokenize import Detokenizer
 from opsin.prompt.stop import StopMatcher
-from opsin.prompt.tokenizer import Tokenizer
 from opsin.types import Event, FinishReason, Timings, TokenLogprob, Usage
 
 
 class Output:
     """One request's way out: tokens go in, text that is certain comes out."""
 
-    def __init__(self, sequence: Sequence, tokenizer: Tokenizer, eos_token_ids: Set[int]) -> None:
+    def __init__(self, sequence: Sequence, processor: Processor | None) -> None:
         sampling = sequence.sampling
         self.sequence = sequence
-        self.detokenizer = Detokenizer(tokenizer)
+        self.detokenizer = None if processor is None else Detokenizer(processor.tokenizer)
         self.stop = StopMatcher(sampling.stop)
         self.end_ids = set(sampling.stop_token_ids)
-        if not sampling.ignore_eos:
-            self.end_ids |= eos_token_ids
+        if processor is not None and not sampling.ignore_eos:
+            self.end_ids |= processor.eos_token_ids
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.text = ""
@@ -42,7 +41,8 @@ class Output:
         if token in self.end_ids:
             self._flush()
             return None, "stop"
-        self.text += self.stop.push(self.detokenizer.push(token))
+        if self.detokenizer is not None:
+            self.text += self.stop.push(self.detokenizer.push(token))
         if self.stop.stopped:
             return None, "stop"
         if out_of_room or self.sequence.num_generated >= self.sequence.sampling.max_tokens:
@@ -52,7 +52,8 @@ class Output:
 
     def _flush(self) -> None:
         """Release what waited for more: half characters, and the start of a stop string."""
-        self.text += self.stop.push(self.detokenizer.finish())
+        if self.detokenizer is not None:
+            self.text += self.stop.push(self.detokenizer.finish())
         self.text += self.stop.finish()
 
     def _take(self) -> Event:

@@ -112,7 +112,15 @@ class Runner:
             block_tables=torch.tensor(tables, dtype=torch.int32, device=device),
             block_size=size,
             visible_until=_visible_until(step, device),
+            state_slots=self._state_slots(step),
         )
+
+    def _state_slots(self, step: list[Scheduled]) -> Tensor | None:
+        """Each sequence's state slot, emptied if the sequence starts here; None without states."""
+        if not self.model.decoder.config.has_states:
+            return None
+        self.cache.clear_states([s.sequence.state_slot for s in step if s.start == 0])
+        return torch.tensor([s.sequence.state_slot for s in step], device=self.model.device)
 
 
 def _overlaps(item: MediaInput, scheduled: Scheduled) -> bool:

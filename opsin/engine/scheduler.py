@@ -41,6 +41,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.free_state_slots = list(range(max_num_seqs))
 
     @property
     def has_work(self) -> bool:
@@ -74,6 +75,7 @@ class Scheduler:
             if not self._grow(sequence, end):
                 break
             self.waiting.popleft()
+            sequence.state_slot = self.free_state_slots.pop()
             self.running.append(sequence)
             step.append(Scheduled(sequence, sequence.num_computed, end))
             budget -= end - sequence.num_computed
@@ -106,11 +108,15 @@ class Scheduler:
         return -(-num_tokens // self.block_size)
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
+        self._stop(sequence)
         self._release(sequence)
         sequence.num_computed = 0
         sequence.num_preemptions += 1
         self.waiting.appendleft(sequence)
+
+    def _stop(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.free_state_slots.append(sequence.state_slot)
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.block_table)
@@ -124,12 +130,14 @@ class Scheduler:
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free what it holds."""
         if sequence in self.running:
-            self.running.remove(sequence)
+            self._stop(sequence)
         else:
             self.waiting.remove(sequence)
         self._release(sequence)
 
     def check_integrity(self) -> None:
-        """The pool and the block tables agree; called when idle under tests."""
+        """The pools and what the sequences hold agree; called when idle under tests."""
         sequences = [*self.running, *self.waiting]
         self.pool.check_integrity([block for seq in sequences for block in seq.block_table])
+        slots = [sequence.state_slot for sequence in self.running] + self.free_state_slots
+        assert sorted(slots) == list(range(self.max_num_seqs)), "a state slot is lost or shared"

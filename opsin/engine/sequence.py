@@ -14,9 +14,9 @@ from opsin.types import SamplingParams, Timings
 class Sequence:
     """A request's state.
 
-    Filled by: submit (prompt, sampling), scheduler (num_computed, block_table), runner (encoded),
-    sampler (token_ids). The next step computes tokens num_computed up to len(token_ids); when those
-    reach the end, a new token is sampled.
+    Filled by: submit (prompt, sampling), scheduler (num_computed, block_table, and while it runs
+    state_slot), runner (encoded), sampler (token_ids). The next step computes tokens num_computed
+    up to len(token_ids); when those reach the end, a new token is sampled.
     """
 
     request_id: int
@@ -26,6 +26,7 @@ class Sequence:
     num_prompt: int
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
+    state_slot: int = 0
     encoded: dict[int, Encoded] = field(default_factory=dict)
     timings: Timings = field(default_factory=Timings)
     submitted: float = field(default_factory=time.perf_counter)

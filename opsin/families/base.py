@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from opsin.checkpoint.safetensors import StoredTensor
 from opsin.checkpoint.weights import Rename
 from opsin.decoder.config import DecoderConfig
 from opsin.errors import CheckpointError, InputError
@@ -117,6 +118,12 @@ class Family:
         return config[name]
 
     # What the model is made of.
+
+    def inspect(self, tensors: Sequence[StoredTensor]) -> None:
+        """Look at the checkpoint's tensors, not yet read, for what its configs do not say.
+
+        Called once, before `decoder`; does nothing by default.
+        """
 
     def decoder(self) -> DecoderConfig:
         """The decoder's shape."""

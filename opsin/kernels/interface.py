@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from opsin.kernels import recurrence
+
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
 
 
@@ -25,7 +27,8 @@ class AttentionBatch:
     numbers.
 
     `visible_until` (t,), if given, is the first key position that each new token may no longer see;
-    without it attention is causal.
+    without it attention is causal. `state_slots` (s,) says where recurrent layers keep each
+    sequence's state.
     """
 
     slot_mapping: Tensor
@@ -35,6 +38,7 @@ class AttentionBatch:
     block_tables: Tensor
     block_size: int
     visible_until: Tensor | None = None
+    state_slots: Tensor | None = None
 
 
 class Kernels:
@@ -158,6 +162,66 @@ class Kernels:
                 query[start:end], keys[slots], values[slots], mask, scale, soft_cap, sinks
             )
         return out
+
+    def causal_conv(
+        self, x: Tensor, weight: Tensor, state: Tensor, batch: AttentionBatch
+    ) -> Tensor:
+        """Each channel of x (tokens, channels) convolved with its own kernel over its sequence.
+
+        weight (channels, kernel). state (slots, kernel - 1, channels) holds the last inputs of each
+        sequence and moves on.
+        """
+        slots = batch.state_slots
+        assert slots is not None
+        if x.shape[0] == slots.shape[0]:  # one token of each sequence
+            out, after = recurrence.causal_conv(x[:, None], weight, state[slots])
+            state[slots] = after.to(state.dtype)
+            return out[:, 0]
+        parts = []
+        for i, slot in enumerate(slots.tolist()):
+            run = x[batch.query_start[i] : batch.query_start[i + 1]]
+            out, after = recurrence.causal_conv(run[None], weight, state[slot : slot + 1])
+            state[slot] = after[0].to(state.dtype)
+            parts.append(out[0])
+        return torch.cat(parts)
+
+    def gated_delta(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        decay: Tensor,
+        write: Tensor,
+        memory: Tensor,
+        batch: AttentionBatch,
+    ) -> Tensor:
+        """The gated delta rule (arXiv:2412.06464) over each sequence's new tokens, in float32.
+
+        query and key (tokens, key_heads, key_dim), made unit vectors here; value (tokens, heads,
+        value_dim); decay, a logarithm, and write strength (tokens, heads). memory (slots, heads,
+        key_dim, value_dim) holds each sequence's state and moves on. Returns value's shape.
+        """
+        slots = batch.state_slots
+        assert slots is not None
+        groups = value.shape[1] // key.shape[1]
+        query = recurrence.unit(query) * query.shape[-1] ** -0.5
+        query, key = (
+            x.repeat_interleave(groups, dim=1) for x in (query, recurrence.unit(key))
+        )  # (tokens, heads, key_dim)
+        parts = (query, key, value.float(), decay, write)
+        if value.shape[0] == slots.shape[0]:
+            out, after = recurrence.delta_step(*parts, memory[slots])
+            memory[slots] = after
+            return out.to(value.dtype)
+        out = torch.empty(value.shape, dtype=torch.float32, device=value.device)
+        for i, slot in enumerate(slots.tolist()):
+            first, last = batch.query_start[i], batch.query_start[i + 1]
+            for start in range(first, last, recurrence.CHUNK):
+                rows = slice(start, min(start + recurrence.CHUNK, last))
+                q, k, v, d, w = (x[rows].transpose(0, 1) for x in parts)
+                result, memory[slot] = recurrence.delta_chunk(q, k, v, d, w, memory[slot])
+                out[rows] = result.transpose(0, 1)
+        return out.to(value.dtype)
 
     def dense_attention(
         self,
