@@ -6,6 +6,7 @@ ending the process, in any thread and on any system. The process starts in about
 leaves with its owner (its stdin closes).
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -149,7 +150,9 @@ class Renderer:
 @cache
 def shared_renderer() -> Renderer:
     """The renderer that templates use unless they are given one."""
-    return Renderer()
+    renderer = Renderer()
+    atexit.register(renderer.close)
+    return renderer
 
 
 def _exchange(process: subprocess.Popen[bytes], line: bytes) -> bytes:

@@ -57,9 +57,10 @@ def read_tekken(path: Path) -> tuple[Tokenizer, dict[str, str]]:
             f"{path.name} cannot be read", why=f"{type(error).__name__} at {error}"
         ) from error
     vocab = {token: rank for rank, token in enumerate(specials)}
-    for rank, raw in enumerate(ranked):
-        vocab[_as_text(raw)] = rank + len(specials)
-    tokenizer = Tokenizer(models.BPE(vocab, _merges(ranked), fuse_unk=False, ignore_merges=True))
+    texts = [_as_text(raw) for raw in ranked]
+    vocab |= {text: rank + len(specials) for rank, text in enumerate(texts)}
+    merges = _merges(ranked, texts)
+    tokenizer = Tokenizer(models.BPE(vocab, merges, fuse_unk=False, ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(pattern, behavior="isolated"),
@@ -89,16 +90,19 @@ def _special_tokens(held: Mapping[str, Any], config: Mapping[str, Any]) -> list[
     return named + [f"<SPECIAL_{rank}>" for rank in range(len(named), reserved)]
 
 
-def _merges(ranked: list[bytes]) -> list[tuple[str, str]]:
+def _merges(ranked: list[bytes], texts: list[str]) -> list[tuple[str, str]]:
+    """Every split of a byte string into two known ones, by its rank and then by theirs."""
     rank_of = {raw: rank for rank, raw in enumerate(ranked)}
+    find = rank_of.get
     merges: list[tuple[str, str]] = []
     for raw in ranked:
-        splits = [
-            (rank_of[raw[:at]], rank_of[raw[at:]], at)
-            for at in range(1, len(raw))
-            if raw[:at] in rank_of and raw[at:] in rank_of
-        ]
-        merges += [(_as_text(raw[:at]), _as_text(raw[at:])) for _, _, at in sorted(splits)]
+        splits = []
+        for at in range(1, len(raw)):
+            left, right = find(raw[:at]), find(raw[at:])
+            if left is not None and right is not None:
+                splits.append((left, right))
+        splits.sort()
+        merges += [(texts[left], texts[right]) for left, right in splits]
     return merges
 
 
