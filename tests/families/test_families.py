@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from opsin import families
-from opsin.errors import InputError
+from opsin.errors import CheckpointError, InputError
 from opsin.types import SamplingParams
 
 from .checkpoints import Case
@@ -18,7 +18,6 @@ from .pictures import picture
 from .scenes import one_image
 from .zoo import CASES
 
-PORTED = set(families.model_types())
 TOLERANCE = 1e-4
 PIXEL_TOLERANCE = 1 / 255
 PIXELS = ("pixel_values", "image_pixel_values", "high_res_pixel_values", "pixel_values_images")
@@ -26,7 +25,16 @@ SIZES = ((90, 70), (31, 120), (200, 64), (8, 8))
 ODD_SIZES = ((1, 1), (3000, 40), (40, 3000), (20000, 10))
 
 
-@pytest.fixture(params=[case for case in CASES if case.config["model_type"] in PORTED], ids=str)
+def is_ported(case: Case) -> bool:
+    """Whether Opsin has this case's family; those that it lacks wait in the zoo for their port."""
+    try:
+        families.load(dict(case.config), dict(case.files.get("preprocessor_config.json", {})))
+    except CheckpointError:
+        return False
+    return True
+
+
+@pytest.fixture(params=[case for case in CASES if is_ported(case)], ids=str)
 def lab(request: pytest.FixtureRequest, labs: Callable[[Case], Lab]) -> Lab:
     """The lab of each ported family's cases, one after another."""
     return labs(request.param)

@@ -9,17 +9,19 @@ from ..tiny_tokenizer import TokenizerFiles, byte_level, files
 from . import templates
 from .qwen import CLIP_MEAN, CLIP_STD
 
-BOS = "<｜begin▁of▁sentence｜>"
-EOS = "<｜end▁of▁sentence｜>"
+BAR = "\uff5c"  # the full-width bar in these families' control tokens
+BOS = f"<{BAR}begin▁of▁sentence{BAR}>"
+EOS = f"<{BAR}end▁of▁sentence{BAR}>"
+PAD = f"<{BAR}▁pad▁{BAR}>"
 
 
 def _tokenizer(*media: str, named: dict[str, str]) -> TokenizerFiles:
-    tokenizer = byte_level((BOS, EOS, "<｜▁pad▁｜>", *media), bos=BOS)
+    tokenizer = byte_level((BOS, EOS, PAD, *media), bos=BOS)
     return files(
         tokenizer,
         bos=BOS,
         eos=EOS,
-        pad="<｜▁pad▁｜>",
+        pad=PAD,
         extra={"extra_special_tokens": named, **named},
     )
 

@@ -297,7 +297,7 @@ LLAMA4 = (
 )
 
 DEEPSEEK_VL = (
-    "{% set seps = ['\n\n', '<｜end▁of▁sentence｜>'] %}{% set i = namespace(value=0) %}"
+    "{% set seps = ['\n\n', '<\uff5cend▁of▁sentence\uff5c>'] %}{% set i = namespace(value=0) %}"
     "You are a helpful language and vision assistant. "
     "You are able to understand the visual content that the user provides, "
     "and assist the user with a variety of tasks using natural language.\n\n"
