@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -154,9 +155,13 @@ class Reference:
 def _processor_class(folder: Path, model_type: str) -> type:
     """The class that the checkpoint names, else the one of its model type.
 
-    Looked up in the modules themselves: Transformers hides some classes where torchvision is not
-    installed though they only need it for an image processor that is not used here.
+    Looked up in the modules themselves: Transformers hides a class where torchvision is missing,
+    though it only needs it for an image processor that is not used here.
     """
+    if not TORCHVISION:
+        # Pixtral's processor asks this module for one function, which the PIL module has too.
+        twin = importlib.import_module("transformers.models.pixtral.image_processing_pil_pixtral")
+        sys.modules.setdefault("transformers.models.pixtral.image_processing_pixtral", twin)
     names = processing_auto.PROCESSOR_MAPPING_NAMES
     wanted = names.get(model_type)
     for file in ("preprocessor_config.json", "processor_config.json"):
