@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from opsin.errors import MediaError, UnsupportedMedia
 from opsin.media.failure import CORRUPT, source_name
@@ -104,6 +104,7 @@ class _Sink:
         """All samples so far, float32 (samples,)."""
         import numpy as np
 
+        self.deadline.check(self.name)
         if self._seconds == 0.0:
             raise MediaError(
                 f"{self.name} is empty", why="it has no samples", remedy="Check the file"
@@ -113,15 +114,33 @@ class _Sink:
         return np.ascontiguousarray(np.concatenate(self._parts), dtype=np.float32)
 
 
+class _SilentFile:
+    """A file for libsndfile, whose callbacks must not raise: it ends at the deadline instead."""
+
+    def __init__(self, file: BinaryIO, deadline: Deadline) -> None:
+        self._file = file
+        self._deadline = deadline
+
+    def read(self, size: int = -1) -> bytes:
+        return self._file.read(size) if self._deadline.remaining() > 0.0 else b""
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        # A damaged header can send the library to before the start.
+        return self._file.seek(max(offset, 0) if whence == 0 else offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
 def _decode_soundfile(opened: Opened, sink: _Sink, deadline: Deadline) -> bool:
     """Feed the sink from libsndfile; False where libsndfile does not know the format."""
     import soundfile
 
-    from opsin.media.container import TimedFile, damaged_as_media_error
+    from opsin.media.container import damaged_as_media_error
 
     opened.file.seek(0)
     try:
-        sound = soundfile.SoundFile(TimedFile(opened.file, deadline, opened.name))
+        sound = soundfile.SoundFile(_SilentFile(opened.file, deadline))
     except (soundfile.LibsndfileError, *CORRUPT):
         deadline.check(opened.name)
         return False

@@ -50,11 +50,6 @@ class TimedFile:
         self._deadline.check(self._what)
         return self._file.read(size)
 
-    def readinto(self, buffer: Any) -> int:
-        data = self.read(len(memoryview(buffer).cast("B")))
-        memoryview(buffer).cast("B")[: len(data)] = data
-        return len(data)
-
     def seek(self, offset: int, whence: int = 0) -> int:
         self._deadline.check(self._what)
         return self._file.seek(offset, whence)

@@ -8,10 +8,10 @@ import pytest
 import soundfile
 import soxr
 
-from opsin.errors import MediaError, MediaTooLarge, UnsupportedMedia
+from opsin.errors import MediaError, MediaTimeout, MediaTooLarge, UnsupportedMedia
 from opsin.media import audio as audio_module
 from opsin.media.audio import load_audio
-from opsin.media.limits import MediaLimits
+from opsin.media.limits import Deadline, MediaLimits
 from tests.media.samples import (
     LOOPBACK,
     clip,
@@ -177,3 +177,12 @@ def test_row_23_cut_and_flipped_files_are_errors_or_sounds(kind):
         flipped[at] ^= 0xFF
         assert "0x" not in refusal_line(load_audio, bytes(flipped))
         flipped[at] ^= 0xFF
+
+
+def test_row_23_the_deadline_ends_a_sound_too(monkeypatch):
+    data = written(tone(), "WAV", "PCM_16")
+    deadline = Deadline(60)
+    left = iter([1.0] * 5)
+    monkeypatch.setattr(deadline, "remaining", lambda: next(left, 0.0))
+    with pytest.raises(MediaTimeout, match="--media-timeout"):
+        audio_module.decode_audio(data, 16_000, MediaLimits(), deadline)

@@ -1,6 +1,7 @@
 """Pictures that are damaged, lie or are something else: one clear error each, in bounded time."""
 
 import re
+import sys
 import threading
 import zlib
 
@@ -130,7 +131,9 @@ def test_a_truncated_photograph_is_refused_not_half_grey():
         (b"\xff\xd8\xff", MediaError, "damaged or incomplete"),
     ],
 )
-def test_what_is_no_picture_is_named_with_a_remedy(data, error, words, tmp_path):
+def test_what_is_no_picture_is_named_with_a_remedy(data, error, words, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
     path = tmp_path / "a.png"
     path.write_bytes(data)
     with pytest.raises(error, match=words) as caught:

@@ -388,3 +388,10 @@ def test_uniform_indices_keep_both_ends_for_every_count():
                 assert (chosen[0], chosen[-1]) == (0, total - 1)
             close = zip(uniform_indices(timed, None, count), chosen, strict=True)
             assert all(abs(a - b) <= 1 for a, b in close)
+
+
+def test_row_08_the_decoder_itself_refuses_frames_that_outgrow_the_budget(monkeypatch, mp4):
+    """A stream may state one size in its header and another inside."""
+    monkeypatch.setattr(MediaLimits, "check", lambda *_: None)
+    with pytest.raises(MediaError):
+        load_video(mp4, MediaLimits(max_pixels=100))
