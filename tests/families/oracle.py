@@ -73,6 +73,7 @@ class Reference:
         parts = [self._part(name) for name in lenient.get_attributes()]
         settings, _ = lenient.get_processor_dict(self.folder)
         processor = lenient.from_args_and_dict(parts, settings)
+        processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
         processor.video_processor = SimpleNamespace(num_frames=8, fps=1, merge_size=2)
         return processor
 
@@ -97,7 +98,8 @@ class Reference:
         `messages` hold parts of type "image", "audio" and "text"; `images` and `audio` fill them in
         order. Tensors have a leading axis of one request.
         """
-        if self.processor.chat_template is None:
+        template = self.processor.chat_template or self.processor.tokenizer.chat_template
+        if template is None:
             return self._bare_inputs(messages, images, audio)
         pictures, sounds = iter(images), iter(audio)
         filled = [
@@ -106,6 +108,7 @@ class Reference:
         ]
         encoded = self.processor.apply_chat_template(
             filled,
+            chat_template=template,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",

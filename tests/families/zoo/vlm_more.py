@@ -260,6 +260,7 @@ def _mistral3() -> tuple[Case, Case]:
             },
             generation=MISTRAL_GENERATION,
             seed=32,
+            needs=("torchvision",),
         ),
         Case(
             "mistral3",
@@ -277,6 +278,7 @@ def _mistral3() -> tuple[Case, Case]:
             manner="saved",
             rename=NEW_NAMES,
             seed=33,
+            needs=("torchvision",),
         ),
     )
 
@@ -318,6 +320,7 @@ def _pixtral() -> tuple[Case, Case]:
             },
             MISTRAL_GENERATION,
             seed=34,
+            needs=("torchvision",),
         ),
         Case(
             "pixtral",
@@ -333,6 +336,7 @@ def _pixtral() -> tuple[Case, Case]:
             generation=MISTRAL_GENERATION,
             manner="saved",
             seed=35,
+            needs=("torchvision",),
         ),
     )
 
