@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from opsin.errors import UnknownFamily
-from opsin.families.index import ALIASES, MODULES
+from opsin.families.index import ALIASES, BY_TOWER, MODULES
 
 if TYPE_CHECKING:
     from opsin.families.base import Family
@@ -42,4 +42,6 @@ def find(model_type: str) -> type[Family]:
 
 def load(config: dict[str, Any], processor_config: dict[str, Any]) -> Family:
     """The family of a checkpoint, holding its configs."""
-    return find(config["model_type"])(config, processor_config)
+    model_type = config["model_type"]
+    tower = (config.get("vision_config") or {}).get("model_type", "")
+    return find(BY_TOWER.get((model_type, tower), model_type))(config, processor_config)

@@ -56,6 +56,15 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "idefics3": _WIDE,
     "idefics3_vision": _WIDE,
     "smolvlm_vision": _WIDE,
+    "pixtral": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 1024,
+        "patch_size": 16,
+        "hidden_act": "gelu",
+    },
 }
 
 

@@ -5,6 +5,8 @@ MODULES = {
     "idefics3": "idefics3",
     "llava": "llava",
     "llava_next": "llava_next",
+    "mistral3": "mistral3",
+    "pixtral": "pixtral",
     "qwen2_vl": "qwen2_vl",
     "qwen2_5_vl": "qwen2_5_vl",
     "qwen3_vl": "qwen3_vl",
@@ -16,4 +18,9 @@ MODULES = {
 # other spellings that published configs carry -> the name above
 ALIASES: dict[str, str] = {
     "smolvlm": "idefics3",
+}
+
+# a `model_type` whose tower, by its own `model_type`, makes it another family
+BY_TOWER = {
+    ("llava", "pixtral"): "pixtral",
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -34,6 +34,7 @@ class Llava(Family):
     """CLIP or SigLIP, an MLP, and any of the usual decoders."""
 
     message_format = "list_with_image"
+    default_tower: ClassVar[str] = "clip_vision_model"
     rename = (
         *CLIP_RENAME,
         (r"^(model\.)?multi_modal_projector\.linear_1\.", "towers.projector.up."),
@@ -43,7 +44,7 @@ class Llava(Family):
 
     def __init__(self, config: dict[str, Any], processor_config: dict[str, Any]) -> None:
         super().__init__(config, processor_config)
-        self.vision = with_defaults(config.get("vision_config") or {}, "clip_vision_model")
+        self.vision = with_defaults(config.get("vision_config") or {}, self.default_tower)
         self.patch = one_side(self.vision["patch_size"])
         self.counts = layer_counts(
             config.get("vision_feature_layer", -2), self.vision["num_hidden_layers"]

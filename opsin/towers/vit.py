@@ -170,14 +170,18 @@ def vision_of(towers: nn.ModuleDict) -> VisionTransformer:
     return tower
 
 
-def axial_angles(coordinates: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def axial_angles(
+    coordinates: Tensor, head_dim: int, theta: float, *, staggered: bool = False
+) -> tuple[Tensor, Tensor]:
     """Two-dimensional rope: the first half of the frequencies turn by row, the rest by column.
 
+    Both halves have the same frequencies, or, `staggered`, the columns' lie between the rows'.
     coordinates (patches, 2), row and column, to cos and sin, each (patches, head_dim / 2), float32.
     """
     dim = head_dim // 2
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=coordinates.device) / dim
-    frequencies = 1.0 / theta**exponents
+    shift = torch.tensor([[0.0], [1.0 if staggered else 0.0]], device=coordinates.device)
+    frequencies = 1.0 / theta ** (exponents + shift / dim)  # (2, dim / 2)
     angles = (coordinates[:, :, None].float() * frequencies).flatten(1)
     return angles.cos(), angles.sin()
 
