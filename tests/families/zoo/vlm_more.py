@@ -260,7 +260,6 @@ def _mistral3() -> tuple[Case, Case]:
             },
             generation=MISTRAL_GENERATION,
             seed=32,
-            needs=("torchvision",),
         ),
         Case(
             "mistral3",
@@ -278,7 +277,6 @@ def _mistral3() -> tuple[Case, Case]:
             manner="saved",
             rename=NEW_NAMES,
             seed=33,
-            needs=("torchvision",),
         ),
     )
 
@@ -320,7 +318,6 @@ def _pixtral() -> tuple[Case, Case]:
             },
             MISTRAL_GENERATION,
             seed=34,
-            needs=("torchvision",),
         ),
         Case(
             "pixtral",
@@ -336,7 +333,6 @@ def _pixtral() -> tuple[Case, Case]:
             generation=MISTRAL_GENERATION,
             manner="saved",
             seed=35,
-            needs=("torchvision",),
         ),
     )
 
