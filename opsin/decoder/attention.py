@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from opsin.decoder.cache import PagedCache
@@ -16,10 +17,11 @@ from opsin.nn.rope import RopeConfig
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """What every layer of one step shares: cache, places in it, and rotary angles."""
+    """What every layer of one step shares: cache, places in it, positions and rotary angles."""
 
     cache: PagedCache
     batch: AttentionBatch
+    positions: Tensor
     angles: dict[RopeConfig, tuple[Tensor, Tensor]]
 
 
@@ -53,12 +55,16 @@ class Attention(nn.Module):
         gate = None
         if config.output_gate:
             query, gate = query.unflatten(1, (config.heads, 2)).unbind(2)
-        if self.q_norm is not None and self.k_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None and not config.qk_norm_last:
             query, key = self.q_norm(query), self.k_norm(key)
         if config.rope is not None:
             cos, sin = context.angles[config.rope]
             query = kernels.rope(query, cos, sin, config.rope.pairs)
             key = kernels.rope(key, cos, sin, config.rope.pairs)
+        if self.q_norm is not None and self.k_norm is not None and config.qk_norm_last:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if config.temperature is not None:
+            query = query * tempered(context.positions[0], *config.temperature).to(query.dtype)
         keys, values = context.cache.keys[self.layer], context.cache.values[self.layer]
         kernels.write_kv(key, value, keys, values, context.batch.slot_mapping)
         attended = kernels.paged_attention(
@@ -69,7 +75,17 @@ class Attention(nn.Module):
             scale=self.scale,
             window=config.window,
             soft_cap=config.soft_cap,
+            chunk=config.chunk,
         )
         if gate is not None:
             attended = attended * gate.sigmoid()
         return self.out(attended.flatten(1))
+
+
+def tempered(positions: Tensor, every: float, weight: float) -> Tensor:
+    """The factor on the queries at positions (tokens,): see `AttentionConfig.temperature`.
+
+    Returns (tokens, 1, 1), float32.
+    """
+    steps = torch.floor((positions.float() + 1.0) / every)
+    return (torch.log1p(steps) * weight + 1.0)[:, None, None]

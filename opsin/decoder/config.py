@@ -16,8 +16,11 @@ class AttentionConfig:
 
     `window` limits how many of the last keys are seen, the token itself included; `rope` None means
     no positions; `scale` None means 1 / sqrt(head_dim); `qk_norm` normalises each head's query and
-    key before rope. `soft_cap` caps the scores. `output_gate` multiplies each head's result by the
-    sigmoid of a gate that is projected beside its query.
+    key, before rope or (`qk_norm_last`) after it. `soft_cap` caps the scores. `output_gate`
+    multiplies each head's result by the sigmoid of a gate that is projected beside its query.
+    `chunk` lets a token see only the keys of its own run of so many positions. `temperature`
+    (every, weight) multiplies the query at position p by 1 + weight * ln(1 + floor((p + 1) /
+    every)) (arXiv:2501.19399).
     """
 
     heads: int
@@ -31,6 +34,9 @@ class AttentionConfig:
     scale: float | None = None
     soft_cap: float | None = None
     output_gate: bool = False
+    qk_norm_last: bool = False
+    chunk: int | None = None
+    temperature: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

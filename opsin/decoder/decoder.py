@@ -96,7 +96,8 @@ class Decoder(nn.Module):
     def forward(self, step: Step, cache: PagedCache) -> Tensor:
         """Run one step and return the logits of `step.logit_rows`, (rows, vocab), float32."""
         assert self.angles is not None, "finish_loading() comes before the first step"
-        context = StepContext(cache, step.batch, self.angles.at(step.positions))
+        angles = self.angles.at(step.positions)
+        context = StepContext(cache, step.batch, step.positions, angles)
         x = step.embeds
         for i, layer in enumerate(self.layers):
             x = layer(x, context)

@@ -3,6 +3,7 @@
 # model_type -> the file in this folder whose FAMILY serves it
 MODULES = {
     "idefics3": "idefics3",
+    "llama4": "llama4",
     "llava": "llava",
     "llava_next": "llava_next",
     "mistral3": "mistral3",

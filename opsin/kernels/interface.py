@@ -143,13 +143,14 @@ class Kernels:
         window: int | None = None,
         soft_cap: float | None = None,
         sinks: Tensor | None = None,
+        chunk: int | None = None,
     ) -> Tensor:
         """Attention of query (tokens, heads, dim) over each sequence's cached keys and values.
 
-        A token at position p sees the keys 0..p, of them the last `window` if that is set, and
-        those before its `visible_until`. Scores are capped as soft_cap * tanh(score / soft_cap).
-        `sinks` (heads,) are extra logits in each softmax that carry no value. Returns (tokens,
-        heads, dim).
+        A token at position p sees the keys 0..p, of them the last `window` if that is set, or those
+        from the last multiple of `chunk` on, and those before its `visible_until`. Scores are
+        capped as soft_cap * tanh(score / soft_cap). `sinks` (heads,) are extra logits in each
+        softmax that carry no value. Returns (tokens, heads, dim).
         """
         out = torch.empty(
             *query.shape[:-1], values.shape[-1], dtype=query.dtype, device=query.device
@@ -157,7 +158,7 @@ class Kernels:
         for i, (slots, context) in enumerate(zip(batch.slots, batch.context_lens, strict=True)):
             start, end = batch.query_start[i], batch.query_start[i + 1]
             until = None if batch.visible_until is None else batch.visible_until[start:end]
-            mask = _visible(end - start, context, window, until, query.device)
+            mask = _visible(end - start, context, window, until, query.device, chunk)
             out[start:end] = attend(
                 query[start:end], keys[slots], values[slots], mask, scale, soft_cap, sinks
             )
@@ -253,12 +254,18 @@ class Kernels:
 
 
 def _visible(
-    queries: int, context: int, window: int | None, until: Tensor | None, device: torch.device
+    queries: int,
+    context: int,
+    window: int | None,
+    until: Tensor | None,
+    device: torch.device,
+    chunk: int | None = None,
 ) -> Tensor | None:
     """Which of `context` keys the last `queries` positions see: (queries, context), None for
     all.
     """
-    if queries == 1 and until is None and (window is None or context <= window):
+    whole = (window is None or context <= window) and (chunk is None or context <= chunk)
+    if queries == 1 and until is None and whole:
         return None
     position = torch.arange(context - queries, context, device=device)[:, None]
     key = torch.arange(context, device=device)[None, :]
@@ -266,6 +273,8 @@ def _visible(
     visible = key < limit
     if window is not None:
         visible &= key > position - window
+    if chunk is not None:
+        visible &= key >= position // chunk * chunk
     return visible
 
 

@@ -59,13 +59,14 @@ class LayerNorm(nn.Module):
         return self.kernels.layer_norm(x, self.weight, self.bias, self.eps)
 
 
-NormKind = Literal["rms", "layer", "rms_unit_offset"]
+NormKind = Literal["rms", "layer", "rms_unit_offset", "rms_plain"]
 
 
 def norm(
     kernels: Kernels, kind: NormKind, dim: int, eps: float, *, bias: bool = True
 ) -> RMSNorm | LayerNorm:
-    """A norm layer by kind; `bias` matters to "layer" only."""
+    """A norm layer by kind; `bias` matters to "layer" only, "rms_plain" has no weight."""
     if kind == "layer":
         return LayerNorm(kernels, dim, eps, bias=bias)
-    return RMSNorm(kernels, dim, eps, unit_offset=kind == "rms_unit_offset")
+    offset, weight = kind == "rms_unit_offset", kind != "rms_plain"
+    return RMSNorm(kernels, dim, eps, unit_offset=offset, weight=weight)

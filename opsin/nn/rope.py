@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+RopePairs = Literal["half", "adjacent"]
+
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
@@ -22,7 +24,7 @@ class RopeConfig:
 
     dim: int
     theta: float
-    pairs: Literal["half", "adjacent"] = "half"
+    pairs: RopePairs = "half"
     axes: tuple[int, ...] = ()
     scaling: tuple[tuple[str, Any], ...] = ()
     max_positions: int = 0

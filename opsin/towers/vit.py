@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from opsin.kernels import Activation, Kernels
 from opsin.nn.linear import Embedding, Linear
 from opsin.nn.norm import NormKind, norm
+from opsin.nn.rope import RopePairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,8 @@ class ViTConfig:
     mlp_bias: bool = True
     positions: int = 0
     class_token: bool = False
+    class_token_last: bool = False
+    rope_pairs: RopePairs = "half"
     pre_norm: bool = False
     post_norm: bool = False
     windowed: frozenset[int] = frozenset()
@@ -83,6 +86,7 @@ class VisionAttention(nn.Module):
         self.kernels = kernels
         self.heads = config.heads
         self.scale = (config.hidden // config.heads) ** -0.5
+        self.pairs: RopePairs = config.rope_pairs
         widths = (config.hidden,) * 3
         self.qkv = Linear(kernels, config.hidden, widths, bias=config.qkv_bias)
         self.out = Linear(kernels, config.hidden, config.hidden, bias=config.out_bias)
@@ -93,8 +97,8 @@ class VisionAttention(nn.Module):
         """x (patches, hidden) to the same shape."""
         query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
         if angles is not None:
-            query = self.kernels.rope(query, *angles, "half")
-            key = self.kernels.rope(key, *angles, "half")
+            query = self.kernels.rope(query, *angles, self.pairs)
+            key = self.kernels.rope(key, *angles, self.pairs)
         attended = self.kernels.dense_attention(query, key, value, lengths, scale=self.scale)
         return self.out(attended.flatten(1))
 
@@ -143,14 +147,15 @@ class VisionTransformer(nn.Module):
         """patches (patches, patch_dim) to features (patches, hidden), and those after layers
         `taps` (-1: before the first).
 
-        With a class token, each run of the result starts with it and is one longer than the
-        layout's.
+        With a class token, each run of the result starts (or ends) with it and is one longer than
+        the layout's; position embeddings and angles count it.
         """
         x = self.patch(patches.to(self.patch.weight.dtype))
         lengths, windows = layout.lengths, layout.windows
         if self.config.class_token:
-            runs = [torch.cat((self.class_token[None], run)) for run in x.split(lengths)]
-            x = torch.cat(runs)
+            token, last = self.class_token[None], self.config.class_token_last
+            runs = [(run, token) if last else (token, run) for run in x.split(lengths)]
+            x = torch.cat([part for run in runs for part in run])
             lengths = [length + 1 for length in lengths]
         if layout.position_embeds is not None:
             x = x + layout.position_embeds.to(x.dtype)
