@@ -45,7 +45,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(folder: Path) -> Config:
     """A checkpoint's config.json, which must be there and name a `model_type`."""
     config = read_json(folder / "config.json")
-    if not config:
+    if not (folder / "config.json").is_file():
         raise NotFoundError(
             f"There is no checkpoint in {folder.name}",
             why="the folder has no config.json",

@@ -1,0 +1,1 @@
+"""Everything that must hold; each folder tests the folder of the same name."""
