@@ -178,10 +178,10 @@ class _Hub:
 
     def folder(self) -> Path:
         """The snapshot's folder, downloaded as far as needed."""
-        from huggingface_hub import HfApi, constants
+        from huggingface_hub import HfApi
         from huggingface_hub.errors import HTTPError
 
-        if constants.HF_HUB_OFFLINE:
+        if cache_folder()[1]:
             return self._cached() or self._raise_offline()
         try:
             info = HfApi().model_info(self.repo, revision=self.revision)
@@ -273,13 +273,20 @@ def _disk_is_full(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
 
 
+def cache_folder() -> tuple[Path, bool]:
+    """Where the hub's cache is, and whether HF_HUB_OFFLINE forbids to fill it."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE), bool(constants.HF_HUB_OFFLINE)
+
+
 def cached_models() -> list[CachedModel]:
     """The models in the local hub cache that hold weights Opsin can read, by name."""
-    from huggingface_hub import constants, scan_cache_dir
+    from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
+        repos = scan_cache_dir(cache_folder()[0]).repos
     except CacheNotFound:
         return []
     found = [

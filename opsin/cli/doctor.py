@@ -212,12 +212,12 @@ def _bundled_model() -> Check:
 
 
 def _hub_cache() -> Check:
-    from huggingface_hub import constants
+    from opsin.checkpoint import hub
 
-    folder = Path(constants.HF_HUB_CACHE)
+    folder, is_offline = hub.cache_folder()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    offline = ", offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else ""
+    offline = ", offline (HF_HUB_OFFLINE)" if is_offline else ""
     good = free > 5 * GIB
     remedy = "" if good else "Free some space, or point HF_HOME to another disk"
     return Check("hub cache", good, f"{folder}, {free / GIB:.0f} GiB free{offline}", remedy)
