@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Nothing here imports torch until a command needs it."""
+"""The command line: parse, call, print, importing torch only once a command needs it."""
 
 from __future__ import annotations
 

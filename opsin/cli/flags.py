@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 
 from opsin.errors import InputError
+from opsin.families.index import SUGGESTION
 
 if TYPE_CHECKING:
     from opsin.engine.model import Model as LoadedModel
@@ -38,10 +39,7 @@ ChatTemplate: TypeAlias = Annotated[
     ),
 ]
 
-BUNDLED_NOTE = (
-    "opsin: using the small bundled model; for real work name one, such as "
-    "--model Qwen/Qwen3-VL-2B-Instruct"
-)
+BUNDLED_NOTE = "opsin: using the small bundled model; for real work name one: --model {suggestion}"
 
 
 def json_option(flag: str, text: str | None) -> dict[str, Any] | None:
@@ -64,7 +62,7 @@ def load_with_progress(name: str, **options: Any) -> tuple[LoadedModel, Processo
     from opsin.api import load
 
     if name == "bundled":
-        typer.echo(BUNDLED_NOTE, err=True)
+        typer.echo(BUNDLED_NOTE.format(suggestion=SUGGESTION), err=True)
     if not sys.stderr.isatty():
         return load(name, **options)
     from rich.console import Console

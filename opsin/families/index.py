@@ -25,3 +25,6 @@ ALIASES: dict[str, str] = {
 BY_TOWER = {
     ("llava", "pixtral"): "pixtral",
 }
+
+# what to try after the bundled model: small, and good at pictures
+SUGGESTION = "Qwen/Qwen3-VL-2B-Instruct"
