@@ -315,6 +315,11 @@ class Engine:
             error = failure
         request.on_event(request.output.last(reason, error))
 
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread still runs: false after `close`, or had it died."""
+        return self._thread.is_alive()
+
     def stats(self) -> dict[str, Any]:
         """Counts for health checks and metrics; may be read from any thread."""
         return {
