@@ -29,7 +29,7 @@ class Ours:
 
     def __init__(self, case: Case, folder: Path) -> None:
         self.case = case
-        self.model, self.processor = opsin.load(folder)
+        self.model, self.processor = opsin.load(folder, device="cpu")
         self.prompts: dict[str, Prompt] = {}
 
     def prompt(self, scene: Scene) -> Prompt:
