@@ -3,8 +3,9 @@ from collections import defaultdict
 
 import pytest
 
+from opsin.families import index
+
 from .tree import (
-    NOT_FAMILIES,
     ROOT,
     Source,
     code_lines,
@@ -21,13 +22,14 @@ WINDOW = 8
 
 
 def family_names() -> frozenset[str]:
-    """The families' names without punctuation: one file of opsin/families each.
+    """Every `model_type` of the index, without punctuation.
 
     Names that are also a tower's file (an architecture, such as a speech encoder) or a tool
     dialect's file stand for those and are free to be used.
     """
     shared = {p.stem for f in ("towers", "prompt/tools") for p in (ROOT / "opsin" / f).glob("*.py")}
-    return frozenset("".join(words(s.stem)) for s in family_sources() if s.stem not in shared)
+    named = {*index.MODULES, *index.ALIASES, *(name for pair in index.BY_TOWER for name in pair)}
+    return frozenset("".join(words(name)) for name in named - shared)
 
 
 def named_families(file: Source, names: frozenset[str]) -> list[str]:
@@ -105,5 +107,7 @@ def test_a_family_file_has_at_most_250_lines(file: Source) -> None:
     assert len(file.lines) <= 250
 
 
-def test_the_files_that_are_no_family_are_few() -> None:
-    assert len(NOT_FAMILIES) <= 6
+def test_the_index_names_files_that_exist() -> None:
+    assert {*index.MODULES.values(), *index.BY_TOWER.values()} <= {s.stem for s in family_sources()}
+    assert set(index.ALIASES.values()) <= set(index.MODULES)
+    assert family_names()

@@ -38,8 +38,8 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
 # The folders that hold the arithmetic and the scheduling: the strictest rules apply to them.
 CORE = ("decoder", "nn", "towers", "families", "engine")
 
-# Files of opsin/families that are the seam and the registry, not a family.
-NOT_FAMILIES = frozenset({"__init__", "base", "index", "registry"})
+# Files of opsin/families that are the seam and the index, and say nothing of a family themselves.
+SEAM = frozenset({"__init__", "base", "index"})
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,8 @@ def core_sources() -> list[Source]:
 
 
 def family_sources() -> list[Source]:
-    """The files that each describe one family."""
-    found = [s for s in sources() if fnmatch.fnmatchcase(s.path, "opsin/families/*.py")]
-    return [s for s in found if s.path.count("/") == 2 and s.stem not in NOT_FAMILIES]
+    """The files that describe families: one each, and the shapes that several start from."""
+    return [s for s in sources() if layer_of(s.path) == "families" and s.stem not in SEAM]
 
 
 def imported_modules(file: Source) -> Iterator[tuple[int, str]]:
