@@ -137,9 +137,13 @@ def _part(model: nn.Module, base: str, index: tuple[int, ...]) -> Tensor:
 
 
 def _check_shape(tensor: StoredTensor, target: str, out: Tensor) -> None:
-    # A convolution over patches is stored with its kernel axes apart; here it is a matrix.
-    flat = out.ndim == 2 and len(tensor.shape) > 2 and tensor.shape[0] == out.shape[0]
-    same = tensor.shape == tuple(out.shape)
+    # A convolution over patches is stored with its kernel axes apart; here it is a matrix. A
+    # table or vector may be stored with axes of one in front, which mean nothing.
+    shape = tensor.shape
+    while len(shape) > out.ndim and shape[0] == 1:
+        shape = shape[1:]
+    flat = out.ndim == 2 and len(shape) > 2 and shape[0] == out.shape[0]
+    same = shape == tuple(out.shape)
     if not same and not (flat and tensor.num_bytes == out.numel() * tensor.dtype.itemsize):
         raise CheckpointError(
             "The checkpoint does not fit its config.json",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
+from opsin.checkpoint.safetensors import StoredTensor
+from opsin.checkpoint.weights import renamed
 from opsin.decoder.config import DecoderConfig
 from opsin.errors import CheckpointError
+from opsin.families.base import Family
 from opsin.families.llama_shape import llama_decoder
 
 # What published configs leave out, because it is the default of the text model's own config.
@@ -50,9 +53,6 @@ FACTS: Mapping[str, Mapping[str, Any]] = {
     "qwen3": {"qk_norm": "rms"},
 }
 
-# A head that a checkpoint stores although it is the embedding table.
-TIED_HEAD = r"(^|\.)lm_head\.weight$"
-
 
 def backbone(text: Mapping[str, Any], *, tied: bool) -> DecoderConfig:
     """The decoder of a text config.
@@ -70,8 +70,26 @@ def backbone(text: Mapping[str, Any], *, tied: bool) -> DecoderConfig:
     return llama_decoder(filled, tied=tied, **FACTS.get(kind, {}))
 
 
-def is_tied(config: Mapping[str, Any], *, inner: bool = True) -> bool:
-    """Whether the head is the embedding table; with `inner`, the text config may say so alone."""
-    tied = bool(config.get("tie_word_embeddings", False))
-    text = config.get("text_config") or {}
-    return tied or (inner and bool(text.get("tie_word_embeddings", False)))
+class BackboneFamily(Family):
+    """A family whose decoder is one of these, as its `text_config` says.
+
+    `tied_default` holds where neither config says whether the head is the embedding table. A head
+    that the checkpoint stores is used, whatever its configs say.
+    """
+
+    tied_default: ClassVar[bool] = False
+    stores_head = False
+
+    def inspect(self, tensors: Sequence[StoredTensor]) -> None:
+        names = (renamed(tensor.name, self.rename) for tensor in tensors)
+        self.stores_head = "decoder.head.weight" in names
+
+    def tied(self) -> bool:
+        """Whether the head is the embedding table."""
+        outer = self.config.get("tie_word_embeddings")
+        inner = self.text_config.get("tie_word_embeddings")
+        stated = [bool(value) for value in (outer, inner) if value is not None]
+        return (any(stated) if stated else self.tied_default) and not self.stores_head
+
+    def decoder(self) -> DecoderConfig:
+        return backbone(self.text_config, tied=self.tied())

@@ -12,10 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from opsin.decoder.config import DecoderConfig
 from opsin.errors import InputError
-from opsin.families.backbones import TIED_HEAD, backbone, is_tied
-from opsin.families.base import Encoded, Family, MediaInput
+from opsin.families.backbones import BackboneFamily
+from opsin.families.base import Encoded, MediaInput
 from opsin.families.clip_shape import (
     CLIP_IGNORED,
     CLIP_RENAME,
@@ -40,11 +39,12 @@ FAKE = "<fake_token_around_image>"
 MAX_SIDE = 4096
 
 
-class Idefics3(Family):
+class Idefics3(BackboneFamily):
     """Square tiles row by row, then the whole picture as one more tile."""
 
     message_format = "list_with_image_first"
     processor_options = ("do_image_splitting", "size")
+    ignored = CLIP_IGNORED
     rename = (
         *CLIP_RENAME,
         (r"^(model\.)?connector\.modality_projection\.proj\.", "towers.projector."),
@@ -55,14 +55,6 @@ class Idefics3(Family):
         super().__init__(config, processor_config)
         self.vision = with_defaults(config["vision_config"], "idefics3_vision")
         self.scale = int(config.get("scale_factor", 2))
-        self.ignored = (*CLIP_IGNORED, TIED_HEAD) if self.tied() else CLIP_IGNORED
-
-    def tied(self) -> bool:
-        """Whether the head is the embedding table."""
-        return is_tied(self.config, inner=False)
-
-    def decoder(self) -> DecoderConfig:
-        return backbone(self.text_config, tied=self.tied())
 
     def towers(self, kernels: Kernels) -> nn.ModuleDict:
         vit = clip_config(self.vision, post_norm=True)

@@ -4,6 +4,8 @@
 MODULES = {
     "idefics3": "idefics3",
     "llama4": "llama4",
+    "internvl": "internvl",
+    "internvl_chat": "internvl_chat",
     "llava": "llava",
     "llava_next": "llava_next",
     "mistral3": "mistral3",

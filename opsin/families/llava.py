@@ -9,9 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from opsin.decoder.config import DecoderConfig
-from opsin.families.backbones import TIED_HEAD, backbone, is_tied
-from opsin.families.base import Encoded, Family, MediaInput
+from opsin.families.backbones import BackboneFamily
+from opsin.families.base import Encoded, MediaInput
 from opsin.families.clip_shape import (
     CLIP_IGNORED,
     CLIP_RENAME,
@@ -30,7 +29,7 @@ from opsin.towers.projectors import MLPProjector
 from opsin.towers.vit import VisionTransformer, vision_of
 
 
-class Llava(Family):
+class Llava(BackboneFamily):
     """CLIP or SigLIP, an MLP, and any of the usual decoders."""
 
     message_format = "list_with_image"
@@ -51,15 +50,6 @@ class Llava(Family):
         )
         later = later_layers(max(self.counts), self.vision["num_hidden_layers"])
         self.ignored = (*CLIP_IGNORED, POST_NORM, *later)
-        if self.tied():
-            self.ignored = (*self.ignored, TIED_HEAD)
-
-    def tied(self) -> bool:
-        """Whether the head is the embedding table."""
-        return is_tied(self.config)
-
-    def decoder(self) -> DecoderConfig:
-        return backbone(self.text_config, tied=self.tied())
 
     def towers(self, kernels: Kernels) -> nn.ModuleDict:
         vit = clip_config(self.vision, layers=max(self.counts))

@@ -18,6 +18,7 @@ class Mistral3(Pixtral):
     """Adds a norm and a merging layer before the projector."""
 
     message_format = "list_with_image_first"
+    tied_default = True
     rename = (
         (r"^(model\.)?multi_modal_projector\.norm\.", "towers.norm."),
         (r"^(model\.)?multi_modal_projector\.patch_merger\.merging_layer\.", "towers.merger."),

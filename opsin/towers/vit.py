@@ -18,7 +18,9 @@ class ViTConfig:
     """A vision transformer's shape.
 
     `patch_dim` is channels * (frames *) height * width of a patch, flattened in that order.
-    `positions` is the number of rows of a learned position table, 0 for none. `windowed` names the
+    `positions` is the number of rows of a learned position table, 0 for none. `layer_scale`
+    multiplies what each block returns by a learned vector (arXiv:2103.17239); `qk_norm` normalises
+    queries and keys over all heads together. `windowed` names the
     layers whose attention stays inside the layout's windows. `layers` counts the layers that run: a
     family whose features come from an earlier layer states fewer and ignores the rest.
     """
@@ -42,6 +44,8 @@ class ViTConfig:
     rope_pairs: RopePairs = "half"
     pre_norm: bool = False
     post_norm: bool = False
+    layer_scale: bool = False
+    qk_norm: NormKind | None = None
     windowed: frozenset[int] = frozenset()
 
 
@@ -90,17 +94,38 @@ class VisionAttention(nn.Module):
         widths = (config.hidden,) * 3
         self.qkv = Linear(kernels, config.hidden, widths, bias=config.qkv_bias)
         self.out = Linear(kernels, config.hidden, config.hidden, bias=config.out_bias)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.qk_norm is not None:
+            self.q_norm = norm(kernels, config.qk_norm, config.hidden, config.norm_eps)
+            self.k_norm = norm(kernels, config.qk_norm, config.hidden, config.norm_eps)
 
     def forward(
         self, x: Tensor, lengths: list[int], angles: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         """x (patches, hidden) to the same shape."""
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1))
+            for part in (self.q_norm(query), self.k_norm(key), value)
+        )
         if angles is not None:
             query = self.kernels.rope(query, *angles, self.pairs)
             key = self.kernels.rope(key, *angles, self.pairs)
         attended = self.kernels.dense_attention(query, key, value, lengths, scale=self.scale)
         return self.out(attended.flatten(1))
+
+
+class Scale(nn.Module):
+    """A learned factor for each feature."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., dim) to the same shape."""
+        return x * self.weight
 
 
 class VisionLayer(nn.Module):
@@ -112,13 +137,19 @@ class VisionLayer(nn.Module):
         self.attention = VisionAttention(kernels, config)
         self.mlp_norm = norm(kernels, config.norm, config.hidden, config.norm_eps)
         self.mlp = VisionMLP(kernels, config)
+        self.attention_scale: nn.Module = nn.Identity()
+        self.mlp_scale: nn.Module = nn.Identity()
+        if config.layer_scale:
+            self.attention_scale = Scale(config.hidden)
+            self.mlp_scale = Scale(config.hidden)
 
     def forward(
         self, x: Tensor, lengths: list[int], angles: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         """x (patches, hidden) to the same shape."""
-        x = x + self.attention(self.attention_norm(x), lengths, angles)
-        return x + self.mlp(self.mlp_norm(x))
+        attended = self.attention(self.attention_norm(x), lengths, angles)
+        x = x + self.attention_scale(attended)
+        return x + self.mlp_scale(self.mlp(self.mlp_norm(x)))
 
 
 class VisionTransformer(nn.Module):
