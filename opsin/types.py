@@ -125,7 +125,8 @@ class Event:
     """What one step did for one request: new text and tokens, and, at the end, why it ended.
 
     `text` never holds a stop string or half a character. The last event of every request has a
-    `finish_reason`; if that is "error", `error` says why.
+    `finish_reason`; if that is "error", `error` says why, and if a stop string ended it,
+    `stop_string` is that one.
     """
 
     text: str = ""
@@ -135,3 +136,4 @@ class Event:
     usage: Usage = Usage()
     timings: Timings | None = None
     error: Exception | None = None
+    stop_string: str | None = None

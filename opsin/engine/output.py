@@ -74,6 +74,7 @@ class Output:
             self.usage(),
             self.timings(),
             error,
+            self.stop.matched,
         )
 
     def usage(self) -> Usage:
