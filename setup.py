@@ -1,4 +1,4 @@
-"""Builds the native CPU kernels with whatever C++ compiler there is; without one they are left out."""
+"""Builds the native CPU kernels with the C++ compiler there is; without one they are left out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 SOURCE = Path("opsin/kernels/cpu/src")
 COMMON = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
@@ -41,7 +42,7 @@ class BuildNative(build_ext):
     """A plain shared library, each source with flags of its own."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Compile the sources two at a time; one that this compiler lacks the flags for is empty."""
+        """Compile the sources two at a time, then link them."""
         with ThreadPoolExecutor(2) as workers:
             objects = list(workers.map(self.compile_one, ext.sources))
         target = Path(self.get_ext_fullpath(ext.name))
@@ -59,7 +60,7 @@ class BuildNative(build_ext):
                 return self.compiler.compile(
                     [source], output_dir=self.build_temp, extra_postargs=[*COMMON, *flags]
                 )[0]
-            except Exception as error:
+            except CompileError as error:
                 failure = error
         raise failure
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from typing import Any
 
 import torch
 
@@ -145,7 +146,7 @@ class Attention(ctypes.Structure):
     )
 
 
-SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
+SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "opsin_abi": (c_int, ()),
     "opsin_init": (c_int, (c_char_p, c_int)),
     "opsin_isa": (c_char_p, ()),

@@ -30,8 +30,8 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         handle = ctypes.CDLL(str(path))
         for name, (result, arguments) in abi.SIGNATURES.items():
             function = handle[name]
-            function.restype = result  # type: ignore[assignment]
-            function.argtypes = list(arguments)  # type: ignore[misc]
+            function.restype = result
+            function.argtypes = arguments
             setattr(handle, name, function)
     except (OSError, AttributeError) as error:
         return None, f"{path.name} does not load ({error})"
@@ -228,7 +228,7 @@ class Library:
         return int(self.handle.opsin_argmax(pointer(logits.contiguous()), logits.numel()))
 
     def softmax(self, logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, float]:
-        """softmax(logits / temperature) of one float32 row, and the log of the sum it divides by."""
+        """softmax(logits / temperature) of a float32 row, and the log of the sum it divides by."""
         logits = logits.contiguous()
         out = torch.empty_like(logits)
         total = self.handle.opsin_softmax(

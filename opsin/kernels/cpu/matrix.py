@@ -34,9 +34,7 @@ class PackedMatrix:
         group: int = 64,
         scale_dtype: torch.dtype = torch.float16,
     ) -> None:
-        handle = library.handle.opsin_matrix_new(
-            _KINDS[kind], n, k, group, abi.DTYPES[scale_dtype]
-        )
+        handle = library.handle.opsin_matrix_new(_KINDS[kind], n, k, group, abi.DTYPES[scale_dtype])
         if not handle:
             raise EngineError(
                 f"a {kind} matrix of {n} x {k} in groups of {group} cannot be packed",

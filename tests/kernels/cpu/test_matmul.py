@@ -97,7 +97,9 @@ def test_a_row_is_the_same_bits_beside_any_rows_and_on_any_threads(native, kind)
     whole = packed.multiply(x)
     for rows in (1, 2, 3, 4, 5, 6, 7, 8, 15, 16, 17, 40, 64, 65):
         for start in (0, 81):
-            assert torch.equal(packed.multiply(x[start : start + rows]), whole[start : start + rows])
+            assert torch.equal(
+                packed.multiply(x[start : start + rows]), whole[start : start + rows]
+            )
     for threads in (1, 3, 4):
         native.configure(native.isa, threads)
         assert torch.equal(packed.multiply(x), whole)

@@ -1,6 +1,7 @@
 // Norms, rotary positions, gated activations and the small helpers of sampling.
 #pragma once
 
+#include "kernels.h"
 #include "simd.h"
 
 namespace OPSIN_ISA {
@@ -106,6 +107,43 @@ static void activate(int kind, const float* gate, const float* up, int n, float*
     F a = activation(kind, load_run(gate + i, count, 0.0f));
     if (up) a = mul(a, load_run(up + i, count, 0.0f));
     store_run(out + i, count, a);
+  }
+}
+
+template <int KIND>
+static void emit_rows(const opsin::Emit* e) {
+  const F scale = set1(e->scale);
+  const F bias = e->bias ? load(e->bias) : set1(0.0f);
+  const F second_bias = e->second_bias ? load(e->second_bias) : set1(0.0f);
+  for (int r = 0; r < e->count; r++) {
+    F a = add(load(e->tile + 16 * r), bias);
+    if (KIND >= 0) a = activation(KIND, a);
+    if (e->second) a = mul(a, add(load(e->second + 16 * r), second_bias));
+    const int64_t at = r * e->stride;
+    if (e->accumulate) {
+      float* out = (float*)e->out + at;
+      store_run(out, e->columns, fma(a, scale, load_run(out, e->columns, 0.0f)));
+    } else if (!e->bf16) {
+      store_run((float*)e->out + at, e->columns, mul(a, scale));
+    } else if (e->columns == 16) {
+      store_bf16((uint16_t*)e->out + at, mul(a, scale));
+    } else {
+      uint16_t half[16];
+      store_bf16(half, mul(a, scale));
+      __builtin_memcpy((uint16_t*)e->out + at, half, 2 * e->columns);
+    }
+  }
+}
+
+static void emit(const opsin::Emit* e) {
+  switch (e->activation) {
+    case -1: return emit_rows<-1>(e);
+    case kSilu: return emit_rows<kSilu>(e);
+    case kGeluTanh: return emit_rows<kGeluTanh>(e);
+    case kGelu: return emit_rows<kGelu>(e);
+    case kRelu: return emit_rows<kRelu>(e);
+    case kRelu2: return emit_rows<kRelu2>(e);
+    default: return emit_rows<kQuickGelu>(e);
   }
 }
 

@@ -36,9 +36,11 @@ struct Matrix {
   int64_t capacity;    // bytes mapped at data
 };
 
-// Activations of a product, ready for one kind of matrix; rows are padded to sixteen in memory.
+// Activations of a product, ready for one kind of matrix; the memory holds whole panels of rows.
 struct Activations {
-  const void* data;    // (rows, padded_k) int8 or bfloat16
+  const uint8_t* data;  // (rows, padded_k) int8 or bfloat16
+  int64_t stride;       // bytes between rows: an odd number of cache lines, so that the rows of a
+                        // tile do not fall on the same few sets of the cache
   const float* scale;  // (rows, groups)
   const float* sum;    // (rows, groups): scale * sum of codes
 };
@@ -65,11 +67,26 @@ struct AttentionUnit {
   uint8_t* scratch;
 };
 
+// What becomes of one block's results: out = act(tile + bias) [* (second + second bias)] * scale.
+struct Emit {
+  const float* tile;        // (count, 16)
+  const float* second;      // of the up rows, or null
+  const float* bias;        // (16) or null
+  const float* second_bias;
+  void* out;                // first element of the block's first row
+  int64_t stride;           // elements between rows
+  int32_t count, columns;   // rows, and columns that exist
+  int32_t activation;       // -1: none
+  int32_t bf16;             // out is bfloat16, else float32
+  int32_t accumulate;       // out += result (float32)
+  float scale;
+};
+
 struct Kernels {
   const char* name;
-  void (*quantize)(const float* x, int64_t stride, int rows, int k, int padded_k, int group,
-                   int8_t* codes, float* scale, float* sum);
-  void (*narrow)(const float* x, int64_t stride, int rows, int k, int padded_k, uint16_t* out);
+  void (*quantize)(const float* x, int k, int padded_k, int group, int8_t* codes, float* scale,
+                   float* sum);
+  void (*narrow)(const float* x, int k, int padded_k, uint16_t* out);
   // rows [row, row + count) of the activations times block b: out (count, 16)
   void (*tile)(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
                uint8_t* scratch);
@@ -79,6 +96,7 @@ struct Kernels {
   void (*rms_norm)(const float* x, const float* weight, float eps, int dim, float* out);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int dim,
                      float* out);
+  void (*emit)(const Emit* e);
   void (*activate)(int kind, const float* gate, const float* up, int n, float* out);
   void (*rope)(float* x, const float* cos, const float* sin, int rotary_dim, int interleaved);
   void (*to_bf16)(const float* x, int n, uint16_t* out);

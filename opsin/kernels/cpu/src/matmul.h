@@ -18,35 +18,76 @@ OPSIN_INLINE F load_scale(const uint8_t* p, bool f16) {
 
 constexpr int kAhead = 2048;  // bytes between a weight's use and its prefetch
 
-template <int MT, bool F16>
-static void tile_q4(const Matrix* m, const uint8_t* w, const Activations* x, int row, float* out) {
-  F acc[MT];
-  const int8_t* codes[MT];
-  for (int t = 0; t < MT; t++) {
-    acc[t] = set1(0.0f);
-    codes[t] = (const int8_t*)x->data + (int64_t)(row + t) * m->padded_k;
+// Integer sums of one group of four-bit codes. With few rows the two halves of a byte have sums of
+// their own, so that one does not wait for the other; whole numbers add up to the same.
+template <int MT, int STEPS>
+OPSIN_INLINE void group_q4(const uint8_t* w, const int8_t* x, int64_t stride, int steps, I* sum) {
+  constexpr int kChains = MT <= 2 ? 2 : 1;
+  I other[MT];
+  for (int t = 0; t < MT; t++) sum[t] = other[t] = izero();
+  const int n = STEPS ? STEPS : steps;
+#pragma GCC unroll 4
+  for (int j = 0; j < n; j++) {
+    prefetch(w + 64 * j + kAhead);
+    V v = vload(w + 64 * j);
+    V low = low_nibbles(v), high = high_nibbles(v);
+#pragma GCC unroll 8
+    for (int t = 0; t < MT; t++) {
+      const int8_t* at = x + t * stride + 8 * j;
+      sum[t] = dot_u4_at(sum[t], low, at);
+      I* second = kChains == 2 ? &other[t] : &sum[t];
+      *second = dot_u4_at(*second, high, at + 4);
+    }
   }
+  if (kChains == 2) {
+    for (int t = 0; t < MT; t++) sum[t] = iadd(sum[t], other[t]);
+  }
+}
+
+template <int MT, int STEPS>
+OPSIN_INLINE void group_q8(const uint8_t* w, const int8_t* x, int64_t stride, int steps, I* sum) {
+  constexpr int kChains = MT <= 2 ? 2 : 1;
+  I other[MT];
+  for (int t = 0; t < MT; t++) sum[t] = other[t] = izero();
+  const int n = STEPS ? STEPS : steps;
+#pragma GCC unroll 4
+  for (int j = 0; j < n; j++) {
+    prefetch(w + 128 * j + kAhead);
+    prefetch(w + 128 * j + kAhead + 64);
+    V first = vload(w + 128 * j), second = vload(w + 128 * j + 64);
+#pragma GCC unroll 8
+    for (int t = 0; t < MT; t++) {
+      const int8_t* at = x + t * stride + 8 * j;
+      sum[t] = dot_u8_at(sum[t], first, at);
+      I* chain = kChains == 2 ? &other[t] : &sum[t];
+      *chain = dot_u8_at(*chain, second, at + 4);
+    }
+  }
+  if (kChains == 2) {
+    for (int t = 0; t < MT; t++) sum[t] = iadd(sum[t], other[t]);
+  }
+}
+
+template <int MT, bool FOUR, bool F16, int STEPS>
+static void tile_affine(const Matrix* m, const uint8_t* w, const Activations* x, int row,
+                        float* out) {
+  F acc[MT];
+  for (int t = 0; t < MT; t++) acc[t] = set1(0.0f);
+  const int8_t* codes = (const int8_t*)x->data + row * x->stride;
   const float* xs = x->scale + (int64_t)row * m->groups;
   const float* xb = x->sum + (int64_t)row * m->groups;
-  const int groups = m->groups, steps = m->group / 8;
-  int64_t at = 0;
+  const int groups = m->groups, group = STEPS ? STEPS * 8 : m->group;
   for (int g = 0; g < groups; g++) {
     prefetch(w + kAhead);
-    F scale = load_scale(w, F16), bias = load_scale(w + 32, F16);
-    w += 64;
+    const F scale = load_scale(w, F16), bias = load_scale(w + 32, F16);
     I sum[MT];
-    for (int t = 0; t < MT; t++) sum[t] = izero();
-    for (int j = 0; j < steps; j++, at += 8) {
-      prefetch(w + kAhead);
-      V v = vload(w);
-      V low = low_nibbles(v), high = high_nibbles(v);
-#pragma GCC unroll 8
-      for (int t = 0; t < MT; t++) {
-        sum[t] = dot_u4(sum[t], low, bcast4(codes[t] + at));
-        sum[t] = dot_u4(sum[t], high, bcast4(codes[t] + at + 4));
-      }
-      w += 64;
+    if (FOUR) {
+      group_q4<MT, STEPS>(w + 64, codes, x->stride, group / 8, sum);
+    } else {
+      group_q8<MT, STEPS>(w + 64, codes, x->stride, group / 8, sum);
     }
+    w += 64 + group * (FOUR ? 8 : 16);
+    codes += group;
 #pragma GCC unroll 8
     for (int t = 0; t < MT; t++) {
       acc[t] = fma(from_int(sum[t]), mul(scale, set1(xs[t * groups + g])), acc[t]);
@@ -56,42 +97,14 @@ static void tile_q4(const Matrix* m, const uint8_t* w, const Activations* x, int
   for (int t = 0; t < MT; t++) store(out + 16 * t, acc[t]);
 }
 
-template <int MT, bool F16>
-static void tile_q8(const Matrix* m, const uint8_t* w, const Activations* x, int row, float* out) {
-  F acc[MT];
-  const int8_t* codes[MT];
-  for (int t = 0; t < MT; t++) {
-    acc[t] = set1(0.0f);
-    codes[t] = (const int8_t*)x->data + (int64_t)(row + t) * m->padded_k;
+template <int MT, bool FOUR, bool F16>
+static void tile_grouped(const Matrix* m, const uint8_t* w, const Activations* x, int row,
+                         float* out) {
+  if (m->group == 64) {
+    tile_affine<MT, FOUR, F16, 8>(m, w, x, row, out);
+  } else {
+    tile_affine<MT, FOUR, F16, 0>(m, w, x, row, out);
   }
-  const float* xs = x->scale + (int64_t)row * m->groups;
-  const float* xb = x->sum + (int64_t)row * m->groups;
-  const int groups = m->groups, steps = m->group / 8;
-  int64_t at = 0;
-  for (int g = 0; g < groups; g++) {
-    prefetch(w + kAhead);
-    F scale = load_scale(w, F16), bias = load_scale(w + 32, F16);
-    w += 64;
-    I sum[MT];
-    for (int t = 0; t < MT; t++) sum[t] = izero();
-    for (int j = 0; j < steps; j++, at += 8) {
-      prefetch(w + kAhead);
-      prefetch(w + kAhead + 64);
-      V first = vload(w), second = vload(w + 64);
-#pragma GCC unroll 8
-      for (int t = 0; t < MT; t++) {
-        sum[t] = dot_u8(sum[t], first, bcast4(codes[t] + at));
-        sum[t] = dot_u8(sum[t], second, bcast4(codes[t] + at + 4));
-      }
-      w += 128;
-    }
-#pragma GCC unroll 8
-    for (int t = 0; t < MT; t++) {
-      acc[t] = fma(from_int(sum[t]), mul(scale, set1(xs[t * groups + g])), acc[t]);
-      acc[t] = fma(bias, set1(xb[t * groups + g]), acc[t]);
-    }
-  }
-  for (int t = 0; t < MT; t++) store(out + 16 * t, acc[t]);
 }
 
 // Two chains, even and odd pairs of columns, added at the end.
@@ -99,11 +112,8 @@ template <int MT>
 static void tile_bf16(const Matrix* m, const uint8_t* w, const Activations* x, int row,
                       float* out) {
   F even[MT], odd[MT];
-  const uint16_t* a[MT];
-  for (int t = 0; t < MT; t++) {
-    even[t] = odd[t] = set1(0.0f);
-    a[t] = (const uint16_t*)x->data + (int64_t)(row + t) * m->padded_k;
-  }
+  for (int t = 0; t < MT; t++) even[t] = odd[t] = set1(0.0f);
+  const uint8_t* a = x->data + row * x->stride;
   const int steps = m->padded_k / 4;
   for (int64_t j = 0; j < steps; j++) {
     prefetch(w + kAhead);
@@ -111,10 +121,11 @@ static void tile_bf16(const Matrix* m, const uint8_t* w, const Activations* x, i
     V first = vload(w), second = vload(w + 64);
 #pragma GCC unroll 8
     for (int t = 0; t < MT; t++) {
-      even[t] = dot_bf16(even[t], first, bcast4(a[t] + 4 * j));
-      odd[t] = dot_bf16(odd[t], second, bcast4(a[t] + 4 * j + 2));
+      even[t] = dot_bf16_at(even[t], first, a + t * x->stride);
+      odd[t] = dot_bf16_at(odd[t], second, a + t * x->stride + 4);
     }
     w += 128;
+    a += 8;
   }
   for (int t = 0; t < MT; t++) store(out + 16 * t, add(even[t], odd[t]));
 }
@@ -126,14 +137,14 @@ static void tile_rows(const Matrix* m, const uint8_t* w, const Activations* x, i
     tile_bf16<MT>(m, w, x, row, out);
   } else if (m->kind == opsin::kQ8) {
     if (m->scale_f16) {
-      tile_q8<MT, true>(m, w, x, row, out);
+      tile_grouped<MT, false, true>(m, w, x, row, out);
     } else {
-      tile_q8<MT, false>(m, w, x, row, out);
+      tile_grouped<MT, false, false>(m, w, x, row, out);
     }
   } else if (m->scale_f16) {
-    tile_q4<MT, true>(m, w, x, row, out);
+    tile_grouped<MT, true, true>(m, w, x, row, out);
   } else {
-    tile_q4<MT, false>(m, w, x, row, out);
+    tile_grouped<MT, true, false>(m, w, x, row, out);
   }
 }
 
@@ -204,10 +215,9 @@ static void configure(int depth, int rows) {
 }
 
 // GCC takes tile numbers as literals.
-OPSIN_INLINE void multiply_bf16(int count, const uint16_t* a, int64_t stride, const uint8_t* w,
+OPSIN_INLINE void multiply_bf16(int count, const uint8_t* p, int64_t bytes, const uint8_t* w,
                                 int steps, float* out) {
-  const int64_t bytes = stride * 2, next = 16 * bytes;
-  const uint8_t* p = (const uint8_t*)a;
+  const int64_t next = 16 * bytes;
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -241,67 +251,71 @@ OPSIN_INLINE void multiply_bf16(int count, const uint16_t* a, int64_t stride, co
 static void amx_bf16(const Matrix* m, int b, const Activations* x, int row, int count,
                      float* out) {
   const uint8_t* w = m->data + b * m->block_bytes;
-  const uint16_t* a = (const uint16_t*)x->data + (int64_t)row * m->padded_k;
+  const uint8_t* a = x->data + row * x->stride;
   const int steps = m->padded_k / 32;
   for (int done = 0; done < count;) {
-    const uint16_t* p = a + (int64_t)done * m->padded_k;
+    const uint8_t* p = a + done * x->stride;
     if (count - done > 32) {
-      multiply_bf16(4, p, m->padded_k, w, steps, out + 16 * done);
+      multiply_bf16(4, p, x->stride, w, steps, out + 16 * done);
       done += 64;
     } else if (count - done > 16) {
-      multiply_bf16(2, p, m->padded_k, w, steps, out + 16 * done);
+      multiply_bf16(2, p, x->stride, w, steps, out + 16 * done);
       done += 32;
     } else {
-      multiply_bf16(1, p, m->padded_k, w, steps, out + 16 * done);
+      multiply_bf16(1, p, x->stride, w, steps, out + 16 * done);
       done += 16;
     }
   }
 }
 
-// The integer sums of one group for sixteen rows, by tile `which` (0 or 1).
-OPSIN_INLINE void group_sums(int which, const int8_t* a, int64_t stride, const uint8_t* w,
-                             int depth, int steps, int32_t* sums) {
-  if (which == 0) {
-    _tile_zero(0);
-    for (int s = 0; s < steps; s++) {
-      TILE_LOAD(4, w + (int64_t)s * depth * 64, 64);
-      TILE_LOAD(5, a + s * depth * 4, stride);
-      _tile_dpbsud(0, 5, 4);
-    }
-    TILE_STORE(0, sums, 64);
-  } else {
-    _tile_zero(1);
-    for (int s = 0; s < steps; s++) {
-      TILE_LOAD(4, w + (int64_t)s * depth * 64, 64);
-      TILE_LOAD(6, a + s * depth * 4, stride);
-      _tile_dpbsud(1, 6, 4);
-    }
-    TILE_STORE(1, sums, 64);
+// Integer sums of up to four groups for sixteen rows, one group a tile of sums.
+OPSIN_INLINE void group_sums(int count, const int8_t* a, int64_t stride, const uint8_t* w,
+                             int64_t step, int group, int depth, int steps, int32_t* sums) {
+#define OPSIN_GROUP(tile)                                                   \
+  _tile_zero(tile);                                                         \
+  for (int s = 0; s < steps; s++) {                                         \
+    TILE_LOAD(4, w + (tile) * step + (int64_t)s * depth * 64, 64);          \
+    TILE_LOAD(5, a + (tile) * group + s * depth * 4, stride);               \
+    _tile_dpbsud(tile, 5, 4);                                               \
+  }                                                                         \
+  TILE_STORE(tile, sums + 256 * (tile), 64);
+  OPSIN_GROUP(0)
+  if (count > 1) {
+    OPSIN_GROUP(1)
   }
+  if (count > 2) {
+    OPSIN_GROUP(2)
+  }
+  if (count > 3) {
+    OPSIN_GROUP(3)
+  }
+#undef OPSIN_GROUP
 }
 
+// Sixteen rows and columns. The tiles work on the next four groups while the sums of the last four
+// are scaled, for sums take long from tile to vector.
 template <bool F16>
 static void amx_rows(const Matrix* m, const uint8_t* header, const uint8_t* codes, int64_t step,
                      const Activations* x, int row, float* out) {
-  alignas(64) int32_t sums[2][256];
-  const int groups = m->groups, depth = m->group < 64 ? m->group / 4 : 16;
-  const int steps = m->group / (4 * depth);
-  const int8_t* a = (const int8_t*)x->data + (int64_t)row * m->padded_k;
+  alignas(64) int32_t sums[2][4 * 256];
+  const int groups = m->groups, group = m->group, depth = group < 64 ? group / 4 : 16;
+  const int steps = group / (4 * depth);
+  const int8_t* a = (const int8_t*)x->data + row * x->stride;
   const float* xs = x->scale + (int64_t)row * groups;
   const float* xb = x->sum + (int64_t)row * groups;
   F acc[16];
 #pragma GCC unroll 16
   for (int t = 0; t < 16; t++) acc[t] = set1(0.0f);
-  group_sums(0, a, m->padded_k, codes, depth, steps, sums[0]);
+  group_sums(groups, a, x->stride, codes, step, group, depth, steps, sums[0]);
   for (int g = 0; g < groups; g++) {
-    if (g + 1 < groups) {
-      const int8_t* next = a + (int64_t)(g + 1) * m->group;
-      group_sums((g + 1) & 1, next, m->padded_k, codes + (g + 1) * step, depth, steps,
-                 sums[(g + 1) & 1]);
+    const int ahead = g + 4;
+    if (g % 4 == 0 && ahead < groups) {
+      group_sums(groups - ahead, a + (int64_t)ahead * group, x->stride, codes + ahead * step, step,
+                 group, depth, steps, sums[ahead / 4 & 1]);
     }
-    const int32_t* s = sums[g & 1];
-    F scale = load_scale(header + g * m->group_bytes, F16);
-    F bias = load_scale(header + g * m->group_bytes + 32, F16);
+    const int32_t* s = sums[g / 4 & 1] + 256 * (g % 4);
+    const F scale = load_scale(header + g * m->group_bytes, F16);
+    const F bias = load_scale(header + g * m->group_bytes + 32, F16);
 #pragma GCC unroll 16
     for (int t = 0; t < 16; t++) {
       acc[t] = fma(from_int(iload(s + 16 * t)), mul(scale, set1(xs[t * groups + g])), acc[t]);
@@ -340,6 +354,7 @@ static void amx_quantized(const Matrix* m, int b, const Activations* x, int row,
   }
 }
 
+constexpr int kPanel = 128;
 constexpr int kAmxRows = 6;  // from here on tiles beat vectors for integer sums
 // A group of one scale a row may be any multiple of 64; else 32, 64 or 128.
 
@@ -360,6 +375,8 @@ static void matmul_begin(const Matrix* m, int rows) {
 static void matmul_end() { _tile_release(); }
 
 #else
+
+constexpr int kPanel = 64;
 
 static void tile(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
                  uint8_t*) {
@@ -396,66 +413,58 @@ static void dequantize_row(const Matrix* m, int row, float* out) {
   }
 }
 
-static void quantize(const float* x, int64_t stride, int rows, int k, int padded_k, int group,
-                     int8_t* codes, float* scale, float* sum) {
+static void quantize(const float* a, int k, int padded_k, int group, int8_t* q, float* scale,
+                     float* sum) {
   const int groups = padded_k / group;
-  for (int r = 0; r < rows; r++) {
-    const float* a = x + r * stride;
-    int8_t* q = codes + (int64_t)r * padded_k;
-    for (int g = 0; g < groups; g++) {
-      const int from = g * group;
-      float tail[16];
-      I top = izero();  // as integers, so that a NaN is the largest of all
-      for (int c = 0; c < group && from + c < k; c += 16) {
-        const float* p = a + from + c;
-        if (from + c + 16 > k) {
-          __builtin_memset(tail, 0, sizeof tail);
-          __builtin_memcpy(tail, p, sizeof(float) * (k - from - c));
-          p = tail;
-        }
-        top = imax(top, abs_bits(load(p)));
+  for (int g = 0; g < groups; g++) {
+    const int from = g * group;
+    float tail[16];
+    I top = izero();  // as integers, so that a NaN is the largest of all
+    for (int c = 0; c < group && from + c < k; c += 16) {
+      const float* p = a + from + c;
+      if (from + c + 16 > k) {
+        __builtin_memset(tail, 0, sizeof tail);
+        __builtin_memcpy(tail, p, sizeof(float) * (k - from - c));
+        p = tail;
       }
-      union {
-        int32_t i;
-        float f;
-      } most = {ihmax(top)};
-      const bool finite = most.f <= 3.4028234663852886e38f;
-      const bool tiny = most.f < 1e-30f;  // its inverse would overflow: such a group counts as 0
-      const float s = tiny ? 0.0f : most.f / 127.0f;
-      if (tiny || !finite) {
-        __builtin_memset(q + from, 0, group);
-        scale[r * groups + g] = s;
-        sum[r * groups + g] = tiny ? 0.0f : s - s;  // NaN: what is not finite stays so
-        continue;
-      }
-      const F inverse = set1(127.0f / most.f);
-      I total = izero();
-      for (int c = 0; c < group; c += 16) {
-        const float* p = a + from + c;
-        if (from + c + 16 > k) {
-          __builtin_memset(tail, 0, sizeof tail);
-          if (from + c < k) __builtin_memcpy(tail, p, sizeof(float) * (k - from - c));
-          p = tail;
-        }
-        I code = round_int(mul(load(p), inverse));
-        store_i8(q + from + c, code);
-        total = iadd(total, code);
-      }
-      scale[r * groups + g] = s;
-      sum[r * groups + g] = s * (float)ihsum(total);
+      top = imax(top, abs_bits(load(p)));
     }
+    union {
+      int32_t i;
+      float f;
+    } most = {ihmax(top)};
+    const bool finite = most.f <= 3.4028234663852886e38f;
+    const bool tiny = most.f < 1e-30f;  // its inverse would overflow: such a group counts as 0
+    const float s = tiny ? 0.0f : most.f / 127.0f;
+    if (tiny || !finite) {
+      __builtin_memset(q + from, 0, group);
+      scale[g] = s;
+      sum[g] = tiny ? 0.0f : s - s;  // NaN: what is not finite stays so
+      continue;
+    }
+    const F inverse = set1(127.0f / most.f);
+    I total = izero();
+    for (int c = 0; c < group; c += 16) {
+      const float* p = a + from + c;
+      if (from + c + 16 > k) {
+        __builtin_memset(tail, 0, sizeof tail);
+        if (from + c < k) __builtin_memcpy(tail, p, sizeof(float) * (k - from - c));
+        p = tail;
+      }
+      I code = round_int(mul(load(p), inverse));
+      store_i8(q + from + c, code);
+      total = iadd(total, code);
+    }
+    scale[g] = s;
+    sum[g] = s * (float)ihsum(total);
   }
 }
 
-static void narrow(const float* x, int64_t stride, int rows, int k, int padded_k, uint16_t* out) {
-  for (int r = 0; r < rows; r++) {
-    const float* a = x + r * stride;
-    uint16_t* o = out + (int64_t)r * padded_k;
-    int c = 0;
-    for (; c + 16 <= k; c += 16) store_bf16(o + c, load(a + c));
-    for (; c < k; c++) o[c] = f32_to_bf16(a[c]);
-    for (; c < padded_k; c++) o[c] = 0;
-  }
+static void narrow(const float* a, int k, int padded_k, uint16_t* o) {
+  int c = 0;
+  for (; c + 16 <= k; c += 16) store_bf16(o + c, load(a + c));
+  for (; c < k; c++) o[c] = f32_to_bf16(a[c]);
+  for (; c < padded_k; c++) o[c] = 0;
 }
 
 }  // namespace OPSIN_ISA

@@ -8,14 +8,22 @@ namespace opsin {
 namespace {
 
 constexpr int64_t kAlign = 64;
+constexpr int64_t kNear = 512 << 10;
+constexpr int kMostRows = 128;   // of a panel, in any build
 constexpr int kPrivateRows = 4;  // up to here each thread prepares the activations for itself
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
 int padded_rows(int rows) { return (rows + 63) / 64 * 64; }
 
+int64_t row_bytes(const Matrix* m) {
+  const int64_t lines = (m->padded_k * (m->kind == kBf16 ? 2 : 1) + 63) / 64;
+  return (lines | 1) * 64;
+}
+
 struct Prepared {
   uint8_t* data;
+  int64_t stride;
   float* scale;
   float* sum;
 };
@@ -24,7 +32,8 @@ Prepared lay_out(const Matrix* m, int rows, uint8_t* at) {
   const int64_t padded = padded_rows(rows);
   Prepared p;
   p.data = at;
-  at += aligned(padded * m->padded_k * (m->kind == kBf16 ? 2 : 1));
+  p.stride = row_bytes(m);
+  at += padded * p.stride;
   p.scale = reinterpret_cast<float*>(at);
   at += aligned(padded * m->groups * 4);
   p.sum = reinterpret_cast<float*>(at);
@@ -41,7 +50,7 @@ void prepare(const Product& p, const Prepared& to, int from, int until, float* r
     if (p.linear.x_dtype == OPSIN_F32) {
       x = static_cast<const float*>(p.linear.x) + offset;
     } else if (p.linear.x_dtype == OPSIN_BF16 && m->kind == kBf16 && !p.norm) {
-      uint16_t* out = reinterpret_cast<uint16_t*>(to.data) + static_cast<int64_t>(r) * m->padded_k;
+      uint16_t* out = reinterpret_cast<uint16_t*>(to.data + r * to.stride);
       std::memcpy(out, static_cast<const uint16_t*>(p.linear.x) + offset, 2u * m->k);
       std::memset(out + m->k, 0, 2u * (m->padded_k - m->k));
       continue;
@@ -57,11 +66,10 @@ void prepare(const Product& p, const Prepared& to, int from, int until, float* r
       x = row;
     }
     if (m->kind == kBf16) {
-      k->narrow(x, 0, 1, m->k, m->padded_k,
-                reinterpret_cast<uint16_t*>(to.data) + static_cast<int64_t>(r) * m->padded_k);
+      k->narrow(x, m->k, m->padded_k, reinterpret_cast<uint16_t*>(to.data + r * to.stride));
     } else {
-      k->quantize(x, 0, 1, m->k, m->padded_k, m->group,
-                  reinterpret_cast<int8_t*>(to.data) + static_cast<int64_t>(r) * m->padded_k,
+      k->quantize(x, m->k, m->padded_k, m->group,
+                  reinterpret_cast<int8_t*>(to.data + r * to.stride),
                   to.scale + static_cast<int64_t>(r) * m->groups,
                   to.sum + static_cast<int64_t>(r) * m->groups);
     }
@@ -72,37 +80,24 @@ void prepare(const Product& p, const Prepared& to, int from, int until, float* r
 void emit(const OpsinLinear& l, int block, int row, int count, const float* tile,
           const float* second) {
   const Matrix* m = l.matrix;
-  const Kernels* k = kernels();
   const int column = (l.gated ? block / 2 : block) * 16;
-  const int width = l.gated ? m->n / 2 : m->n;
-  const int n = width - column < 16 ? width - column : 16;
-  for (int r = 0; r < count; r++) {
-    float values[16], up[16];
-    std::memcpy(values, tile + 16 * r, sizeof values);
-    if (m->bias) {
-      for (int i = 0; i < 16; i++) values[i] += m->bias[block * 16 + i];
-    }
-    if (l.gated) {
-      std::memcpy(up, second + 16 * r, sizeof up);
-      if (m->bias) {
-        for (int i = 0; i < 16; i++) up[i] += m->bias[block * 16 + 16 + i];
-      }
-    }
-    if (l.activation >= 0) {
-      k->activate(l.activation, values, l.gated ? up : nullptr, 16, values);
-    } else if (l.gated) {
-      for (int i = 0; i < 16; i++) values[i] *= up[i];
-    }
-    const int64_t at = (row + r) * l.out_stride + column;
-    if (l.accumulate) {
-      k->axpy(values, l.scale, n, static_cast<float*>(l.out) + at);
-    } else {
-      if (l.scale != 1.0f) {
-        for (int i = 0; i < 16; i++) values[i] *= l.scale;
-      }
-      write_row(values, l.out_dtype, at, n, l.out);
-    }
-  }
+  const int left = (l.gated ? m->n / 2 : m->n) - column;
+  const int64_t at = row * l.out_stride + column;
+  Emit e;
+  e.tile = tile;
+  e.second = l.gated ? second : nullptr;
+  e.bias = m->bias ? m->bias + block * 16 : nullptr;
+  e.second_bias = m->bias && l.gated ? m->bias + block * 16 + 16 : nullptr;
+  e.bf16 = l.out_dtype == OPSIN_BF16;
+  e.out = e.bf16 ? static_cast<void*>(static_cast<uint16_t*>(l.out) + at)
+                 : static_cast<void*>(static_cast<float*>(l.out) + at);
+  e.stride = l.out_stride;
+  e.count = count;
+  e.columns = left < 16 ? left : 16;
+  e.activation = l.activation;
+  e.accumulate = l.accumulate;
+  e.scale = l.scale;
+  kernels()->emit(&e);
 }
 
 void multiply(const Product& p, const Activations& x, int from, int until, uint8_t* own) {
@@ -110,16 +105,22 @@ void multiply(const Product& p, const Activations& x, int from, int until, uint8
   const Matrix* m = l.matrix;
   const Kernels* k = kernels();
   float* tile = reinterpret_cast<float*>(own);
-  float* second = tile + 64 * 16;
-  uint8_t* scratch = own + 2 * 64 * 16 * 4;
+  float* second = tile + kMostRows * 16;
+  uint8_t* scratch = own + 2 * kMostRows * 16 * 4;
   const int step = l.gated ? 2 : 1;
+  // Weights that stay in the second cache while every panel of rows passes by.
+  int64_t run = kNear / (m->block_bytes * step);
+  run = run < 1 ? 1 : run;
   k->matmul_begin(m, l.rows);
-  for (int row = 0; row < l.rows; row += k->panel) {
-    const int count = l.rows - row < k->panel ? l.rows - row : k->panel;
-    for (int block = from * step; block < until * step; block += step) {
-      k->tile(m, block, &x, row, count, tile, scratch);
-      if (l.gated) k->tile(m, block + 1, &x, row, count, second, scratch);
-      emit(l, block, row, count, tile, second);
+  for (int64_t first = from; first < until; first += run) {
+    const int last = static_cast<int>(first + run < until ? first + run : until);
+    for (int row = 0; row < l.rows; row += k->panel) {
+      const int count = l.rows - row < k->panel ? l.rows - row : k->panel;
+      for (int block = static_cast<int>(first) * step; block < last * step; block += step) {
+        k->tile(m, block, &x, row, count, tile, scratch);
+        if (l.gated) k->tile(m, block + 1, &x, row, count, second, scratch);
+        emit(l, block, row, count, tile, second);
+      }
     }
   }
   k->matmul_end();
@@ -145,12 +146,12 @@ void write_row(const float* x, int dtype, int64_t offset, int n, void* out) {
 
 int64_t activation_bytes(const Matrix* m, int rows) {
   const int64_t padded = padded_rows(rows);
-  return aligned(padded * m->padded_k * (m->kind == kBf16 ? 2 : 1)) +
+  return padded * row_bytes(m) +
          2 * aligned(padded * m->groups * 4);
 }
 
 int64_t product_thread_bytes(const Matrix* m) {
-  return activation_bytes(m, kPrivateRows) + aligned(m->padded_k * 4) + 2 * 64 * 16 * 4 +
+  return activation_bytes(m, kPrivateRows) + aligned(m->padded_k * 4) + 2 * kMostRows * 16 * 4 +
          tile_scratch_bytes(m);
 }
 
@@ -172,7 +173,7 @@ void product(Team& team, const Product& p, uint8_t* shared, uint8_t* own) {
               row);
     });
   }
-  const Activations x = {prepared.data, prepared.scale, prepared.sum};
+  const Activations x = {prepared.data, prepared.stride, prepared.scale, prepared.sum};
   team.phase(chunks, [&](int c) {
     if (!ready) {
       prepare(p, prepared, 0, rows, row);
@@ -232,7 +233,7 @@ void run_unit(const AttentionJob& job, const Tile& t, uint8_t* own) {
       uint16_t* q = queries + rows * dim;
       const int64_t at = token * a.query_stride + static_cast<int64_t>(h) * a.head_dim;
       if (a.dtype == OPSIN_F32) {
-        k->narrow(static_cast<const float*>(a.query) + at, 0, 1, a.head_dim, dim, q);
+        k->narrow(static_cast<const float*>(a.query) + at, a.head_dim, dim, q);
       } else {
         std::memcpy(q, static_cast<const uint16_t*>(a.query) + at, 2u * a.head_dim);
         std::memset(q + a.head_dim, 0, 2u * (dim - a.head_dim));
