@@ -2,6 +2,7 @@
 
 # model_type -> the file in this folder whose FAMILY serves it
 MODULES = {
+    "idefics2": "idefics2",
     "idefics3": "idefics3",
     "llama4": "llama4",
     "internvl": "internvl",

@@ -47,6 +47,28 @@ class MLPProjector(nn.Module):
         return self.down(self.kernels.activation(self.up(merged), self.activation))
 
 
+class GatedProjector(nn.Module):
+    """down(activation(gate x) * up x), to another width."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        in_features: int,
+        hidden: int,
+        out_features: int,
+        activation: Activation = "silu",
+    ) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.activation: Activation = activation
+        self.gate_up = Linear(kernels, in_features, (hidden, hidden))
+        self.down = Linear(kernels, hidden, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (patches, in_features) to (patches, out_features)."""
+        return self.down(self.kernels.gated(self.gate_up(x), self.activation))
+
+
 class LearnedVector(nn.Module):
     """One learned embedding, such as the one that ends a row of patches."""
 
