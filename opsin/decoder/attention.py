@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from opsin.decoder.cache import PagedCache
 from opsin.decoder.config import AttentionConfig
+from opsin.decoder.source import SourceStep
 from opsin.kernels import AttentionBatch, Kernels
 from opsin.nn.linear import Linear
 from opsin.nn.norm import norm
@@ -23,6 +24,7 @@ class StepContext:
     batch: AttentionBatch
     positions: Tensor
     angles: dict[RopeConfig, tuple[Tensor, Tensor]]
+    source: SourceStep | None = None
 
 
 class Attention(nn.Module):

@@ -8,14 +8,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from opsin.decoder.config import AttentionConfig, DecoderConfig, DeltaNetConfig
+from opsin.decoder.config import (
+    AttentionConfig,
+    CrossAttentionConfig,
+    DecoderConfig,
+    DeltaNetConfig,
+)
 
 
 class PagedCache:
     """What every layer remembers of every sequence.
 
     A softmax attention layer has keys and values, (slots, kv_heads, head_dim), where slot = block *
-    size + offset; a recurrent layer has states, tensors whose first axis is a sequence's state slot
+    size + offset; so has a cross-attention layer, in blocks of their own, for the encoded media; a
+    recurrent layer has states, tensors whose first axis is a sequence's state slot
     (for a delta network: the convolution's inputs (state slots, kernel - 1, channels) and the
     memory (state slots, heads, key_dim, value_dim), float32). The lists run over all layers and are
     empty where the layer is of another kind.
@@ -32,6 +38,7 @@ class PagedCache:
         dtype: torch.dtype,
         device: torch.device,
         num_state_slots: int = 1,
+        num_source_blocks: int = 0,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -40,9 +47,11 @@ class PagedCache:
         self.states: list[tuple[Tensor, ...]] = []
         for layer in config.layers:
             shape: tuple[int, ...] = (0,)
-            if isinstance(layer.attention, AttentionConfig):
+            if isinstance(layer.attention, AttentionConfig | CrossAttentionConfig):
                 kind = layer.attention
-                shape = (num_blocks * block_size, kind.kv_heads, kind.head_dim)
+                own = isinstance(kind, AttentionConfig)
+                blocks = num_blocks if own else num_source_blocks
+                shape = (blocks * block_size, kind.kv_heads, kind.head_dim)
             self.keys.append(torch.empty(shape, dtype=dtype, device=device))
             self.values.append(torch.empty(shape, dtype=dtype, device=device))
             states: list[Tensor] = []
@@ -72,6 +81,11 @@ class PagedCache:
         return sum(2 * a.kv_heads * a.head_dim for a in config.attentions) * dtype.itemsize
 
     @staticmethod
+    def bytes_per_source_token(config: DecoderConfig, dtype: torch.dtype) -> int:
+        """Cache memory that one row of encoded media takes over all layers."""
+        return sum(2 * a.kv_heads * a.head_dim for a in config.cross_attentions) * dtype.itemsize
+
+    @staticmethod
     def bytes_per_state_slot(config: DecoderConfig, dtype: torch.dtype) -> int:
         """Cache memory that one sequence's states take over all layers."""
         return sum(
@@ -80,6 +94,19 @@ class PagedCache:
             if isinstance(layer.attention, DeltaNetConfig)
             for shape, kind in _state_shapes(layer.attention, dtype)
         )
+
+
+def cache_slots(
+    table: list[int], count: int, block_size: int, device: torch.device
+) -> slice | Tensor:
+    """Where the first `count` keys of a block table lie: a slice if its blocks are neighbours."""
+    used = -(-count // block_size)
+    if all(block == table[0] + i for i, block in enumerate(table[:used])):
+        start = table[0] * block_size if used else 0
+        return slice(start, start + count)
+    blocks = torch.tensor(table[:used], device=device)
+    slots = blocks[:, None] * block_size + torch.arange(block_size, device=device)
+    return slots.flatten()[:count]
 
 
 def _state_shapes(

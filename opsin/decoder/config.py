@@ -71,6 +71,20 @@ class DeltaNetConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class CrossAttentionConfig:
+    """Attention of the text over encoded media, without positions; see `CrossLayer`.
+
+    `qk_norm` normalises each head's query and key.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    bias: bool = False
+    qk_norm: NormKind | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class MLPConfig:
     """A gated feed-forward block: down(activation(gate x) * up x)."""
 
@@ -111,7 +125,7 @@ class LayerConfig:
     `post_norms` also normalises what each block returns, before it is added.
     """
 
-    attention: AttentionConfig | DeltaNetConfig
+    attention: AttentionConfig | DeltaNetConfig | CrossAttentionConfig
     mlp: MLPConfig | MoEConfig
     post_norms: bool = False
     residual_scale: float = 1.0
@@ -131,6 +145,7 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     logit_soft_cap: float | None = None
+    extra_embeddings: int = 0
 
     @property
     def rope_configs(self) -> set[RopeConfig]:
@@ -143,6 +158,12 @@ class DecoderConfig:
         """The layers that keep keys and values of every token."""
         kinds = [layer.attention for layer in self.layers]
         return [kind for kind in kinds if isinstance(kind, AttentionConfig)]
+
+    @property
+    def cross_attentions(self) -> list[CrossAttentionConfig]:
+        """The layers that keep keys and values of encoded media."""
+        kinds = [layer.attention for layer in self.layers]
+        return [kind for kind in kinds if isinstance(kind, CrossAttentionConfig)]
 
     @property
     def has_states(self) -> bool:

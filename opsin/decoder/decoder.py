@@ -9,10 +9,20 @@ from torch import Tensor, nn
 
 from opsin.decoder.attention import Attention, StepContext
 from opsin.decoder.cache import PagedCache
-from opsin.decoder.config import DecoderConfig, DeltaNetConfig, LayerConfig, MoEConfig
+from opsin.decoder.config import (
+    AttentionConfig,
+    CrossAttentionConfig,
+    DecoderConfig,
+    DeltaNetConfig,
+    LayerConfig,
+    MLPConfig,
+    MoEConfig,
+)
+from opsin.decoder.cross_attention import CrossLayer
 from opsin.decoder.delta_net import DeltaNet
 from opsin.decoder.mlp import GatedMLP
 from opsin.decoder.moe import MixtureOfExperts
+from opsin.decoder.source import SourceStep
 from opsin.kernels import AttentionBatch, Kernels
 from opsin.nn.linear import Embedding, Linear
 from opsin.nn.norm import norm
@@ -25,7 +35,8 @@ class Step:
 
     embeds (tokens, hidden) already holds the media's embeddings; positions (axes, tokens), one axis
     or three; `layer_adds[i]` is (rows, values): values (n, hidden) added to those rows of the
-    stream after layer i. `logit_rows` (n,) are the rows whose logits are wanted.
+    stream after layer i. `logit_rows` (n,) are the rows whose logits are wanted. `source` is what
+    cross-attention layers read.
     """
 
     embeds: Tensor
@@ -33,6 +44,7 @@ class Step:
     batch: AttentionBatch
     logit_rows: Tensor
     layer_adds: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    source: SourceStep | None = None
 
 
 class Layer(nn.Module):
@@ -49,6 +61,7 @@ class Layer(nn.Module):
         if isinstance(config.attention, DeltaNetConfig):
             self.attention = DeltaNet(kernels, config.attention, index, hidden, eps)
         else:
+            assert isinstance(config.attention, AttentionConfig)
             self.attention = Attention(kernels, config.attention, index, hidden, eps)
         self.mlp_norm = norm(kernels, decoder.norm, hidden, eps)
         self.mlp: nn.Module
@@ -70,6 +83,18 @@ class Layer(nn.Module):
         return torch.add(x, mixed, alpha=self.residual_scale)
 
 
+def _layer(
+    kernels: Kernels, config: LayerConfig, index: int, decoder: DecoderConfig
+) -> Layer | CrossLayer:
+    """A layer of the kind that its config is of."""
+    attention, mlp = config.attention, config.mlp
+    if isinstance(attention, CrossAttentionConfig):
+        assert isinstance(mlp, MLPConfig)
+        hidden, eps = decoder.hidden, decoder.norm_eps
+        return CrossLayer(kernels, attention, mlp, index, hidden, decoder.norm, eps)
+    return Layer(kernels, config, index, decoder)
+
+
 class Decoder(nn.Module):
     """Embedding, layers, final norm and head of a causal language model."""
 
@@ -77,9 +102,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.kernels = kernels
-        self.embedding = Embedding(config.vocab_size, config.hidden, config.embedding_scale)
+        rows = config.vocab_size + config.extra_embeddings
+        self.embedding = Embedding(rows, config.hidden, config.embedding_scale)
         self.layers = nn.ModuleList(
-            Layer(kernels, layer, i, config) for i, layer in enumerate(config.layers)
+            _layer(kernels, layer, i, config) for i, layer in enumerate(config.layers)
         )
         self.norm = norm(kernels, config.norm, config.hidden, config.norm_eps)
         self.head = None if config.tied_head else Linear(kernels, config.hidden, config.vocab_size)
@@ -97,7 +123,7 @@ class Decoder(nn.Module):
         """Run one step and return the logits of `step.logit_rows`, (rows, vocab), float32."""
         assert self.angles is not None, "finish_loading() comes before the first step"
         angles = self.angles.at(step.positions)
-        context = StepContext(cache, step.batch, step.positions, angles)
+        context = StepContext(cache, step.batch, step.positions, angles, step.source)
         x = step.embeds
         for i, layer in enumerate(self.layers):
             x = layer(x, context)

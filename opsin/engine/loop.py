@@ -19,6 +19,7 @@ from opsin.engine.blocks import BlockPool
 from opsin.engine.memory import default_cache_memory
 from opsin.engine.model import Model
 from opsin.engine.output import Output
+from opsin.engine.plan import CachePlan
 from opsin.engine.processor import Processor
 from opsin.engine.runner import Runner
 from opsin.engine.sampler import LogitsProcessor, Sampler
@@ -52,6 +53,8 @@ class EngineLimits:
                       CPU, 80 % of what is free on a GPU
     block_size        tokens in one cache block
     max_context       tokens of prompt and answer together; None: as many as the model was made for
+    prefix_cache      keep what finished requests computed, for requests that begin the same
+    media_cache       bytes of encoded media kept: a picture asked again is not encoded again
     """
 
     max_num_seqs: int = 64
@@ -60,6 +63,8 @@ class EngineLimits:
     memory: int | None = None
     block_size: int = 32
     max_context: int | None = None
+    prefix_cache: bool = True
+    media_cache: int = 2**28
 
 
 @dataclass(slots=True, eq=False)
@@ -113,20 +118,33 @@ class Engine:
         self.limits = limits or EngineLimits()
         self.max_context = self.limits.max_context or model.decoder.config.max_positions
         size = self.limits.block_size
-        memory = self.limits.memory or default_cache_memory(model.device)
-        slots = self._state_slots(memory)
-        per_slot = PagedCache.bytes_per_state_slot(model.decoder.config, model.dtype)
-        num_blocks = -(-self._cache_tokens(memory - slots * per_slot) // size)
+        config = model.decoder.config
+        plan = CachePlan.of(
+            config,
+            model.dtype,
+            self.limits.memory or default_cache_memory(model.device),
+            block_size=size,
+            max_num_seqs=self.limits.max_num_seqs,
+            max_context=self.max_context,
+        )
         self.cache = PagedCache(
-            model.decoder.config, num_blocks, size, model.dtype, model.device, slots
+            config,
+            plan.num_blocks,
+            size,
+            model.dtype,
+            model.device,
+            plan.num_state_slots,
+            plan.num_source_blocks,
         )
         self.scheduler = Scheduler(
-            BlockPool(num_blocks),
+            BlockPool(plan.num_blocks),
             size,
-            max_num_seqs=slots,
+            max_num_seqs=plan.num_state_slots,
             max_num_batched_tokens=self.limits.prefill_step_size,
+            source_pool=BlockPool(plan.num_source_blocks),
+            prefix_cache=self.limits.prefix_cache and not model.decoder.config.has_states,
         )
-        self.runner = Runner(model, self.cache)
+        self.runner = Runner(model, self.cache, self.limits.media_cache)
         self.steps = 0
         self._requests: dict[int, _Request] = {}
         self._ids = itertools.count()
@@ -137,24 +155,6 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="opsin-engine", daemon=True)
         self._thread.start()
         atexit.register(self.close)  # torch must not be left mid-step when the interpreter goes
-
-    def _state_slots(self, memory: int) -> int:
-        """Sequences that may run at once: as many as asked if their states take half the memory."""
-        per_slot = PagedCache.bytes_per_state_slot(self.model.decoder.config, self.model.dtype)
-        fitting = memory // 2 // per_slot if per_slot else self.limits.max_num_seqs
-        return max(1, min(fitting, self.limits.max_num_seqs))
-
-    def _cache_tokens(self, memory: int) -> int:
-        per_token = PagedCache.bytes_per_token(self.model.decoder.config, self.model.dtype)
-        tokens = min(memory // max(per_token, 1), self.max_context * self.limits.max_num_seqs)
-        if tokens < self.limits.block_size:
-            raise InputError(
-                "The memory for the key-value cache is too small",
-                why=f"{memory} bytes hold {tokens} tokens",
-                remedy="Raise it",
-                param="memory",
-            )
-        return tokens
 
     # The way in, from any thread.
 
@@ -197,6 +197,15 @@ class Engine:
                 f"The prompt has {length} tokens",
                 why=f"the model takes {self.max_context} with the answer",
                 remedy="Shorten it, or send fewer or smaller pictures",
+                param="prompt",
+            )
+        rows = 0 if prompt.source is None else prompt.source.views.shape[1]
+        if not self.scheduler.can_ever_run(0, rows):
+            size = self.scheduler.source_pool.num_blocks * self.limits.block_size
+            raise PromptTooLong(
+                f"The pictures take {rows} places",
+                why=f"the cache holds {size} for encoded pictures",
+                remedy="Send fewer pictures, or give the cache more memory",
                 param="prompt",
             )
         if not self.scheduler.can_ever_run(length + 1):
@@ -327,5 +336,9 @@ class Engine:
             "waiting": len(self.scheduler.waiting) + len(self._inbox),
             "free_blocks": self.scheduler.pool.num_free,
             "num_blocks": self.scheduler.pool.num_blocks,
+            "kept_blocks": self.scheduler.pool.num_kept,
+            "encoded_hits": self.runner.encoded.hits,
+            "encoded_misses": self.runner.encoded.misses,
+            "encoded_bytes": self.runner.encoded.num_bytes,
             "steps": self.steps,
         }

@@ -85,6 +85,7 @@ class Output:
         return Usage(
             prompt_tokens=self.sequence.num_prompt,
             generation_tokens=self.sequence.num_generated,
+            cached_tokens=self.sequence.num_cached,
             media_tokens=dict(media),
         )
 

@@ -194,6 +194,7 @@ class Processor:
             self.family.atomic_spans(ready),
             expanded,
             timings or Timings(),
+            self.family.source_views(token_ids, ready),
         )
 
 

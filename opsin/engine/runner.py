@@ -8,11 +8,13 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from opsin.decoder.cache import PagedCache
+from opsin.decoder.cache import PagedCache, cache_slots
 from opsin.decoder.decoder import Step
+from opsin.engine.media_cache import EncodedCache
 from opsin.engine.model import Model
 from opsin.engine.scheduler import Scheduled
 from opsin.engine.sequence import Sequence
+from opsin.engine.source import source_step
 from opsin.families.base import MediaInput
 from opsin.kernels import AttentionBatch
 
@@ -20,9 +22,10 @@ from opsin.kernels import AttentionBatch
 class Runner:
     """Turns scheduled tokens into tensors, runs the model, returns logits."""
 
-    def __init__(self, model: Model, cache: PagedCache) -> None:
+    def __init__(self, model: Model, cache: PagedCache, media_cache_bytes: int = 0) -> None:
         self.model = model
         self.cache = cache
+        self.encoded = EncodedCache(media_cache_bytes)
 
     @torch.inference_mode()
     def run(self, step: list[Scheduled]) -> Tensor:
@@ -36,12 +39,14 @@ class Runner:
         for scheduled in step:
             sequence = scheduled.sequence
             for i, item in enumerate(sequence.prompt.media):
-                if i not in sequence.encoded and _overlaps(item, scheduled):
+                if i not in sequence.encoded and _is_needed(item, scheduled):
                     pending[item.kind].append((sequence, i))
         for wanted in pending.values():
             started = time.perf_counter()
             items = [sequence.prompt.media[i] for sequence, i in wanted]
-            encoded = self.model.family.encode(self.model.towers, items)
+            encoded = self.encoded.encode(
+                items, lambda new: self.model.family.encode(self.model.towers, new)
+            )
             seconds = time.perf_counter() - started
             for (sequence, i), result in zip(wanted, encoded, strict=True):
                 sequence.encoded[i] = result
@@ -64,6 +69,7 @@ class Runner:
             batch=self._batch(step, ends),
             logit_rows=torch.tensor(rows, dtype=torch.long, device=device),
             layer_adds=layer_adds,
+            source=source_step(step, self.cache.block_size, embeds.shape[1], device),
         )
 
     def _inject(self, step: list[Scheduled], embeds: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
@@ -73,6 +79,8 @@ class Runner:
         for scheduled in step:
             sequence = scheduled.sequence
             for i, encoded in list(sequence.encoded.items()):
+                if encoded.embeds is None:
+                    continue
                 indices = sequence.prompt.media[i].indices
                 first, last = torch.searchsorted(
                     indices, torch.tensor([scheduled.start, scheduled.end])
@@ -99,7 +107,7 @@ class Runner:
             mapping.extend(
                 table[p // size] * size + p % size for p in range(scheduled.start, scheduled.end)
             )
-            slots.append(_slots(table, scheduled.end, size, device))
+            slots.append(cache_slots(table, scheduled.end, size, device))
         width = max(len(s.sequence.block_table) for s in step)
         tables = [
             s.sequence.block_table + [0] * (width - len(s.sequence.block_table)) for s in step
@@ -123,7 +131,10 @@ class Runner:
         return torch.tensor([s.sequence.state_slot for s in step], device=self.model.device)
 
 
-def _overlaps(item: MediaInput, scheduled: Scheduled) -> bool:
+def _is_needed(item: MediaInput, scheduled: Scheduled) -> bool:
+    """Whether a step must encode a medium: its first one if layers read it, else its tokens'."""
+    if item.source_tokens:
+        return scheduled.start == 0
     first, last = int(item.indices[0]), int(item.indices[-1])
     return first < scheduled.end and last >= scheduled.start
 
@@ -140,15 +151,6 @@ def _positions(scheduled: Scheduled) -> Tensor:
         counted = torch.arange(first + shift, scheduled.end + shift)
         parts.append(counted.expand(prompt.positions.shape[0], -1))
     return torch.cat(parts, dim=1)
-
-
-def _slots(table: list[int], context: int, size: int, device: torch.device) -> slice | Tensor:
-    """Where a sequence's first `context` keys lie in the cache."""
-    used = -(-context // size)
-    if all(block == table[0] + i for i, block in enumerate(table[:used])):
-        return slice(table[0] * size, table[0] * size + context)
-    blocks = torch.tensor(table[:used], device=device)
-    return (blocks[:, None] * size + torch.arange(size, device=device)).flatten()[:context]
 
 
 def _visible_until(step: list[Scheduled], device: torch.device) -> Tensor | None:

@@ -12,6 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from opsin.engine.blocks import BlockPool
+from opsin.engine.prefix import extend_keys, is_cacheable, usable_tokens
 from opsin.engine.sequence import Sequence
 
 
@@ -30,12 +31,24 @@ class Scheduled:
 
 
 class Scheduler:
-    """Continuous batching with chunked prefill over a pool of blocks."""
+    """Continuous batching with chunked prefill over a pool of blocks.
+
+    `source_pool` hands out the blocks for encoded media, which a sequence holds while it runs.
+    """
 
     def __init__(
-        self, pool: BlockPool, block_size: int, *, max_num_seqs: int, max_num_batched_tokens: int
+        self,
+        pool: BlockPool,
+        block_size: int,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        source_pool: BlockPool | None = None,
+        prefix_cache: bool = True,
     ) -> None:
         self.pool = pool
+        self.prefix_cache = prefix_cache
+        self.source_pool = source_pool or BlockPool(0)
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -48,9 +61,10 @@ class Scheduler:
         """Whether any sequence is unfinished."""
         return bool(self.waiting or self.running)
 
-    def can_ever_run(self, num_tokens: int) -> bool:
-        """Whether a sequence of this many tokens fits the cache when it is alone."""
-        return self._blocks_for(num_tokens) <= self.pool.num_blocks
+    def can_ever_run(self, num_tokens: int, num_source: int = 0) -> bool:
+        """Whether a sequence of this many tokens and source rows fits the cache when alone."""
+        fits = self._blocks_for(num_tokens) <= self.pool.num_blocks
+        return fits and self._blocks_for(num_source) <= self.source_pool.num_blocks
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
@@ -71,8 +85,11 @@ class Scheduler:
                 budget -= scheduled.end - scheduled.start
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
+            self._reuse(sequence)
             end = sequence.chunk_end(sequence.num_computed + budget)
-            if not self._grow(sequence, end):
+            if not self._start(sequence, end):
+                self._release(sequence)
+                sequence.num_computed = 0
                 break
             self.waiting.popleft()
             sequence.state_slot = self.free_state_slots.pop()
@@ -93,6 +110,17 @@ class Scheduler:
                 return None
         return Scheduled(sequence, sequence.num_computed, end)
 
+    def _start(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Everything that a sequence needs to start, or nothing."""
+        source = self.source_pool.allocate(self._blocks_for(sequence.num_source))
+        if source is None:
+            return False
+        if not self._grow(sequence, num_tokens):
+            self.source_pool.release(source)
+            return False
+        sequence.source_table = source
+        return True
+
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         missing = self._blocks_for(num_tokens) - len(sequence.block_table)
         if missing <= 0:
@@ -107,6 +135,18 @@ class Scheduler:
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
+    def _reuse(self, sequence: Sequence) -> None:
+        """Start a sequence from cached blocks that hold the beginning of its tokens."""
+        if not self.prefix_cache or sequence.num_source or not is_cacheable(sequence):
+            return
+        keys = extend_keys(sequence, self.block_size, len(sequence.token_ids))
+        blocks = self.pool.match(keys)
+        usable = usable_tokens(sequence, len(blocks) * self.block_size, self.block_size)
+        count = usable // self.block_size
+        self.pool.release(blocks[count:])
+        sequence.block_table = blocks[:count]
+        sequence.num_computed = sequence.num_cached = usable
+
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)
         self._release(sequence)
@@ -120,12 +160,20 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.block_table)
-        sequence.block_table = []
+        self.source_pool.release(sequence.source_table)
+        sequence.block_table, sequence.source_table = [], []
 
     def computed(self, step: list[Scheduled]) -> None:
         """Record that a step has run."""
         for scheduled in step:
-            scheduled.sequence.num_computed = scheduled.end
+            sequence = scheduled.sequence
+            sequence.num_computed = scheduled.end
+            if self.prefix_cache and is_cacheable(sequence):
+                keys = extend_keys(sequence, self.block_size, scheduled.end)
+                for i in range(
+                    scheduled.start // self.block_size, scheduled.end // self.block_size
+                ):
+                    self.pool.register(sequence.block_table[i], keys[i])
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free what it holds."""
@@ -139,5 +187,6 @@ class Scheduler:
         """The pools and what the sequences hold agree; called when idle under tests."""
         sequences = [*self.running, *self.waiting]
         self.pool.check_integrity([block for seq in sequences for block in seq.block_table])
+        self.source_pool.check_integrity([b for seq in sequences for b in seq.source_table])
         slots = [sequence.state_slot for sequence in self.running] + self.free_state_slots
         assert sorted(slots) == list(range(self.max_num_seqs)), "a state slot is lost or shared"

@@ -14,9 +14,9 @@ from opsin.types import SamplingParams, Timings
 class Sequence:
     """A request's state.
 
-    Filled by: submit (prompt, sampling), scheduler (num_computed, block_table, and while it runs
-    state_slot), runner (encoded), sampler (token_ids). The next step computes tokens num_computed
-    up to len(token_ids); when those reach the end, a new token is sampled.
+    Filled by: submit (prompt, sampling), scheduler (num_computed, block_table, source_table, and
+    while it runs state_slot), runner (encoded), sampler (token_ids). The next step computes tokens
+    num_computed up to len(token_ids); when those reach the end, a new token is sampled.
     """
 
     request_id: int
@@ -25,8 +25,11 @@ class Sequence:
     token_ids: list[int]
     num_prompt: int
     num_computed: int = 0
+    num_cached: int = 0
     block_table: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
     state_slot: int = 0
+    source_table: list[int] = field(default_factory=list)
     encoded: dict[int, Encoded] = field(default_factory=dict)
     timings: Timings = field(default_factory=Timings)
     submitted: float = field(default_factory=time.perf_counter)
@@ -45,6 +48,11 @@ class Sequence:
     def num_generated(self) -> int:
         """Tokens sampled so far."""
         return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_source(self) -> int:
+        """Rows of encoded media that cross-attention layers keep for it."""
+        return 0 if self.prompt.source is None else self.prompt.source.views.shape[1]
 
     @property
     def output_ids(self) -> list[int]:

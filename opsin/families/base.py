@@ -28,6 +28,7 @@ class MediaInput:
     holds the family's media token `num_tokens` times; `indices` (num_tokens,) are the positions of
     those in the prompt, filled when the prompt is tokenised. `size` is the original (width, height)
     and `processed_size` what the tower sees; `key` identifies content and settings together.
+    `source_tokens` rows of it are read by cross-attention layers.
     """
 
     kind: str
@@ -39,6 +40,7 @@ class MediaInput:
     key: bytes = b""
     indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     details: dict[str, Any] = field(default_factory=dict)
+    source_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +48,32 @@ class Encoded:
     """What a tower made of one MediaInput.
 
     embeds (num_tokens, hidden) take the place of the media token's embeddings; layer_adds[i], of
-    the same shape, is added to the decoder's stream at those positions after layer i.
+    the same shape, is added to the decoder's stream at those positions after layer i. source
+    (source_tokens, hidden) is what cross-attention layers read. Without embeds the medium has no
+    tokens to replace.
     """
 
-    embeds: Tensor
+    embeds: Tensor | None
     layer_adds: tuple[Tensor, ...] = ()
+    source: Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the tensors take."""
+        held = (self.embeds, self.source, *self.layer_adds)
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceViews:
+    """Which rows of all media's source each token of a prompt sees in cross-attention layers.
+
+    views (views, rows) are True where a row is seen; view_of (tokens,) is each prompt token's view,
+    -1 for a token that sees none. Generated tokens see what the prompt's last one does.
+    """
+
+    views: Tensor
+    view_of: Tensor
 
 
 @dataclass(slots=True, eq=False)
@@ -59,7 +82,7 @@ class Prompt:
 
     positions (axes, tokens) are rope positions; `next_position` is that of the first generated
     token. `atomic_spans` are (start, end) runs of tokens that must be computed in one step because
-    they see each other in both directions.
+    they see each other in both directions. Requests with different `cache_salt` share no cache.
     """
 
     token_ids: list[int]
@@ -69,6 +92,8 @@ class Prompt:
     atomic_spans: list[tuple[int, int]] = field(default_factory=list)
     text: str = ""
     timings: Timings = field(default_factory=Timings)
+    source: SourceViews | None = None
+    cache_salt: bytes = b""
 
 
 class Family:
@@ -199,6 +224,13 @@ class Family:
         """Runs of tokens that see each other in both directions; none by default."""
         del media
         return []
+
+    def source_views(
+        self, token_ids: Sequence[int], media: Sequence[MediaInput]
+    ) -> SourceViews | None:
+        """What each token sees of the media in cross-attention layers; None if it has none."""
+        del token_ids, media
+        return None
 
     # What the towers do.
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from opsin.engine.blocks import BlockPool
 from opsin.engine.scheduler import Scheduler
 from opsin.engine.sequence import Sequence
-from opsin.families.base import Prompt
+from opsin.families.base import MediaInput, Prompt
 from opsin.types import SamplingParams
 
 
@@ -18,8 +18,16 @@ def sequence(number: int, length: int, spans: list[tuple[int, int]] | None = Non
     return Sequence.start(number, prompt, SamplingParams())
 
 
-def scheduler(blocks: int = 16, size: int = 4, seqs: int = 4, tokens: int = 32) -> Scheduler:
-    return Scheduler(BlockPool(blocks), size, max_num_seqs=seqs, max_num_batched_tokens=tokens)
+def scheduler(
+    blocks: int = 16, size: int = 4, seqs: int = 4, tokens: int = 32, prefix_cache: bool = False
+) -> Scheduler:
+    return Scheduler(
+        BlockPool(blocks),
+        size,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=tokens,
+        prefix_cache=prefix_cache,
+    )
 
 
 def run_step(plan: Scheduler) -> list[tuple[int, int, int]]:
@@ -109,11 +117,18 @@ def test_a_pool_refuses_what_it_has_not() -> None:
     seqs=st.integers(1, 5),
     budget=st.integers(1, 24),
     cancels=st.lists(st.integers(0, 7), max_size=4),
+    prefix_cache=st.booleans(),
 )
 def test_every_sequence_is_computed_in_order_and_nothing_is_lost(
-    lengths: list[int], blocks: int, size: int, seqs: int, budget: int, cancels: list[int]
+    lengths: list[int],
+    blocks: int,
+    size: int,
+    seqs: int,
+    budget: int,
+    cancels: list[int],
+    prefix_cache: bool,
 ) -> None:
-    plan = scheduler(blocks, size, seqs, budget)
+    plan = scheduler(blocks, size, seqs, budget, prefix_cache)
     wanted = 3
     alive = {}
     for number, length in enumerate(lengths):
@@ -134,7 +149,8 @@ def test_every_sequence_is_computed_in_order_and_nothing_is_lost(
         assert sum(s.end - s.start for s in step) <= budget
         for s in step:
             number = s.sequence.request_id
-            assert s.start == (computed[number] if s.sequence.num_preemptions == 0 else s.start)
+            fresh = s.sequence.num_preemptions == 0 and not s.sequence.num_cached
+            assert s.start == computed[number] or not fresh
             assert s.start == s.sequence.num_computed < s.end
             assert len(s.sequence.block_table) * size >= s.end
             computed[number] = s.end
@@ -147,3 +163,88 @@ def test_every_sequence_is_computed_in_order_and_nothing_is_lost(
                     plan.finish(alive.pop(s.sequence.request_id))
     assert not plan.has_work
     assert plan.pool.num_free == blocks
+
+
+def finish_alone(plan: Scheduler, number: int, tokens: list[int], **prompt: object) -> Sequence:
+    """Run one prompt to its first token and take it out."""
+    given = Prompt(tokens, torch.arange(len(tokens))[None], len(tokens), **prompt)  # type: ignore[arg-type]
+    one = Sequence.start(number, given, SamplingParams())
+    plan.add(one)
+    while one.num_generated == 0:
+        run_step(plan)
+    plan.finish(one)
+    plan.check_integrity()
+    return one
+
+
+def picture(key: bytes, indices: range) -> MediaInput:
+    return MediaInput("image", {}, "", len(indices), key=key, indices=torch.tensor(list(indices)))
+
+
+def test_a_prompt_that_begins_the_same_is_computed_from_where_it_differs() -> None:
+    plan = scheduler(prefix_cache=True)
+    assert finish_alone(plan, 0, list(range(10))).num_cached == 0
+    assert finish_alone(plan, 1, list(range(10))).num_cached == 8
+    assert finish_alone(plan, 2, [*range(6), 99, 98, 97]).num_cached == 4
+    assert finish_alone(plan, 3, [99, *range(1, 10)]).num_cached == 0
+
+
+def test_at_least_one_token_is_computed() -> None:
+    plan = scheduler(prefix_cache=True)
+    finish_alone(plan, 0, list(range(8)))
+    assert finish_alone(plan, 1, list(range(8))).num_cached == 4
+
+
+def test_generated_tokens_serve_the_next_turn() -> None:
+    plan = scheduler(prefix_cache=True)
+    first = sequence(0, 6)
+    plan.add(first)
+    for _ in range(4):
+        run_step(plan)
+    plan.finish(first)
+    assert finish_alone(plan, 1, [*first.token_ids, 5, 5]).num_cached == 8
+
+
+def test_the_picture_belongs_to_the_key_and_so_does_its_place() -> None:
+    plan = scheduler(prefix_cache=True)
+    tokens = [1, 7, 7, 7, 7, 7, 7, 2, 3]
+    finish_alone(plan, 0, tokens, media=[picture(b"cat", range(1, 7))])
+    assert finish_alone(plan, 1, tokens, media=[picture(b"cat", range(1, 7))]).num_cached == 8
+    assert finish_alone(plan, 2, tokens, media=[picture(b"dog", range(1, 7))]).num_cached == 0
+    halves = [picture(b"cat", range(1, 4)), picture(b"cat", range(4, 7))]
+    assert finish_alone(plan, 3, tokens, media=halves).num_cached == 0
+    nameless = [picture(b"", range(1, 7))]
+    finish_alone(plan, 4, tokens, media=nameless)
+    assert finish_alone(plan, 5, tokens, media=nameless).num_cached == 0
+
+
+def test_another_salt_shares_nothing() -> None:
+    plan = scheduler(prefix_cache=True)
+    finish_alone(plan, 0, list(range(10)), cache_salt=b"one")
+    assert finish_alone(plan, 1, list(range(10)), cache_salt=b"two").num_cached == 0
+    assert finish_alone(plan, 2, list(range(10)), cache_salt=b"one").num_cached == 8
+
+
+def test_a_match_that_cuts_an_atomic_span_goes_back_to_its_start() -> None:
+    plan = scheduler(prefix_cache=True)
+    finish_alone(plan, 0, list(range(12)), atomic_spans=[(4, 11)])
+    other = [*range(10), 98, 99]
+    assert finish_alone(plan, 1, other, atomic_spans=[(4, 11)]).num_cached == 4
+
+
+def test_sequences_share_blocks_and_old_ones_make_room() -> None:
+    plan = scheduler(blocks=8, prefix_cache=True)
+    finish_alone(plan, 0, list(range(10)))
+    both = [sequence(1, 10), sequence(2, 10)]
+    for one in both:
+        plan.add(one)
+    run_step(plan)
+    assert both[0].block_table[:2] == both[1].block_table[:2]
+    plan.check_integrity()
+    for one in both:
+        plan.finish(one)
+    assert (plan.pool.num_free, plan.pool.num_kept) == (8, 2)
+    finish_alone(plan, 3, list(range(100, 130)))
+    assert finish_alone(plan, 4, list(range(10))).num_cached == 0
+    plan.pool.forget()
+    assert (plan.pool.num_free, plan.pool.num_kept) == (8, 0)
