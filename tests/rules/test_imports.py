@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from .tree import LAYERS, ROOT, Source, imported_modules, layer_of, rank, source, sources
+from .tree import LAYERS, ROOT, Source, findings, imported_modules, layer_of, rank, source, sources
 
 
 def known_module(dotted_name: str) -> str | None:
@@ -17,7 +17,7 @@ def known_module(dotted_name: str) -> str | None:
 def upward_imports(file: Source) -> list[str]:
     """The imports of a file that go up in the table."""
     mine = layer_of(file.path)
-    assert mine is not None, f"{file.path} has no place in the table of tests/rules/tree.py"
+    assert mine is not None, file.path
     found = []
     imports = [(line, name) for line, name in imported_modules(file) if name.startswith("opsin")]
     for line, name in imports:
@@ -31,9 +31,12 @@ def upward_imports(file: Source) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("file", sources(), ids=lambda s: s.path)
-def test_imports_go_downwards(file: Source) -> None:
-    assert upward_imports(file) == []
+def test_every_file_has_a_place_in_the_table() -> None:
+    assert [s.path for s in sources() if layer_of(s.path) is None] == []
+
+
+def test_imports_go_downwards() -> None:
+    assert findings(upward_imports, sources()) == []
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import functools
 import io
 import re
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +86,11 @@ def layer_of(path: str) -> str | None:
 def rank(layer: str) -> int:
     """Position in the table, 0 at the top."""
     return [name for name, _ in LAYERS].index(layer)
+
+
+def findings(look: Callable[[Source], list[str]], files: Iterable[Source]) -> list[str]:
+    """What a check finds in all of the files."""
+    return [finding for file in files for finding in look(file)]
 
 
 def core_sources() -> list[Source]:
