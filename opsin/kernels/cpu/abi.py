@@ -84,6 +84,17 @@ class Stack(ctypes.Structure):
     )
 
 
+class RowAdd(ctypes.Structure):
+    """OpsinRowAdd: values added to some rows after a layer."""
+
+    _fields_ = (
+        ("rows", c_void_p),
+        ("values", c_void_p),
+        ("layer", c_int32),
+        ("count", c_int32),
+    )
+
+
 class Step(ctypes.Structure):
     """OpsinStep: the tokens of one step and where their keys lie."""
 
@@ -97,7 +108,7 @@ class Step(ctypes.Structure):
         ("visible_until", c_void_p),
         ("cos", c_void_p),
         ("sin", c_void_p),
-        ("layer_add", c_void_p),
+        ("adds", c_void_p),
         ("logit_rows", c_void_p),
         ("logits", c_void_p),
         ("normed", c_void_p),
@@ -108,7 +119,7 @@ class Step(ctypes.Structure):
         ("first_layer", c_int32),
         ("last_layer", c_int32),
         ("num_logits", c_int32),
-        ("reserved", c_int32),
+        ("num_adds", c_int32),
     )
 
 
@@ -182,5 +193,5 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 def abi_number() -> int:
     """What `opsin_abi` answers when these structures are those of the library."""
-    sizes = ((Linear, 1), (Layer, 3), (Stack, 5), (Step, 7), (Attention, 11))
+    sizes = ((Linear, 1), (Layer, 3), (Stack, 5), (Step, 7), (Attention, 11), (RowAdd, 13))
     return sum(ctypes.sizeof(structure) * factor for structure, factor in sizes)

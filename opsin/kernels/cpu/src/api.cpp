@@ -148,7 +148,8 @@ const char* opsin_isa_name(int i) {
 
 int opsin_abi() {
   return static_cast<int>(sizeof(OpsinLinear) + 3 * sizeof(OpsinLayer) + 5 * sizeof(OpsinStack) +
-                          7 * sizeof(OpsinStep) + 11 * sizeof(OpsinAttention));
+                          7 * sizeof(OpsinStep) + 11 * sizeof(OpsinAttention) +
+                          13 * sizeof(OpsinRowAdd));
 }
 
 int opsin_linear(const OpsinLinear* l) {

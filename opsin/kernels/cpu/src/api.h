@@ -79,6 +79,13 @@ struct OpsinStack {
   float logit_softcap;         // 0: none
 };
 
+// Values (count, dim) added to some rows of the stream after a layer.
+struct OpsinRowAdd {
+  const int64_t* rows;
+  const float* values;
+  int32_t layer, count;
+};
+
 // One step over tokens of one or more sequences.
 struct OpsinStep {
   float* hidden;               // (tokens, dim), replaced by the output of the last layer
@@ -90,14 +97,14 @@ struct OpsinStep {
   const int32_t* visible_until;  // (tokens) one past the last key seen
   const float* const* cos;     // rope tables: (tokens, rotary_dim / 2) each
   const float* const* sin;
-  const float* const* layer_add;  // null, or per layer null or (tokens, dim) added after it
+  const OpsinRowAdd* adds;     // (num_adds), at most one a layer
   const int32_t* logit_rows;   // (num_logits) tokens whose logits are wanted
   float* logits;               // (num_logits, vocabulary)
   float* normed;               // null, or (tokens, dim): after the final norm
   int32_t tokens, sequences, max_blocks, block_size;
   int32_t first_layer, last_layer;
   int32_t num_logits;
-  int32_t reserved;
+  int32_t num_adds;
 };
 
 struct OpsinAttention {

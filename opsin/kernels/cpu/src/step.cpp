@@ -200,12 +200,16 @@ struct Run {
     up.linear.activation = l.activation;
     product(team, up, w.activations, own);
     finish(l, l.down, w.middle, l.after_mlp_norm);
-    const float* add = step.layer_add ? step.layer_add[index] : nullptr;
-    if (!add) return;
-    over_tokens([&](int t) {
-      const int64_t at = static_cast<int64_t>(t) * stack.dim;
-      kernels()->axpy(add + at, 1.0f, stack.dim, step.hidden + at);
-    });
+    for (int i = 0; i < step.num_adds; i++) {
+      const OpsinRowAdd& add = step.adds[i];
+      if (add.layer != index) continue;
+      team.phase(1, [&](int) {
+        for (int r = 0; r < add.count; r++) {
+          kernels()->axpy(add.values + static_cast<int64_t>(r) * stack.dim, 1.0f, stack.dim,
+                          step.hidden + add.rows[r] * stack.dim);
+        }
+      });
+    }
   }
 
   void logits() const {
@@ -270,7 +274,7 @@ int opsin_step(const OpsinStack* stack, const OpsinStep* step) {
   int64_t total = 0;
   carve(*stack, *step, sizes, nullptr, &total);
   const Workspace w = carve(*stack, *step, sizes, pool.scratch(-1, total), &total);
-  const int phases = (step->last_layer - step->first_layer) * 14 + 16;
+  const int phases = (step->last_layer - step->first_layer) * 14 + step->num_adds + 16;
   pool.run(phases, [&](Team& team) {
     const Run run{*stack, *step, w, team, pool.scratch(team.thread(), sizes.own)};
     for (int i = step->first_layer; i < step->last_layer; i++) run.layer(i);

@@ -1,0 +1,208 @@
+"""A stack of decoder layers that one native call runs, whatever the number of layers."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from opsin.kernels.cpu import abi
+from opsin.kernels.cpu.library import Library, pointer
+from opsin.kernels.cpu.matrix import PackedMatrix
+
+
+@dataclass(frozen=True, slots=True)
+class NormWeights:
+    """A norm's factors and offsets, (dim,), any float type; a missing one does nothing."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One layer: packed weights and facts.
+
+    `qkv` holds the rows of all query heads, then key heads, then value heads. With `gated`,
+    `gate_up` has gate and up rows alternating by sixteen (`PackedMatrix.fill` with spread 2). A
+    norm of None is not there. `rope` indexes the step's tables; None: no positions.
+    """
+
+    qkv: PackedMatrix
+    out: PackedMatrix
+    gate_up: PackedMatrix
+    down: PackedMatrix
+    heads: int
+    kv_heads: int
+    head_dim: int
+    attention_norm: NormWeights | None
+    mlp_norm: NormWeights | None
+    query_norm: Tensor | None = None
+    key_norm: Tensor | None = None
+    after_attention_norm: NormWeights | None = None
+    after_mlp_norm: NormWeights | None = None
+    rope: int | None = 0
+    rotary_dim: int = 0
+    rope_interleaved: bool = False
+    window: int | None = None
+    gated: bool = True
+    activation: str = "silu"
+    attention_scale: float = 1.0
+    attention_softcap: float | None = None
+    residual_scale: float = 1.0
+    sinks: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StackStep:
+    """The tokens of one step, sequence after sequence.
+
+    hidden (tokens, dim) float32, replaced by the last layer's output; query_start (sequences + 1);
+    num_keys (sequences,) once this step's keys are written; block_tables (sequences, blocks); slots
+    (tokens,) cache slots to write; positions (tokens,) within the sequence; visible_until (tokens,)
+    one past the last key seen; rope: cos and sin of each table, (tokens, rotary_dim / 2) float32;
+    adds: layer to (rows, values), values added to those rows after it; logit_rows: rows whose
+    logits are wanted.
+    """
+
+    hidden: Tensor
+    query_start: Tensor
+    num_keys: Tensor
+    block_tables: Tensor
+    block_size: int
+    slots: Tensor
+    positions: Tensor
+    visible_until: Tensor
+    rope: Sequence[tuple[Tensor, Tensor]]
+    logit_rows: Tensor
+    adds: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class LayerStack:
+    """Layers, final norm and head behind one call; call `bind` with the cache before `run`."""
+
+    def __init__(
+        self,
+        library: Library,
+        layers: Sequence[LayerSpec],
+        *,
+        dim: int,
+        final_norm: NormWeights,
+        head: PackedMatrix | None,
+        norm_eps: float,
+        layer_norm: bool = False,
+        logit_scale: float = 1.0,
+        logit_softcap: float | None = None,
+    ) -> None:
+        self.library = library
+        self.specs = list(layers)
+        self.dim = dim
+        self.head = head
+        self._kept: list[Tensor] = []
+        self._layers = (abi.Layer * len(self.specs))(*(self._layer(spec) for spec in self.specs))
+        self._stack = abi.Stack(
+            layers=ctypes.addressof(self._layers),
+            final_norm=self._keep(final_norm.weight),
+            final_norm_bias=self._keep(final_norm.bias),
+            head=None if head is None else head.handle,
+            num_layers=len(self.specs),
+            dim=dim,
+            layer_norm=layer_norm,
+            norm_eps=norm_eps,
+            logit_scale=logit_scale,
+            logit_softcap=logit_softcap or 0.0,
+        )
+
+    def bind(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Use these caches, one of each a layer: (slots, kv_heads, head_dim) bfloat16."""
+        for layer, spec, key, value in zip(self._layers, self.specs, keys, values, strict=True):
+            for cache in (key, value):
+                if cache.dtype != torch.bfloat16 or not cache.is_contiguous():
+                    raise ValueError("the native stack keeps keys and values as bfloat16 rows")
+                if cache.shape[1:] != (spec.kv_heads, spec.head_dim):
+                    raise ValueError(f"a cache of {tuple(cache.shape)} does not fit the layer")
+            layer.key_cache, layer.value_cache = key.data_ptr(), value.data_ptr()
+        self._caches = (list(keys), list(values))
+
+    def run(self, step: StackStep) -> Tensor:
+        """Run all layers over the step; logits (logit_rows, vocabulary) float32."""
+        hidden = step.hidden
+        if hidden.dtype != torch.float32 or not hidden.is_contiguous():
+            raise ValueError("hidden must be contiguous float32")
+        sequences, blocks = step.block_tables.shape
+        ints = [
+            x.to(torch.int32).contiguous()
+            for x in (
+                step.query_start,
+                step.num_keys,
+                step.block_tables,
+                step.positions,
+                step.visible_until,
+                step.logit_rows,
+            )
+        ]
+        slots = step.slots.to(torch.int64).contiguous()
+        rope = [(cos.float().contiguous(), sin.float().contiguous()) for cos, sin in step.rope]
+        tables = ctypes.c_void_p * max(1, len(rope))
+        cos, sin = (tables(*(pair[i].data_ptr() for pair in rope)) for i in (0, 1))
+        added = [
+            (layer, rows.to(torch.int64).contiguous(), values.float().contiguous())
+            for layer, (rows, values) in step.adds.items()
+        ]
+        adds = (abi.RowAdd * max(1, len(added)))(
+            *(abi.RowAdd(pointer(r), pointer(v), layer, len(r)) for layer, r, v in added)
+        )
+        rows = ints[5].numel() if self.head is not None else 0
+        logits = torch.empty(rows, self.head.n if self.head is not None else 0)
+        call = abi.Step(
+            hidden=pointer(hidden), query_start=pointer(ints[0]), num_keys=pointer(ints[1]),
+            block_tables=pointer(ints[2]), positions=pointer(ints[3]),
+            visible_until=pointer(ints[4]), logit_rows=pointer(ints[5]), slots=pointer(slots),
+            cos=ctypes.addressof(cos), sin=ctypes.addressof(sin), adds=ctypes.addressof(adds),
+            logits=pointer(logits), tokens=hidden.shape[0], sequences=sequences, max_blocks=blocks,
+            block_size=step.block_size, first_layer=0, last_layer=len(self.specs),
+            num_logits=rows, num_adds=len(added),
+        )  # fmt: skip
+        code = self.library.handle.opsin_step(ctypes.byref(self._stack), ctypes.byref(call))
+        self.library.check(code, "step")
+        return logits
+
+    def _keep(self, weight: Tensor | None) -> int | None:
+        """The address of a float32 copy that lives as long as the stack."""
+        if weight is None:
+            return None
+        self._kept.append(weight.detach().float().contiguous().clone())
+        return self._kept[-1].data_ptr()
+
+    def _layer(self, spec: LayerSpec) -> abi.Layer:
+        norms = {
+            "attention_norm": spec.attention_norm,
+            "mlp_norm": spec.mlp_norm,
+            "after_attention_norm": spec.after_attention_norm,
+            "after_mlp_norm": spec.after_mlp_norm,
+        }
+        layer = abi.Layer(
+            qkv=spec.qkv.handle, out=spec.out.handle, gate_up=spec.gate_up.handle,
+            down=spec.down.handle, query_norm=self._keep(spec.query_norm),
+            key_norm=self._keep(spec.key_norm), sinks=self._keep(spec.sinks),
+            heads=spec.heads, kv_heads=spec.kv_heads, head_dim=spec.head_dim,
+            intermediate=spec.down.k, rope=-1 if spec.rope is None else spec.rope,
+            rotary_dim=spec.rotary_dim, rope_interleaved=spec.rope_interleaved,
+            window=spec.window or 0, gated=spec.gated,
+            activation=abi.ACTIVATIONS[spec.activation], attention_scale=spec.attention_scale,
+            attention_softcap=spec.attention_softcap or 0.0, residual_scale=spec.residual_scale,
+        )  # fmt: skip
+        for name, norm in norms.items():
+            if norm is None:
+                continue
+            if norm.weight is None:
+                raise ValueError("a norm of the native stack has a weight")
+            setattr(layer, name, self._keep(norm.weight))
+            if norm.bias is not None:
+                if name.startswith("after"):
+                    raise ValueError("a norm behind a block has no bias in the native stack")
+                setattr(layer, f"{name}_bias", self._keep(norm.bias))
+        return layer

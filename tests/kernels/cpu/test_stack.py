@@ -1,0 +1,223 @@
+"""The native stack computes what the decoder in plain torch computes, in any chunks."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from opsin.decoder.cache import PagedCache
+from opsin.decoder.config import AttentionConfig, DecoderConfig, LayerConfig, MLPConfig
+from opsin.decoder.decoder import Decoder, Step
+from opsin.kernels import AttentionBatch, Kernels
+from opsin.kernels.cpu import PackedMatrix
+from opsin.kernels.cpu.stack import LayerSpec, LayerStack, NormWeights, StackStep
+from opsin.nn.rope import RopeConfig
+
+BLOCK, BLOCKS, VOCABULARY = 16, 24, 83
+
+LLAMA = DecoderConfig(
+    vocab_size=VOCABULARY,
+    hidden=128,
+    layers=(
+        LayerConfig(AttentionConfig(4, 2, 32, RopeConfig(32, 1e4)), MLPConfig(192)),
+        LayerConfig(AttentionConfig(4, 2, 32, RopeConfig(32, 1e4)), MLPConfig(192)),
+    ),
+    max_positions=512,
+)
+
+
+def variant(layer: dict | None = None, attention: dict | None = None, **config) -> DecoderConfig:
+    """LLAMA with some facts changed in every layer."""
+    layers = tuple(
+        replace(one, attention=replace(one.attention, **(attention or {})), **(layer or {}))
+        for one in LLAMA.layers
+    )
+    return replace(LLAMA, layers=layers, **config)
+
+
+VARIANTS = {
+    "llama": LLAMA,
+    "qwen2": variant(attention={"qkv_bias": True}, tied_head=True),
+    "qwen3": variant(attention={"qk_norm": "rms"}),
+    "sandwich": variant(
+        {"post_norms": True, "mlp": MLPConfig(192, "gelu_tanh")},
+        {"window": 20, "soft_cap": 8.0, "scale": 0.2},
+        logit_soft_cap=10.0,
+        norm="rms_unit_offset",
+    ),
+    "layer norm": variant(
+        {"residual_scale": 0.5}, {"rope": RopeConfig(16, 1e4, pairs="adjacent")}, norm="layer",
+        logit_scale=0.25,
+    ),
+}  # fmt: skip
+
+
+def build(config: DecoderConfig) -> Decoder:
+    """A decoder of random weights, bfloat16 values in float32."""
+    torch.manual_seed(0)
+    decoder = Decoder(Kernels(), config)
+    for name, parameter in decoder.named_parameters():
+        values = torch.randn_like(parameter)
+        if "norm" in name:
+            parameter.data = (1 + 0.1 * values).bfloat16().float()
+        else:
+            parameter.data = (values * parameter.shape[-1] ** -0.5).bfloat16().float()
+    for module in decoder.modules():
+        if module is not decoder and callable(getattr(module, "finish_loading", None)):
+            module.finish_loading()
+    decoder.finish_loading()
+    return decoder
+
+
+def norm_weights(module) -> NormWeights | None:
+    if isinstance(module, torch.nn.Identity):
+        return None
+    bias = module.bias if isinstance(getattr(module, "bias", None), torch.Tensor) else None
+    return NormWeights(module.weight, bias)
+
+
+def native_stack(library, decoder: Decoder, kind: str) -> LayerStack:
+    """The same layers, packed; a quantised kind also rounds the decoder's own weights."""
+
+    def pack(linear, *, spread: bool = False) -> PackedMatrix:
+        rows, columns = linear.weight.shape
+        packed = PackedMatrix(library, kind, rows, columns, group=32)
+        halves = linear.weight.chunk(2) if spread else [linear.weight]
+        for i, half in enumerate(halves):
+            packed.fill(half, 16 * i, spread=len(halves))
+        if getattr(linear, "bias", None) is not None:
+            packed.fill_bias(linear.bias)
+        kept = packed.rows(torch.arange(rows), torch.float32)
+        if spread:
+            kept = kept.unflatten(0, (-1, 2, 16)).transpose(0, 1).reshape(rows, columns)
+        linear.weight.data = kept
+        return packed
+
+    specs = []
+    for layer, module in zip(decoder.config.layers, decoder.layers, strict=True):
+        own, attention = layer.attention, module.attention
+        specs.append(
+            LayerSpec(
+                qkv=pack(attention.qkv), out=pack(attention.out),
+                gate_up=pack(module.mlp.gate_up, spread=True), down=pack(module.mlp.down),
+                heads=own.heads, kv_heads=own.kv_heads, head_dim=own.head_dim,
+                attention_norm=norm_weights(module.attention_norm),
+                mlp_norm=norm_weights(module.mlp_norm),
+                query_norm=attention.q_norm.weight if attention.q_norm else None,
+                key_norm=attention.k_norm.weight if attention.k_norm else None,
+                after_attention_norm=norm_weights(module.attention_post_norm),
+                after_mlp_norm=norm_weights(module.mlp_post_norm),
+                rotary_dim=own.rope.dim, rope_interleaved=own.rope.pairs == "adjacent",
+                window=own.window, activation=layer.mlp.activation,
+                attention_scale=attention.scale, attention_softcap=own.soft_cap,
+                residual_scale=layer.residual_scale,
+            )
+        )  # fmt: skip
+    head = pack(decoder.embedding if decoder.head is None else decoder.head)
+    config = decoder.config
+    return LayerStack(
+        library, specs, dim=config.hidden, final_norm=norm_weights(decoder.norm), head=head,
+        norm_eps=config.norm_eps, layer_norm=config.norm == "layer",
+        logit_scale=config.logit_scale, logit_softcap=config.logit_soft_cap,
+    )  # fmt: skip
+
+
+class Session:
+    """Two sequences of fixed random tokens, in blocks of one cache, run in any pieces."""
+
+    def __init__(self, decoder: Decoder, stack: LayerStack | None) -> None:
+        dtype = torch.float32 if stack is None else torch.bfloat16
+        self.decoder, self.stack = decoder, stack
+        self.cache = PagedCache(decoder.config, BLOCKS, BLOCK, dtype, torch.device("cpu"))
+        for tensor in (*self.cache.keys, *self.cache.values):
+            tensor.fill_(torch.nan if stack is not None else 0)
+        if stack is not None:
+            stack.bind(self.cache.keys, self.cache.values)
+        generator = torch.Generator().manual_seed(1)
+        self.tokens = torch.randint(0, VOCABULARY, (2, 150), generator=generator)
+        self.tables = torch.randperm(BLOCKS, generator=generator)[:20].view(2, 10)
+
+    def run(self, pieces: list[tuple[int, int, int]], adds=None) -> torch.Tensor:
+        """Logits of every token of pieces (sequence, start, end)."""
+        ids = torch.cat([self.tokens[s, a:b] for s, a, b in pieces])
+        position = torch.cat([torch.arange(a, b) for _, a, b in pieces])
+        tables = self.tables[[s for s, _, _ in pieces]]
+        sizes = [b - a for _, a, b in pieces]
+        starts = [0, *torch.tensor(sizes).cumsum(0).tolist()]
+        owner = torch.repeat_interleave(torch.arange(len(pieces)), torch.tensor(sizes))
+        slots = tables[owner, position // BLOCK] * BLOCK + position % BLOCK
+        rows = torch.arange(len(ids))
+        contexts = [b for _, _, b in pieces]
+        embeds = self.decoder.embed(ids)
+        if self.stack is None:
+            where = [
+                t[torch.arange(c) // BLOCK] * BLOCK + torch.arange(c) % BLOCK
+                for t, c in zip(tables, contexts, strict=True)
+            ]
+            batch = AttentionBatch(slots, starts, contexts, where, tables, BLOCK)
+            step = Step(embeds, position[None], batch, rows, adds or {})
+            return self.decoder(step, self.cache)
+        angles = self.decoder.angles.at(position[None])
+        return self.stack.run(
+            StackStep(
+                hidden=embeds.clone(), query_start=torch.tensor(starts),
+                num_keys=torch.tensor(contexts), block_tables=tables, block_size=BLOCK,
+                slots=slots, positions=position, visible_until=position + 1,
+                rope=list(angles.values()), logit_rows=rows, adds=adds or {},
+            )
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(("kind", "tolerance"), [("bf16", 0.02), ("q8", 0.04), ("q4", 0.04)])
+def test_stack_equals_the_decoder(best, name, kind, tolerance):
+    decoder = build(VARIANTS[name])
+    stack = native_stack(best, decoder, kind)
+    plain, native = Session(decoder, None), Session(decoder, stack)
+    for pieces in ([(0, 0, 40)], [(0, 40, 41), (1, 0, 25)], [(0, 41, 42), (1, 25, 26)]):
+        want, got = plain.run(pieces), native.run(pieces)
+        assert (got - want).norm() <= tolerance * want.norm()
+
+
+def test_every_instruction_set_runs_the_stack(native):
+    decoder = build(VARIANTS["qwen3"])
+    stack = native_stack(native, decoder, "q8")
+    want = Session(decoder, None).run([(0, 0, 70), (1, 0, 3)])
+    got = Session(decoder, stack).run([(0, 0, 70), (1, 0, 3)])
+    assert (got - want).norm() <= 0.04 * want.norm()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "q8", "q4"])
+def test_logits_are_the_same_bits_in_any_chunks_batch_and_threads(native, kind):
+    decoder = build(VARIANTS["qwen3"])
+    stack = native_stack(native, decoder, kind)
+    whole = Session(decoder, stack).run([(0, 0, 150)])
+    chunked = Session(decoder, stack)
+    cuts = [0, 1, 2, 9, 50, 51, 131, 149, 150]
+    parts = [
+        chunked.run([(0, a, b), (1, a // 2, a // 2 + 1)])[: b - a]
+        for a, b in zip(cuts, cuts[1:], strict=False)
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+    native.configure(native.isa, 3)
+    assert torch.equal(Session(decoder, stack).run([(0, 0, 150)]), whole)
+
+
+def test_rows_are_added_after_their_layer(best):
+    decoder = build(LLAMA)
+    stack = native_stack(best, decoder, "bf16")
+    adds = {0: (torch.tensor([2, 5]), torch.randn(2, 128))}
+    want = Session(decoder, None).run([(0, 0, 9)], adds)
+    got = Session(decoder, stack).run([(0, 0, 9)], adds)
+    assert (got - want).norm() <= 0.02 * want.norm()
+    bare = Session(decoder, stack).run([(0, 0, 9)])
+    assert not torch.equal(bare[2:], got[2:])
+
+
+def test_wrong_caches_and_hidden_are_refused(best):
+    decoder = build(LLAMA)
+    stack = native_stack(best, decoder, "bf16")
+    with pytest.raises(ValueError, match="bfloat16 rows"):
+        stack.bind([torch.zeros(32, 2, 32)] * 2, [torch.zeros(32, 2, 32)] * 2)
+    with pytest.raises(ValueError, match="does not fit"):
+        stack.bind(*[[torch.zeros(32, 1, 32).bfloat16()] * 2] * 2)
