@@ -2,6 +2,7 @@
 
 # model_type -> the file in this folder whose FAMILY serves it
 MODULES = {
+    "gemma3": "gemma3",
     "idefics2": "idefics2",
     "idefics3": "idefics3",
     "llama4": "llama4",
@@ -10,6 +11,7 @@ MODULES = {
     "llava": "llava",
     "llava_next": "llava_next",
     "mistral3": "mistral3",
+    "mllama": "mllama",
     "pixtral": "pixtral",
     "qwen2_vl": "qwen2_vl",
     "qwen2_5_vl": "qwen2_5_vl",

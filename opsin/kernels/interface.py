@@ -164,6 +164,30 @@ class Kernels:
             )
         return out
 
+    def source_attention(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        query_start: list[int],
+        slots: list[slice | Tensor],
+        masks: list[Tensor | None],
+        *,
+        scale: float,
+    ) -> Tensor:
+        """Attention of query (tokens, heads, dim) over each sequence's source rows in the cache.
+
+        Sequence i owns the tokens query_start[i] up to query_start[i + 1] and reads keys[slots[i]]
+        where masks[i] (tokens, rows) is True. Zero where there are no rows.
+        """
+        out = torch.zeros_like(query)
+        for i, rows in enumerate(slots):
+            start, end = query_start[i], query_start[i + 1]
+            if keys[rows].shape[0]:
+                own = query[start:end]
+                out[start:end] = attend(own, keys[rows], values[rows], masks[i], scale, None, None)
+        return out
+
     def causal_conv(
         self, x: Tensor, weight: Tensor, state: Tensor, batch: AttentionBatch
     ) -> Tensor:

@@ -56,7 +56,11 @@ class Ours:
         blocks = -(-length // BLOCK)
         sequence.block_table = list(range(blocks))
         model = self.model
-        cache = PagedCache(model.decoder.config, blocks, BLOCK, model.dtype, model.device)
+        sources = -(-sequence.num_source // BLOCK)
+        sequence.source_table = list(range(sources))
+        cache = PagedCache(
+            model.decoder.config, blocks, BLOCK, model.dtype, model.device, 1, sources
+        )
         runner = Runner(model, cache)
         scheduled = [Scheduled(sequence, 0, length)]
         runner._encode_media(scheduled)

@@ -134,7 +134,7 @@ def _mllama() -> tuple[Case, Case]:
         "eos_token_id": [ids["<|end_of_text|>"], ids["<|eom_id|>"], ids["<|eot_id|>"]],
         "pad_token_id": ids["<|finetune_right_pad_id|>"],
     }
-    gains = ((r"gate", 12.0),)
+    gains = ((r"gate", 12.0), (r"multi_modal_projector", 3.0))
     return (
         Case(
             "mllama",
