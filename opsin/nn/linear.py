@@ -49,6 +49,10 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, dim), requires_grad=False)
         self.scale = scale
 
+    def finish_loading(self) -> None:
+        """Round the scale to the weights' precision, as models that have one were trained."""
+        self.scale = float(torch.tensor(self.scale, dtype=self.weight.dtype))
+
     def forward(self, ids: Tensor) -> Tensor:
         """ids (tokens,) to (tokens, dim)."""
         rows = self.weight[ids]

@@ -48,7 +48,7 @@ class PerceiverAttention(nn.Module):
         seen = [torch.cat(pair) for pair in parts]
         keys = self.key_value(torch.cat(seen)).unflatten(-1, (2, -1, self.head_dim))
         attended = [
-            attend(q, *kv.unbind(1), None, self.head_dim**-0.5, None, None)
+            attend(q, kv[:, 0], kv[:, 1], None, self.head_dim**-0.5, None, None)
             for q, kv in zip(query, keys.split([len(part) for part in seen]), strict=True)
         ]
         return self.out(torch.stack(attended).flatten(-2))
