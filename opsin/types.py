@@ -137,3 +137,68 @@ class Event:
     timings: Timings | None = None
     error: Exception | None = None
     stop_string: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Where the picture that a tower sees lies on the original one.
+
+    width, height: the seen picture in its own pixels. left, top, right, bottom: the part of the
+    original that it shows, as fractions of the original's sides: 0, 0, 1, 1 is all of it (a plain
+    resize), a crop lies inside, and padding reaches outside.
+    """
+
+    width: float
+    height: float
+    left: float = 0.0
+    top: float = 0.0
+    right: float = 1.0
+    bottom: float = 1.0
+
+    @classmethod
+    def padded(cls, canvas: tuple[int, int], placed: tuple[float, float, float, float]) -> Frame:
+        """A canvas (width, height) that holds the whole picture at x1, y1, x2, y2."""
+        x1, y1, x2, y2 = placed
+        wide, high = x2 - x1, y2 - y1
+        return cls(
+            *canvas,
+            left=-x1 / wide,
+            top=-y1 / high,
+            right=(canvas[0] - x1) / wide,
+            bottom=(canvas[1] - y1) / high,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Grounding:
+    """How a model writes boxes and points: a syntax of `opsin.grounding` and its unit.
+
+    `span` is what a whole side counts as (1000 for coordinates in 0-1000); None means pixels of the
+    picture that the tower sees.
+    """
+
+    syntax: str
+    span: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Something a model was trained to do: the prompt that asks for it and how the answer reads.
+
+    `{text}` in the prompt stands for what the user names. `grounding` says how this task's answers
+    write regions where that is not the family's usual way; `layout` that the answer is a page.
+    """
+
+    prompt: str
+    about: str = ""
+    grounding: tuple[Grounding, ...] = ()
+    layout: bool = False
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether the user has to name something."""
+        return "{text}" in self.prompt
+
+    def render(self, text: str = "") -> str:
+        """The prompt with the user's words in it."""
+        return self.prompt.replace("{text}", text)

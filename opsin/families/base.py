@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from opsin.checkpoint.weights import Rename
 from opsin.decoder.config import DecoderConfig
 from opsin.errors import CheckpointError, InputError
 from opsin.kernels import Kernels
-from opsin.types import Timings
+from opsin.types import Grounding, Task, Timings
 
 
 @dataclass(slots=True, eq=False)
@@ -28,7 +29,8 @@ class MediaInput:
     holds the family's media token `num_tokens` times; `indices` (num_tokens,) are the positions of
     those in the prompt, filled when the prompt is tokenised. `size` is the original (width, height)
     and `processed_size` what the tower sees; `key` identifies content and settings together.
-    `source_tokens` rows of it are read by cross-attention layers.
+    `source_tokens` rows of it are read by cross-attention layers. `picture` is the original where
+    a caller asked to keep it.
     """
 
     kind: str
@@ -41,6 +43,7 @@ class MediaInput:
     indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     details: dict[str, Any] = field(default_factory=dict)
     source_tokens: int = 0
+    picture: Image.Image | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,12 @@ class Family:
     rename, ignored  rules from checkpoint names to ours, and patterns of tensors to leave out
     bare_prompt      the prompt is the last message's text alone, without a chat template
     processor_options  the `processor_kwargs` that reach `prepare_image` and its siblings
+    grounding        how its answers write boxes and points; of several ways the first that finds
+                     something counts. A family that pads or crops a picture puts a `Frame` into
+                     the MediaInput's details, under "frame"
+    tasks            what it was trained to do, by name
+    no_repeat_ngram  (size, window, allowed tokens): no run of `size` generated tokens comes twice
+                     within `window` of them, unless it ends in an allowed one
     """
 
     modalities: ClassVar[tuple[str, ...]] = ("image",)
@@ -119,6 +128,9 @@ class Family:
     ignored: tuple[str, ...] = ()
     bare_prompt: ClassVar[bool] = False
     processor_options: ClassVar[tuple[str, ...]] = ()
+    grounding: tuple[Grounding, ...] = ()
+    tasks: Mapping[str, Task] = MappingProxyType({})
+    no_repeat_ngram: tuple[int, int, tuple[str, ...]] | None = None
 
     def __init__(self, config: dict[str, Any], processor_config: dict[str, Any]) -> None:
         self.config = config

@@ -14,12 +14,14 @@ from opsin.families.qwen2_vl import Qwen2VL
 from opsin.kernels import Kernels
 from opsin.towers.projectors import MLPProjector
 from opsin.towers.vit import VisionLayout, VisionTransformer, ViTConfig, vision_of
+from opsin.types import Grounding
 
 
 class Qwen25VL(Qwen2VL):
     """Changes the tower: most layers look only inside windows, in whose order the patches lie."""
 
     message_format = "list_with_image_first"
+    grounding = (Grounding("json_boxes"),)
     rename = (
         (r"\.blocks\.(\d+)\.mlp\.gate_proj\.(\w+)$", r".layers.\1.mlp.up.\2[0]"),
         (r"\.blocks\.(\d+)\.mlp\.up_proj\.(\w+)$", r".layers.\1.mlp.up.\2[1]"),

@@ -28,6 +28,7 @@ from opsin.towers.vit import (
     grid_coordinates,
     vision_of,
 )
+from opsin.types import Grounding, Task
 
 
 class Qwen2VL(Family):
@@ -37,6 +38,15 @@ class Qwen2VL(Family):
     message_format = "list_with_image"
     placeholders = {"image": "<|image_pad|>"}
     processor_options = ("min_pixels", "max_pixels")
+    grounding = (Grounding("box_tags", 1000), Grounding("json_boxes"))
+    tasks = {
+        "ocr": Task("Read all the text in the image.", "the text of a picture"),
+        "describe": Task("Describe this image.", "a description"),
+        "locate": Task(
+            "Locate {text} in the image, and output the bounding boxes in JSON format.",
+            "boxes around what TEXT names",
+        ),
+    }
     rename = (
         (r"^(model\.)?visual\.", "towers.vision."),
         (r"^towers\.vision\.merger\.ln_q\.", "towers.merger.norm."),

@@ -24,12 +24,14 @@ from opsin.towers.vit import (
     resampled_positions,
     vision_of,
 )
+from opsin.types import Grounding
 
 
 class Qwen3VL(Qwen2VL):
     """Changes the tower's positions and merger, the decoder's rope, and adds deepstack."""
 
     message_format = "list_with_image_first"
+    grounding = (Grounding("json_boxes", 1000),)
     rename = (
         (r"^(model\.)?visual\.merger\.linear_fc1\.", "towers.merger.up."),
         (r"^(model\.)?visual\.merger\.linear_fc2\.", "towers.merger.down."),
