@@ -27,7 +27,8 @@ class Case:
     standard deviation over the usual one). `processor_kwargs` go with every request. `images` is
     how many a request may hold, up to three; `large` is the size of a picture that the family cuts
     up, where the usual ones are too small for it. A greedy answer holds `distinct` tokens at least.
-    Without the packages in `needs` the reference cannot run.
+    Without the packages in `needs` the reference cannot run. `encode` makes the reference's inputs
+    (from folder, messages, sounds) where Transformers' own processor cannot.
     """
 
     family: str
@@ -44,6 +45,7 @@ class Case:
     rename: Sequence[tuple[str, str]] = ()
     repack: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
     gains: Sequence[tuple[str, float]] = ()
+    encode: Callable[..., dict[str, Any]] | None = None
     seed: int = 0
     images: int = 3
     text_only: bool = True
@@ -82,6 +84,8 @@ def write_checkpoint(case: Case, folder: Path) -> Path:
 
 
 def _write_tokenizer(case: Case, folder: Path) -> None:
+    if "tekken.json" in case.files:
+        return
     case.tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
     config = dict(case.tokenizer.config)
     if case.chat_template is not None:
@@ -119,7 +123,7 @@ def _write_weights(case: Case, folder: Path) -> None:
 
 NORM = re.compile(r"(norm|ln_|layernorm|layrnorm|ln\d|_ln)[^.]*\.weight$", re.IGNORECASE)
 
-ATTENTION = re.compile(r"(q_proj|k_proj|qkv|wq|wk|query|key)\.weight$")
+ATTENTION = re.compile(r"(q_proj|k_proj|qkv|qkv_proj|wq|wk|query|key)\.weight$")
 TOKEN_TABLE = re.compile(r"(embed_tokens|word_embeddings|wte|shared)\.weight$")
 
 

@@ -30,7 +30,7 @@ class Lab:
     @cached_property
     def reference(self) -> Reference:
         """The folder as Transformers loads it."""
-        return Reference(self.folder)
+        return Reference(self.folder, self.case.encode)
 
     @cached_property
     def ours(self) -> Ours:

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,13 +27,16 @@ from transformers.utils import logging  # noqa: E402
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
+# What the decoder of an encoder-decoder starts from: its start token and the forced first one.
+DECODER_START = [2, 0]
+
 
 @dataclass
 class Reference:
     """A checkpoint folder as Transformers loads it."""
 
     folder: Path
-    placeholder: bool = True
+    encode: Callable[..., dict[str, Any]] | None = None
     config: Any = field(init=False)
 
     def __post_init__(self) -> None:
@@ -55,7 +58,7 @@ class Reference:
         if wrong:
             raise AssertionError(f"the checkpoint of the test does not fit {name}: {wrong}")
         model.generation_config = transformers.GenerationConfig(
-            pad_token_id=0, eos_token_id=None, do_sample=False
+            pad_token_id=0, eos_token_id=None, do_sample=False, decoder_start_token_id=2
         )
         return model.eval()
 
@@ -98,8 +101,9 @@ class Reference:
         `messages` hold parts of type "image", "audio" and "text"; `images` and `audio` fill them in
         order. Tensors have a leading axis of one request.
         """
-        template = self.processor.chat_template or self.processor.tokenizer.chat_template
-        if template is None:
+        if self.encode is not None:
+            return self.encode(self.folder, messages, audio)
+        if self.processor.chat_template is None:
             return self._bare_inputs(messages, images, audio)
         pictures, sounds = iter(images), iter(audio)
         filled = [
@@ -108,7 +112,6 @@ class Reference:
         ]
         encoded = self.processor.apply_chat_template(
             filled,
-            chat_template=template,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
@@ -127,20 +130,28 @@ class Reference:
         parts = [part for message in messages for part in message["content"]]
         text = "".join(part["text"] for part in parts if part["type"] == "text")
         image_token = getattr(self.processor, "image_token", None)
-        if self.placeholder and image_token:
+        if image_token and not self.config.is_encoder_decoder:
             text = image_token * len(images) + text
         encoded = self.processor(text=text, images=list(images) or None, return_tensors="pt")
         return dict(encoded)
 
     @torch.no_grad()
     def logits(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """Logits of the whole sequence.  # (tokens, vocab), fp32"""
+        """Logits of the whole sequence.  # (tokens, vocab), fp32
+
+        Of an encoder-decoder: those at the decoder's first tokens.
+        """
+        if self.config.is_encoder_decoder:
+            inputs = {**inputs, "decoder_input_ids": torch.tensor([DECODER_START])}
         return self.model(**self._accepted(inputs), use_cache=False).logits[0].float()
 
     @torch.no_grad()
     def greedy(self, inputs: dict[str, Any], count: int = 64) -> list[int]:
         """The next `count` tokens, the likeliest each time, no token ending it."""
         prompt = inputs["input_ids"].shape[1]
+        if self.config.is_encoder_decoder:
+            inputs = {**inputs, "decoder_input_ids": torch.tensor([DECODER_START])}
+            prompt = len(DECODER_START)
         output = self.model.generate(**self._accepted(inputs), max_new_tokens=count)
         return output[0, prompt:].tolist()
 

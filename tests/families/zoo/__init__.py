@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 from ..checkpoints import Case
-from . import deepseek, ernie, gemma, gemma_more, idefics, llama, llava, qwen, qwen_more, vlm_more
+from . import (
+    deepseek,
+    ernie,
+    florence,
+    gemma,
+    gemma_more,
+    idefics,
+    llama,
+    llava,
+    phi,
+    qwen,
+    qwen_more,
+    vlm_more,
+    voxtral,
+)
 
 CASES: tuple[Case, ...] = (
     *qwen.CASES,
@@ -16,4 +30,7 @@ CASES: tuple[Case, ...] = (
     *llama.CASES,
     *deepseek.CASES,
     *ernie.CASES,
+    *phi.CASES,
+    *florence.CASES,
+    *voxtral.CASES,
 )
