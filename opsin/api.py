@@ -426,7 +426,7 @@ def _prompt_of(
             own = {name: v if name == "pixel_values" else v.squeeze(0) for name, v in own.items()}
             media.append(MediaInput("image", own, "", count, indices=indices[i]))
     positions, following = model.family.positions(ids, media)
-    return Prompt(ids, positions, following, media, model.family.atomic_spans(media))
+    return Prompt(ids, positions, following, media, model.family.atomic_spans(ids, media))
 
 
 def generate_step(

@@ -133,7 +133,11 @@ class LayerConfig:
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
-    """A whole decoder: embedding, layers, final norm and output head."""
+    """A whole decoder: embedding, layers, final norm and output head.
+
+    With `spans_pass_windows`, tokens of one run that is seen in both directions see each other
+    however short a layer's window is.
+    """
 
     vocab_size: int
     hidden: int
@@ -161,6 +165,7 @@ class DecoderConfig:
 
     @property
     def cross_attentions(self) -> list[CrossAttentionConfig]:
+    spans_pass_windows: bool = False
         """The layers that keep keys and values of encoded media."""
         kinds = [layer.attention for layer in self.layers]
         return [kind for kind in kinds if isinstance(kind, CrossAttentionConfig)]

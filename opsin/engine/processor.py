@@ -183,7 +183,10 @@ class Processor:
     ) -> Prompt:
         """A rendered prompt and its prepared media to tokens and positions."""
         expanded = self.family.expand(text, ready)
-        token_ids = self.tokenizer.encode_prompt(expanded)
+        if self.family.tokenizer_frame:
+            token_ids = self.tokenizer.encode_prompt(expanded)
+        else:
+            token_ids = self.tokenizer.encode(expanded, add_special_tokens=False)
         self.family.locate(token_ids, ready, self.media_token_ids)
         positions, following = self.family.positions(token_ids, ready)
         return Prompt(
@@ -191,7 +194,7 @@ class Processor:
             positions,
             following,
             ready,
-            self.family.atomic_spans(ready),
+            self.family.atomic_spans(token_ids, ready),
             expanded,
             timings or Timings(),
             self.family.source_views(token_ids, ready),

@@ -113,13 +113,17 @@ class Runner:
             s.sequence.block_table + [0] * (width - len(s.sequence.block_table)) for s in step
         ]
         return AttentionBatch(
+        since = until = None
+        if any(_in_span(scheduled) for scheduled in step):
+            since, until = _visible(step, device)
             slot_mapping=torch.tensor(mapping, device=device),
             query_start=ends,
             context_lens=[s.end for s in step],
             slots=slots,
             block_tables=torch.tensor(tables, dtype=torch.int32, device=device),
             block_size=size,
-            visible_until=_visible_until(step, device),
+            visible_until=until,
+            visible_from=since if self.model.decoder.config.spans_pass_windows else None,
             state_slots=self._state_slots(step),
         )
 
@@ -153,16 +157,26 @@ def _positions(scheduled: Scheduled) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def _visible_until(step: list[Scheduled], device: torch.device) -> Tensor | None:
-    """For steps that hold spans seen in both directions: how far each new token may look."""
-    if not any(s.sequence.prompt.atomic_spans for s in step):
-        return None
+def _visible(step: list[Scheduled], device: torch.device) -> tuple[Tensor, Tensor]:
+    """From which key position on each new token looks whatever the window, and how far: its span
+    where it is in one that is seen in both directions.
+    """
     parts = []
     for scheduled in step:
-        until = torch.arange(scheduled.start + 1, scheduled.end + 1)
+        start, end = scheduled.start, scheduled.end
+        since = torch.arange(start, end)
+        until = since + 1
         for first, last in scheduled.sequence.prompt.atomic_spans:
-            low, high = max(first, scheduled.start), min(last, scheduled.end)
+            low, high = max(first, start), min(last, end)
             if low < high:
-                until[low - scheduled.start : high - scheduled.start] = last
-        parts.append(until)
-    return torch.cat(parts).to(device)
+                since[low - start : high - start] = first
+                until[low - start : high - start] = last
+        parts.append((since, until))
+    since, until = (torch.cat(rows).to(device) for rows in zip(*parts, strict=True))
+    return since, until
+
+
+def _in_span(scheduled: Scheduled) -> bool:
+    """Whether a step computes tokens of a span that is seen in both directions."""
+    spans = scheduled.sequence.prompt.atomic_spans
+    return any(first < scheduled.end and scheduled.start < last for first, last in spans)

@@ -111,6 +111,7 @@ class Family:
     media_tokens     for each kind, the token that embeddings replace; default: the placeholder
     rename, ignored  rules from checkpoint names to ours, and patterns of tensors to leave out
     bare_prompt      the prompt is the last message's text alone, without a chat template
+    tokenizer_frame  the tokenizer puts its special tokens around the prompt, where it would
     processor_options  the `processor_kwargs` that reach `prepare_image` and its siblings
     grounding        how its answers write boxes and points; of several ways the first that finds
                      something counts. A family that pads or crops a picture puts a `Frame` into
@@ -124,9 +125,10 @@ class Family:
     message_format: ClassVar[str] = "list_with_image"
     placeholders: ClassVar[Mapping[str, str]] = {"image": "<image>"}
     media_tokens: ClassVar[Mapping[str, str]] = {}
-    rename: ClassVar[tuple[Rename, ...]] = ()
+    rename: tuple[Rename, ...] = ()
     ignored: tuple[str, ...] = ()
     bare_prompt: ClassVar[bool] = False
+    tokenizer_frame: ClassVar[bool] = True
     processor_options: ClassVar[tuple[str, ...]] = ()
     grounding: tuple[Grounding, ...] = ()
     tasks: Mapping[str, Task] = MappingProxyType({})
@@ -232,9 +234,11 @@ class Family:
         del media
         return torch.arange(len(token_ids))[None], len(token_ids)
 
-    def atomic_spans(self, media: Sequence[MediaInput]) -> list[tuple[int, int]]:
+    def atomic_spans(
+        self, token_ids: Sequence[int], media: Sequence[MediaInput]
+    ) -> list[tuple[int, int]]:
         """Runs of tokens that see each other in both directions; none by default."""
-        del media
+        del token_ids, media
         return []
 
     def source_views(

@@ -67,7 +67,9 @@ class Gemma3(BackboneFamily):
         self.tile_tokens = int(config.get("mm_tokens_per_image", 256))
 
     def decoder(self) -> DecoderConfig:
-        return gemma_decoder(self.text_config, tied=self.tied())
+        # A config may state a cap for the logits, which the model with a tower never applies.
+        text = {**self.text_config, "final_logit_softcapping": None}
+        return gemma_decoder(text, tied=self.tied())
 
     @property
     def pool(self) -> int:
@@ -115,8 +117,11 @@ class Gemma3(BackboneFamily):
             processed_size=(size["width"], size["height"]),
         )
 
-    def atomic_spans(self, media: Sequence[MediaInput]) -> list[tuple[int, int]]:
+    def atomic_spans(
+        self, token_ids: Sequence[int], media: Sequence[MediaInput]
+    ) -> list[tuple[int, int]]:
         """Each view of a picture is one run."""
+        del token_ids
         runs = [run for item in media for run in item.indices.split(self.tile_tokens)]
         return [(int(run[0]), int(run[-1]) + 1) for run in runs]
 

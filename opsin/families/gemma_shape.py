@@ -31,6 +31,7 @@ _SECOND = {
     "sliding_window": 4096,
     "sliding_window_pattern": 2,
     "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
 }
 # What published configs leave out, by the text config's `model_type`.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -50,16 +51,13 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "vocab_size": 262208,
         "max_position_embeddings": 131072,
         "sliding_window_pattern": 6,
+        "final_logit_softcapping": None,
     },
 }
 
 
 def gemma_decoder(text: Mapping[str, Any], *, tied: bool) -> DecoderConfig:
-    """The decoder of a Gemma 1, 2 or 3 text config.
-
-    The logits are not capped, though the config may state a cap: the models with a tower never
-    apply it.
-    """
+    """The decoder of a Gemma 1, 2 or 3 text config."""
     kind = text.get("model_type", "gemma3_text")
     text = {**DEFAULTS[kind], **text}
     activation = text.get("hidden_activation") or text.get("hidden_act") or "gelu_pytorch_tanh"
@@ -77,6 +75,7 @@ def gemma_decoder(text: Mapping[str, Any], *, tied: bool) -> DecoderConfig:
         norm_eps=text.get("rms_norm_eps", 1e-6),
         tied_head=tied,
         embedding_scale=text["hidden_size"] ** 0.5,
+        logit_soft_cap=text.get("final_logit_softcapping"),
     )
 
 

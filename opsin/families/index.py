@@ -13,6 +13,7 @@ MODULES = {
     "mistral3": "mistral3",
     "mllama": "mllama",
     "pixtral": "pixtral",
+    "paligemma": "paligemma",
     "qwen2_vl": "qwen2_vl",
     "qwen2_5_vl": "qwen2_5_vl",
     "qwen3_vl": "qwen3_vl",

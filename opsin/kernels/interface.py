@@ -27,8 +27,9 @@ class AttentionBatch:
     numbers.
 
     `visible_until` (t,), if given, is the first key position that each new token may no longer see;
-    without it attention is causal. `state_slots` (s,) says where recurrent layers keep each
-    sequence's state.
+    without it attention is causal. `visible_from` (t,), if given, is a key position from which on
+    the token sees keys even if its layer's window begins later. `state_slots` (s,) says where
+    recurrent layers keep each sequence's state.
     """
 
     slot_mapping: Tensor
@@ -38,6 +39,7 @@ class AttentionBatch:
     block_tables: Tensor
     block_size: int
     visible_until: Tensor | None = None
+    visible_from: Tensor | None = None
     state_slots: Tensor | None = None
 
 
@@ -158,7 +160,8 @@ class Kernels:
         for i, (slots, context) in enumerate(zip(batch.slots, batch.context_lens, strict=True)):
             start, end = batch.query_start[i], batch.query_start[i + 1]
             until = None if batch.visible_until is None else batch.visible_until[start:end]
-            mask = _visible(end - start, context, window, until, query.device, chunk)
+            since = None if batch.visible_from is None else batch.visible_from[start:end]
+            mask = _visible(end - start, context, window, until, query.device, chunk, since)
             out[start:end] = attend(
                 query[start:end], keys[slots], values[slots], mask, scale, soft_cap, sinks
             )
@@ -284,6 +287,7 @@ def _visible(
     until: Tensor | None,
     device: torch.device,
     chunk: int | None = None,
+    since: Tensor | None = None,
 ) -> Tensor | None:
     """Which of `context` keys the last `queries` positions see: (queries, context), None for
     all.
@@ -296,7 +300,10 @@ def _visible(
     limit = position + 1 if until is None else until[:, None]
     visible = key < limit
     if window is not None:
-        visible &= key > position - window
+        begin = position - window + 1
+        if since is not None:
+            begin = torch.minimum(begin, since[:, None])
+        visible &= key >= begin
     if chunk is not None:
         visible &= key >= position // chunk * chunk
     return visible
