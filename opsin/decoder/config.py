@@ -150,6 +150,7 @@ class DecoderConfig:
     logit_scale: float = 1.0
     logit_soft_cap: float | None = None
     extra_embeddings: int = 0
+    spans_pass_windows: bool = False
 
     @property
     def rope_configs(self) -> set[RopeConfig]:
@@ -165,7 +166,6 @@ class DecoderConfig:
 
     @property
     def cross_attentions(self) -> list[CrossAttentionConfig]:
-    spans_pass_windows: bool = False
         """The layers that keep keys and values of encoded media."""
         kinds = [layer.attention for layer in self.layers]
         return [kind for kind in kinds if isinstance(kind, CrossAttentionConfig)]
