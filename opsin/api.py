@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from opsin.checkpoint.hub import resolve
@@ -18,10 +19,15 @@ from opsin.engine.model import Model, load_model
 from opsin.engine.processor import Processor
 from opsin.errors import InputError
 from opsin.families.base import MediaInput, Prompt
+from opsin.grounding.drawing import as_png, draw_all
+from opsin.grounding.layout import Layout
+from opsin.grounding.parsing import regions_of
+from opsin.grounding.regions import Region
 from opsin.media.limits import DEFAULT_LIMITS, MediaLimits
 from opsin.prompt.api import apply_chat_template, get_message_json
 from opsin.prompt.messages import Prompt as PromptForm
-from opsin.types import Event, SamplingParams, Timings, TokenLogprob
+from opsin.prompt.tasks import find_task, task_messages
+from opsin.types import Event, SamplingParams, Task, Timings, TokenLogprob
 
 __all__ = [
     "GenerationResult",
@@ -55,6 +61,9 @@ class GenerationResult:
     logprobs: each token's, if asked. prompt_tps, generation_tps: tokens a second. peak_memory: the
     process's, in GB (10^9 bytes). finish_reason: "stop", "length", or None while streaming.
     timings: seconds by stage. image_sizes: (width, height) that each picture was processed at.
+    regions: boxes, points and polygons of the whole answer, in pixels of the original pictures;
+    layout: the page, where the task reads one. pictures: the originals, kept where there are
+    regions (not by batch_generate).
     """
 
     text: str = ""
@@ -68,6 +77,9 @@ class GenerationResult:
     finish_reason: str | None = None
     timings: Timings = field(default_factory=Timings)
     image_sizes: tuple[tuple[int, int], ...] = ()
+    regions: tuple[Region, ...] = ()
+    layout: Layout | None = None
+    pictures: tuple[Image.Image, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def token(self) -> int | None:
@@ -78,6 +90,15 @@ class GenerationResult:
     def total_tokens(self) -> int:
         """Tokens of prompt and answer."""
         return self.prompt_tokens + self.generation_tokens
+
+    def annotated(self) -> list[Image.Image]:
+        """The pictures that have regions, with these drawn on them."""
+        return draw_all(self.pictures, self.regions)
+
+    def _repr_png_(self) -> bytes | None:
+        """What a notebook shows: the pictures with the regions; its text if there are none."""
+        drawn = self.annotated()
+        return as_png(drawn) if drawn else None
 
     def __str__(self) -> str:
         return self.text
@@ -129,6 +150,48 @@ class _Options:
     limits: EngineLimits
     template: dict[str, Any]
     processor: dict[str, Any]
+    task: str | None
+
+    def prepare(
+        self, processor: Processor, prompt: PromptForm, *, keep_pictures: bool, **media: Any
+    ) -> _Asked:
+        """The prompt ready for the engine, with what is needed to read its answer."""
+        task = None if self.task is None else find_task(processor.family, self.task)
+        if self.task is not None:
+            prompt = task_messages(processor.family, self.task, prompt)
+        grounds = bool(processor.family.grounding or (task and task.grounding))
+        ready = processor.prepare(
+            prompt,
+            **{f"{kind}s": _media_list(value) for kind, value in media.items()},
+            options=self.processor,
+            keep_pictures=keep_pictures and grounds,
+            **self.template,
+        )
+        return _Asked(processor, ready, task, self.sampling.logprobs is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A prepared prompt, and how its answer is to be read."""
+
+    processor: Processor
+    prompt: Prompt
+    task: Task | None
+    wants_logprobs: bool
+
+    def read(self, result: GenerationResult, tokens: Sequence[int]) -> GenerationResult:
+        """The last result with what all the answer's tokens say of places in the pictures."""
+        media = self.prompt.media
+        grounding = self.task.grounding if self.task else ()
+        regions = regions_of(tokens, self.processor, media, grounding)
+        pictures = tuple(item.picture for item in media if item.picture is not None)
+        is_page = self.task is not None and self.task.layout
+        return dataclasses.replace(
+            result,
+            regions=tuple(regions),
+            layout=Layout.of(regions) if is_page else None,
+            pictures=pictures if regions else (),
+        )
 
 
 def _options(arguments: Mapping[str, Any]) -> _Options:
@@ -138,6 +201,7 @@ def _options(arguments: Mapping[str, Any]) -> _Options:
     if given.get("resize_shape") is not None:
         processor["resize_shape"] = given["resize_shape"]
     given.pop("resize_shape", None)
+    task = given.pop("task", None)
     stop = given.get("stop")
     if stop is not None:
         given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -155,6 +219,7 @@ def _options(arguments: Mapping[str, Any]) -> _Options:
         EngineLimits(**{k: v for k, v in given.items() if k in LIMIT_FIELDS}),
         {k: v for k, v in given.items() if k in TEMPLATE_FIELDS},
         processor,
+        task,
     )
 
 
@@ -209,32 +274,28 @@ def stream_generate(
     Takes what `generate` takes. Closing the iterator cancels the request.
     """
     options = _options(kwargs)
-    ready = processor.prepare(
-        prompt,
-        images=_media_list(image),
-        audios=_media_list(audio),
-        videos=_media_list(video),
-        options=options.processor,
-        **options.template,
+    asked = options.prepare(
+        processor, prompt, keep_pictures=True, image=image, audio=audio, video=video
     )
     engine = engine_for(model, processor, options.limits)
-    stream = engine.stream(ready, options.sampling)
-    return _results(ready, stream, options.sampling.logprobs is not None)
+    return _results(asked, engine.stream(asked.prompt, options.sampling))
 
 
-def _results(
-    prompt: Prompt, events: Iterator[Event] | Any, wants_logprobs: bool
-) -> Iterator[GenerationResult]:
-    sizes = tuple(item.processed_size for item in prompt.media)
+def _results(asked: _Asked, events: Iterator[Event] | Any) -> Iterator[GenerationResult]:
+    sizes = tuple(item.processed_size for item in asked.prompt.media)
+    tokens: list[int] = []
     for event in events:
+        tokens += event.token_ids
         result = GenerationResult(
             event.text,
             tuple(event.token_ids),
-            tuple(event.logprobs) if wants_logprobs else None,
-            prompt_tokens=len(prompt.token_ids),
+            tuple(event.logprobs) if asked.wants_logprobs else None,
+            prompt_tokens=len(asked.prompt.token_ids),
             image_sizes=sizes,
         )
-        yield result if event.finish_reason is None else _finished(result, event)
+        if event.finish_reason is not None:
+            result = asked.read(_finished(result, event), tokens)
+        yield result
 
 
 def _finished(result: GenerationResult, event: Event) -> GenerationResult:
@@ -284,7 +345,8 @@ def generate(
     kwargs: the fields of SamplingParams (max_tokens, temperature, top_p, top_k, min_p,
     repetition_penalty, presence_penalty, frequency_penalty, logit_bias, seed, stop, logprobs, ...);
     of EngineLimits (prefill_step_size, memory, ...); `resize_shape` and `processor_kwargs`;
-    `enable_thinking` and `chat_template_kwargs`. An unknown one is refused by name.
+    `enable_thinking` and `chat_template_kwargs`; `task`, one of the model's own (`opsin models tasks
+    NAME` lists them), whose words are then the prompt. An unknown one is refused by name.
 
     verbose: print the answer as it comes and the figures at its end. Raises OpsinError.
     """
@@ -339,19 +401,15 @@ def batch_generate(
     engine = engine_for(model, processor, options.limits)
     streams = []
     for i, prompt in enumerate(prompts):
-        ready = processor.prepare(
+        asked = options.prepare(
+            processor,
             prompt,
-            images=_media_list(images[i] if images is not None else None),
-            audios=_media_list(audios[i] if audios is not None else None),
-            options=options.processor,
-            **options.template,
+            keep_pictures=False,
+            image=images[i] if images is not None else None,
+            audio=audios[i] if audios is not None else None,
         )
-        streams.append((ready, engine.stream(ready, options.sampling)))
-    wants_logprobs = options.sampling.logprobs is not None
-    return [
-        fold(_results(ready, stream, wants_logprobs))
-        for ready, stream in _tracked(streams, verbose)
-    ]
+        streams.append((asked, engine.stream(asked.prompt, options.sampling)))
+    return [fold(_results(asked, stream)) for asked, stream in _tracked(streams, verbose)]
 
 
 def _tracked(items: list[Any], verbose: bool) -> Iterator[Any]:
@@ -381,13 +439,9 @@ def prepare_inputs(
     their sorted names, and `media_indices` where their tokens stand, `media_tokens` how many.
     """
     options = _options(kwargs)
-    ready = processor.prepare(
-        prompts,
-        images=_media_list(images),
-        audios=_media_list(audio),
-        options=options.processor,
-        **options.template,
-    )
+    ready = options.prepare(
+        processor, prompts, keep_pictures=False, image=images, audio=audio
+    ).prompt
     input_ids = torch.tensor(ready.token_ids)[None]
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     if not ready.media:

@@ -86,6 +86,7 @@ class Processor:
         audios: Sequence[Any] = (),
         videos: Sequence[Any] = (),
         options: Mapping[str, Any] | None = None,
+        keep_pictures: bool = False,
         **template: Any,
     ) -> Prompt:
         """A prompt ready for the engine.
@@ -93,7 +94,8 @@ class Processor:
         prompt: messages in any accepted form, or a string. A string that holds one of the
         tokenizer's special tokens is taken as formatted already; any other is one user message.
         Media given beside the messages go into the first user message. `options` are the family's
-        processor options, `template` what the chat template is given.
+        processor options, `template` what the chat template is given. `keep_pictures` leaves the
+        decoded originals on the prompt's media.
         """
         beside = [Media("image", source) for source in images]
         beside += [Media("video", source) for source in videos]
@@ -107,7 +109,7 @@ class Processor:
         self._check_modalities(held)
         check_options(self.family, _without(options or {}, GENERAL_OPTIONS))
         timings = Timings()
-        ready = [self._ready(item, options or {}, timings) for item in held]
+        ready = [self._ready(item, options or {}, timings, keep_pictures) for item in held]
         return self.assemble(text, ready, timings)
 
     def is_formatted(self, text: str) -> bool:
@@ -163,7 +165,9 @@ class Processor:
                     param=item.kind,
                 )
 
-    def _ready(self, item: Media, options: Mapping[str, Any], timings: Timings) -> MediaInput:
+    def _ready(
+        self, item: Media, options: Mapping[str, Any], timings: Timings, keep_pictures: bool
+    ) -> MediaInput:
         """Fetch, decode and preprocess one medium; the key names content and settings."""
         loaded = load(item, self.limits)
         timings.fetch += loaded.timing.fetch
@@ -174,6 +178,7 @@ class Processor:
         settings = _without(options, GENERAL_OPTIONS)
         ready = self.family.prepare_image(image, settings)
         ready.size = loaded.value.size
+        ready.picture = loaded.value if keep_pictures else None
         ready.key = image_key(image, sorted(settings.items()))
         timings.preprocess += time.perf_counter() - started
         return ready

@@ -4,6 +4,7 @@ be read.
 
 from __future__ import annotations
 
+import io
 import math
 import unicodedata
 from collections import defaultdict
@@ -62,6 +63,31 @@ def draw(
         for region, colour in zip(scaled, colours, strict=True):
             pen.label(region, colour)
     return canvas
+
+
+def draw_all(pictures: Sequence[Image.Image], regions: Sequence[Region]) -> list[Image.Image]:
+    """Those pictures of a prompt that have regions, each with its own drawn on it."""
+    return [
+        draw(picture, own)
+        for index, picture in enumerate(pictures)
+        if (own := [region for region in regions if region.image_index == index])
+    ]
+
+
+def as_png(pictures: Sequence[Image.Image], widest: int = 1600) -> bytes:
+    """Pictures one below the other as a PNG file, none wider or higher than `widest` pixels."""
+    copies = [picture.copy() for picture in pictures]
+    for picture in copies:
+        picture.thumbnail((widest, widest))
+    size = (max(picture.width for picture in copies), sum(picture.height for picture in copies))
+    sheet = Image.new("RGB", size, LIGHT)
+    top = 0
+    for picture in copies:
+        sheet.paste(picture, (0, top))
+        top += picture.height
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def caption(region: Region) -> str:
