@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,11 @@ class Settings:
 def settings() -> Settings:
     """The process's settings, read at the first call and the same ever after."""
     return Settings.read(os.environ)
+
+
+def variables(names: Iterable[str]) -> dict[str, str]:
+    """Those of the named variables that are set, as they stand."""
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def _text(environ: Mapping[str, str], name: str) -> str | None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from opsin import __version__
-from opsin.cli import doctor, generate, models
+from opsin.cli import doctor, generate, models, serve
 
 app = typer.Typer(
     name="opsin",

@@ -1,0 +1,315 @@
+"""OpenAI's chat completions: a body to a request, deltas to chunks or to one reply."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from opsin.errors import InputError
+from opsin.server.bounds import Bounds
+from opsin.server.conversation import conversation
+from opsin.server.fields import (
+    MAX_MESSAGES,
+    MAX_STOPS,
+    MAX_TOOLS,
+    Body,
+    Count,
+    FormFields,
+    JsonObject,
+    PromptFields,
+    SamplingFields,
+    StopText,
+    constraint,
+    processor_fields,
+    sampling,
+    template_fields,
+    validated,
+)
+from opsin.server.request import Answer, Delta, Head, Request, Tool, ToolCall, Totals
+from opsin.server.tokens import TokenNames
+from opsin.types import Timings, TokenLogprob
+
+
+class StreamOptions(Body):
+    """What a stream reports beside the answer; obfuscation is padding that nothing here sends."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class HarmlessFields(Body):
+    """Fields that clients send for their vendor's own book-keeping; they change no answer."""
+
+    user: str | None = None
+    metadata: JsonObject | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+
+class ChatBody(SamplingFields, PromptFields, FormFields, HarmlessFields):
+    """The body of a chat completion."""
+
+    model: Annotated[str, Field(max_length=512)] = "default"
+    messages: Annotated[list[JsonObject], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    n: Annotated[int, Field(ge=1, le=1024)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    modalities: list[Literal["text"]] | None = None
+    tools: Annotated[list[JsonObject], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: str | JsonObject | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        None
+    )
+
+
+def parse(body: bytes, bounds: Bounds) -> Request:
+    """The request that a body makes; InputError names the field that is wrong."""
+    fields = validated(ChatBody, body)
+    video = {
+        name: value
+        for name, value in (("fps", fields.video_fps), ("max_frames", fields.video_max_frames))
+        if value is not None
+    }
+    if fields.stream_options is not None and not fields.stream:
+        raise InputError("stream_options needs stream", param="stream_options")
+    tools = tuple(parse_tool(tool, f"tools[{i}]") for i, tool in enumerate(fields.tools or ()))
+    length = fields.max_completion_tokens or fields.max_tokens or bounds.max_tokens
+    request = Request(
+        model=fields.model,
+        messages=conversation(fields.messages, video),
+        sampling=sampling(fields, max_tokens=length, stop=fields.stop, logprobs=_logprobs(fields)),
+        n=bounds.check_answers(fields.n or 1),
+        template=template_fields(fields, fields.reasoning_effort),
+        processor=processor_fields(fields),
+        tools=tools,
+        tool_choice=parse_tool_choice(fields.tool_choice, tools),
+        parallel_tool_calls=fields.parallel_tool_calls is not False,
+        constraint=constraint(fields),
+        thinking_budget=fields.thinking_budget,
+        salt=fields.cache_salt or "",
+        stream=bool(fields.stream),
+        include_usage=bool(fields.stream_options and fields.stream_options.include_usage),
+    )
+    check(request, bounds)
+    return request
+
+
+def check(request: Request, bounds: Bounds) -> None:
+    """What every protocol's request is held to."""
+    bounds.check_media(request.messages)
+    bounds.check_template(request.template)
+    bounds.check_processor(request.processor)
+
+
+def _logprobs(fields: ChatBody) -> int | None:
+    if fields.top_logprobs is not None and not fields.logprobs:
+        raise InputError("top_logprobs needs logprobs", param="top_logprobs")
+    return (fields.top_logprobs or 0) if fields.logprobs else None
+
+
+def parse_tool(tool: Any, where: str) -> Tool:
+    """A tool as chat completions and Responses write it."""
+    if not isinstance(tool, Mapping) or tool.get("type", "function") != "function":
+        raise InputError(
+            f"{where} is not a function", remedy="Only function tools exist here", param=where
+        )
+    held = tool.get("function", tool)
+    name = held.get("name") if isinstance(held, Mapping) else None
+    if not isinstance(name, str) or not 0 < len(name) <= 128:
+        raise InputError(f"{where} has no name", param=f"{where}.function.name")
+    parameters = held.get("parameters") or {}
+    if not isinstance(parameters, Mapping):
+        raise InputError(
+            f"{where}.function.parameters is not a JSON schema",
+            param=f"{where}.function.parameters",
+        )
+    return Tool(name, str(held.get("description") or ""), parameters, bool(held.get("strict")))
+
+
+def parse_tool_choice(choice: Any, tools: Sequence[Tool]) -> str:
+    """auto, none, required, or "=" and a tool's name."""
+    if choice is None:
+        return "auto"
+    if isinstance(choice, str):
+        if choice not in ("auto", "none", "required"):
+            raise InputError(
+                "tool_choice is not known",
+                remedy="Use auto, none, required or a function",
+                param="tool_choice",
+            )
+        if choice == "required" and not tools:
+            raise InputError("tool_choice needs tools", param="tool_choice")
+        return choice
+    held = choice.get("function", choice)
+    name = held.get("name") if isinstance(held, Mapping) else None
+    if name not in {tool.name for tool in tools}:
+        raise InputError("tool_choice names no tool of the request", param="tool_choice")
+    return f"={name}"
+
+
+# Replies.
+
+
+def finish_reason(answer: Answer | Delta) -> str | None:
+    """Why an answer ended, in OpenAI's words."""
+    return answer.finish_reason
+
+
+def usage(totals: Totals) -> dict[str, Any]:
+    """Token counts; the cached and media tokens are part of the prompt's."""
+    return {
+        "prompt_tokens": totals.prompt,
+        "completion_tokens": totals.generated,
+        "total_tokens": totals.prompt + totals.generated,
+        "prompt_tokens_details": {
+            "cached_tokens": totals.cached,
+            "image_tokens": totals.image,
+            "audio_tokens": totals.audio,
+            "video_tokens": totals.video,
+        },
+        "completion_tokens_details": {"reasoning_tokens": totals.reasoning},
+    }
+
+
+def timings(value: Timings) -> dict[str, float]:
+    """Seconds by stage."""
+    return {name: round(seconds, 6) for name, seconds in dataclasses.asdict(value).items()}
+
+
+def images(answer: Answer | Delta) -> list[dict[str, int]]:
+    """Each picture's own size, the size it was processed at, and its tokens."""
+    return [dataclasses.asdict(image) for image in answer.images]
+
+
+def logprobs(values: Sequence[TokenLogprob], names: TokenNames) -> dict[str, Any]:
+    """Log probabilities with each token's text and bytes."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        data = names.data(token)
+        text = data.decode("utf-8", "replace")
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(data)}
+
+    content = [
+        {**entry(v.token_id, v.logprob), "top_logprobs": [entry(t, lp) for t, lp in v.top]}
+        for v in values
+    ]
+    return {"content": content, "refusal": None}
+
+
+def tool_calls(calls: Sequence[ToolCall], *, streamed: bool) -> list[dict[str, Any]]:
+    """Tool calls, whole or in pieces; only pieces carry an index."""
+    made = []
+    for call in calls:
+        function: dict[str, Any] = {"arguments": call.arguments}
+        if call.name or not streamed:
+            function = {"name": call.name, "arguments": call.arguments}
+        entry: dict[str, Any] = {"index": call.index} if streamed else {}
+        if call.id or not streamed:
+            entry |= {"id": call.id, "type": "function"}
+        made.append({**entry, "function": function})
+    return made
+
+
+def render(
+    head: Head, answers: Sequence[Answer], request: Request, names: TokenNames
+) -> dict[str, Any]:
+    """The reply to a request that does not stream."""
+    choices = [_choice(i, answer, request, names) for i, answer in enumerate(answers)]
+    return {
+        "id": head.id,
+        "object": "chat.completion",
+        "created": head.created,
+        "model": head.model,
+        "choices": choices,
+        "usage": usage(Totals.of(list(answers))),
+        "timings": timings(answers[0].timings),
+        "images": images(answers[0]),
+    }
+
+
+def _choice(index: int, answer: Answer, request: Request, names: TokenNames) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+    if answer.reasoning:
+        message["reasoning_content"] = answer.reasoning
+    if answer.tool_calls:
+        message["content"] = answer.text or None
+        message["tool_calls"] = tool_calls(answer.tool_calls, streamed=False)
+    wanted = request.sampling.logprobs is not None
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": logprobs(answer.logprobs, names) if wanted else None,
+        "finish_reason": finish_reason(answer),
+    }
+
+
+class ChunkRenderer:
+    """Deltas to the chunks of one stream."""
+
+    def __init__(self, head: Head, request: Request, names: TokenNames) -> None:
+        self.head = head
+        self.request = request
+        self.names = names
+        self.totals = [Answer() for _ in range(request.n)]
+
+    def opening(self) -> list[dict[str, Any]]:
+        """The first chunk of each answer, which only says whose it is."""
+        return [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(self.request.n)]
+
+    def push(self, delta: Delta) -> list[dict[str, Any]]:
+        """The chunks that a delta makes."""
+        content: dict[str, Any] = {}
+        if delta.reasoning:
+            content["reasoning_content"] = delta.reasoning
+        if delta.text:
+            content["content"] = delta.text
+        if delta.tool_calls:
+            content["tool_calls"] = tool_calls(delta.tool_calls, streamed=True)
+        chunks = []
+        if content or delta.logprobs:
+            chunk = self._chunk(delta.index, content)
+            if self.request.sampling.logprobs is not None:
+                chunk["choices"][0]["logprobs"] = logprobs(delta.logprobs, self.names)
+            chunks.append(chunk)
+        total = self.totals[delta.index]
+        total.num_reasoning += delta.num_reasoning
+        if delta.finish_reason is not None:
+            total.usage = delta.usage or total.usage
+            last = self._chunk(delta.index, {}, finish_reason(delta))
+            last["timings"] = timings(delta.timings or Timings())
+            last["images"] = images(delta)
+            chunks.append(last)
+        return chunks
+
+    def closing(self) -> list[dict[str, Any]]:
+        """The chunk with the usage, if it was asked for."""
+        if not self.request.include_usage:
+            return []
+        return [{**self._shell(), "choices": [], "usage": usage(Totals.of(self.totals))}]
+
+    def _shell(self) -> dict[str, Any]:
+        return {
+            "id": self.head.id,
+            "object": "chat.completion.chunk",
+            "created": self.head.created,
+            "model": self.head.model,
+        }
+
+    def _chunk(
+        self, index: int, content: Mapping[str, Any], reason: str | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": content, "logprobs": None, "finish_reason": reason}
+        chunk = {**self._shell(), "choices": [choice]}
+        return {**chunk, "usage": None} if self.request.include_usage else chunk

@@ -1,0 +1,149 @@
+"""From a request to prompts: fetching, decoding and tokenising, in bounded pools of threads."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+from opsin.engine.processor import Processor
+from opsin.errors import InputError, OpsinError
+from opsin.families.base import Prompt
+from opsin.prompt.stream import THINK
+from opsin.server.request import Request
+
+T = TypeVar("T")
+
+THINKING_SWITCHES = ("enable_thinking", "thinking", "thinking_mode", "reasoning_effort")
+
+_log = logging.getLogger("opsin.server")
+
+
+class Pools:
+    """Threads that make prompts, those with media apart: a slow download holds up no text."""
+
+    def __init__(self, media_threads: int | None = None) -> None:
+        cores = os.cpu_count() or 1
+        self.text = ThreadPoolExecutor(2, "opsin-text")
+        self.media = ThreadPoolExecutor(media_threads or max(4, cores), "opsin-prepare")
+
+    async def run(self, request: Request, work: Callable[[], T]) -> T:
+        """`work()` in the pool that fits the request; cancelled before it starts, it never runs."""
+        pool = self.media if request.has_media else self.text
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+    def close(self) -> None:
+        """Let the threads go; what has not started is dropped."""
+        for pool in (self.text, self.media):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def prepare(processor: Processor, request: Request, vocabulary: int) -> Prompt:
+    """The prompt of a request, ready for the engine; `vocabulary` is how many tokens there are."""
+    _refuse_unsupported(request)
+    _check_tokens(request, vocabulary)
+    if isinstance(request.prompt, str):
+        return processor.assemble(request.prompt, [])
+    if request.prompt is not None:
+        return _from_ids(processor, request.prompt)
+    _check_thinking(processor, request)
+    work = partial(
+        processor.prepare, request.messages, options=request.processor, **request.template
+    )
+    try:
+        return work()
+    except OpsinError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+        # Values that only the family or its template can judge, such as text for a number.
+        chosen = [
+            name for name in ("processor_kwargs", "chat_template_kwargs") if name in _given(request)
+        ]
+        if not chosen:
+            raise
+        _log.info("A request could not be prepared.", exc_info=error)
+        raise InputError(
+            f"{' or '.join(chosen)} cannot be used",
+            why="this model's preprocessing fails with it",
+            remedy="Leave it out, or check its values",
+            param=chosen[0],
+        ) from None
+
+
+def _given(request: Request) -> set[str]:
+    found = {name for name in request.template if name == "chat_template_kwargs"}
+    return found | ({"processor_kwargs"} if request.processor else set())
+
+
+def _refuse_unsupported(request: Request) -> None:
+    """Nothing is accepted and ignored: what cannot be enforced is refused by its field's name."""
+    if request.tools and request.tool_choice != "none":
+        raise InputError(
+            "tools cannot be used",
+            why="this server does not read tool calls yet",
+            remedy='Leave tools out, or send tool_choice "none"',
+            param="tools",
+        )
+    if request.constraint is not None:
+        raise InputError(
+            f"{request.constraint.param} cannot be used",
+            why="this server does not enforce the form of an answer yet",
+            remedy="Leave it out",
+            param=request.constraint.param,
+        )
+
+
+def _check_tokens(request: Request, vocabulary: int) -> None:
+    for name, ids in (
+        ("logit_bias", request.sampling.logit_bias),
+        ("stop_token_ids", request.sampling.stop_token_ids),
+        ("prompt", request.prompt if isinstance(request.prompt, tuple) else ()),
+    ):
+        unknown = next((token for token in ids if token >= vocabulary), None)
+        if unknown is not None:
+            raise InputError(
+                f"{name} names the token {unknown}",
+                why=f"the model has {vocabulary} tokens",
+                param=name,
+            )
+
+
+def _from_ids(processor: Processor, token_ids: tuple[int, ...]) -> Prompt:
+    """A prompt of text tokens given as ids."""
+    media = set(processor.media_token_ids.values())
+    if not media.isdisjoint(token_ids):
+        raise InputError(
+            "prompt holds a token that stands for media",
+            remedy="Send pictures to /v1/chat/completions",
+            param="prompt",
+        )
+    ids = list(token_ids)
+    positions, following = processor.family.positions(ids, [])
+    return Prompt(ids, positions, following)
+
+
+def _check_thinking(processor: Processor, request: Request) -> None:
+    """Refuse thinking where the model's template has no switch for it; off is what it is then."""
+    variables = request.template.get("chat_template_kwargs") or {}
+    effort = variables.get("reasoning_effort")
+    asked = request.template.get("enable_thinking") or request.thinking_budget is not None
+    template = processor.chat_template
+    can = template is not None and (
+        any(template.mentions(word) for word in THINKING_SWITCHES)
+        or any(THINK.end in source for source in template.sources.values())
+    )
+    if can or not (asked or effort not in (None, "none")):
+        return
+    param = "reasoning_effort" if effort is not None else "enable_thinking"
+    if request.thinking_budget is not None:
+        param = "thinking_budget"
+    raise InputError(
+        f"{param} cannot be used",
+        why="this model's chat template has no thinking to switch on",
+        remedy="Leave it out, or choose a thinking model",
+        param=param,
+    )

@@ -1,0 +1,188 @@
+"""The one request that every protocol is parsed into, and the one stream of deltas that every
+reply is rendered from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from opsin.types import FinishReason, Message, SamplingParams, Timings, TokenLogprob, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call; `parameters` is the JSON schema of its arguments."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    strict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What form the answer must have.
+
+    kind: "json_object", "json_schema" (value: the schema), "regex", "grammar" (Lark) or "choice"
+    (value: the texts). `param` is the field that asked for it.
+    """
+
+    kind: Literal["json_object", "json_schema", "regex", "grammar", "choice"]
+    value: Any = None
+    param: str = "response_format"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request of any protocol.
+
+    Either `messages` (a conversation) or `prompt` (raw text or token ids) is there. `n` answers are
+    wanted. `template` are variables of the chat template, `processor` the family's picture options.
+    tool_choice is "auto", "none", "required", or the name of a tool behind "=". `salt` keeps caches
+    of different keys apart.
+    """
+
+    model: str
+    sampling: SamplingParams
+    messages: tuple[Message, ...] = ()
+    prompt: str | tuple[int, ...] | None = None
+    n: int = 1
+    template: Mapping[str, Any] = field(default_factory=dict)
+    processor: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[Tool, ...] = ()
+    tool_choice: str = "auto"
+    parallel_tool_calls: bool = True
+    constraint: Constraint | None = None
+    thinking_budget: int | None = None
+    salt: str = ""
+    stream: bool = False
+    include_usage: bool = False
+
+    @property
+    def has_media(self) -> bool:
+        """Whether something must be fetched or decoded."""
+        return any(message.media for message in self.messages)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool, or a piece of one: the first piece has an id and a name."""
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSize:
+    """A picture's own size, the size that the model saw, and the tokens it took; in pixels."""
+
+    width: int
+    height: int
+    processed_width: int
+    processed_height: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What is new of one answer; the last delta of an answer has a `finish_reason`.
+
+    index: which of the n answers. num_tokens and num_reasoning count the tokens of this delta.
+    usage, timings and images come with the last delta.
+    """
+
+    index: int = 0
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | Literal["tool_calls"] | None = None
+    stop_string: str | None = None
+    usage: Usage | None = None
+    num_reasoning: int = 0
+    timings: Timings | None = None
+    images: tuple[ImageSize, ...] = ()
+
+
+@dataclass(slots=True)
+class Answer:
+    """One whole answer: the sum of its deltas."""
+
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_string: str | None = None
+    usage: Usage = field(default_factory=Usage)
+    num_reasoning: int = 0
+    timings: Timings = field(default_factory=Timings)
+    images: tuple[ImageSize, ...] = ()
+
+    def add(self, delta: Delta) -> None:
+        """Take one more delta."""
+        self.text += delta.text
+        self.reasoning += delta.reasoning
+        self.logprobs += delta.logprobs
+        self.num_reasoning += delta.num_reasoning
+        for call in delta.tool_calls:
+            self._add_call(call)
+        if delta.finish_reason is not None:
+            self.finish_reason = delta.finish_reason
+            self.stop_string = delta.stop_string
+            self.usage = delta.usage or self.usage
+            self.timings = delta.timings or self.timings
+            self.images = delta.images
+
+    def _add_call(self, piece: ToolCall) -> None:
+        if piece.index == len(self.tool_calls):
+            self.tool_calls.append(piece)
+            return
+        held = self.tool_calls[piece.index]
+        arguments = held.arguments + piece.arguments
+        self.tool_calls[piece.index] = ToolCall(
+            held.index, held.id or piece.id, held.name or piece.name, arguments
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Token counts of all answers to one request; the prompt is counted once."""
+
+    prompt: int = 0
+    generated: int = 0
+    cached: int = 0
+    image: int = 0
+    audio: int = 0
+    video: int = 0
+    reasoning: int = 0
+
+    @classmethod
+    def of(cls, answers: list[Answer]) -> Totals:
+        """The sum over the answers."""
+        if not answers:
+            return cls()
+        first = answers[0].usage
+        media = first.media_tokens
+        return cls(
+            first.prompt_tokens,
+            sum(answer.usage.generation_tokens for answer in answers),
+            max(answer.usage.cached_tokens for answer in answers),
+            media.get("image", 0),
+            media.get("audio", 0),
+            media.get("video", 0),
+            sum(answer.num_reasoning for answer in answers),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What every reply states about itself: its id, when it was made, and the model's name."""
+
+    id: str
+    created: int
+    model: str
