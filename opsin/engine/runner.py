@@ -112,10 +112,10 @@ class Runner:
         tables = [
             s.sequence.block_table + [0] * (width - len(s.sequence.block_table)) for s in step
         ]
-        return AttentionBatch(
         since = until = None
         if any(_in_span(scheduled) for scheduled in step):
             since, until = _visible(step, device)
+        return AttentionBatch(
             slot_mapping=torch.tensor(mapping, device=device),
             query_start=ends,
             context_lens=[s.end for s in step],
