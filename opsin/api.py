@@ -345,8 +345,8 @@ def generate(
     kwargs: the fields of SamplingParams (max_tokens, temperature, top_p, top_k, min_p,
     repetition_penalty, presence_penalty, frequency_penalty, logit_bias, seed, stop, logprobs, ...);
     of EngineLimits (prefill_step_size, memory, ...); `resize_shape` and `processor_kwargs`;
-    `enable_thinking` and `chat_template_kwargs`; `task`, one of the model's own (`opsin models tasks
-    NAME` lists them), whose words are then the prompt. An unknown one is refused by name.
+    `enable_thinking` and `chat_template_kwargs`; `task`, one of the model's own (`opsin models
+    tasks NAME` lists them), whose words are then the prompt. An unknown one is refused by name.
 
     verbose: print the answer as it comes and the figures at its end. Raises OpsinError.
     """

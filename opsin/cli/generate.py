@@ -63,6 +63,13 @@ def command(
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-i", help="The prompt.", rich_help_panel=PROMPT)
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="One of the model's own tasks: `opsin models tasks NAME` lists them.",
+            rich_help_panel=PROMPT,
+        ),
+    ] = None,
     system: Annotated[
         str | None, typer.Option(help="A system message.", rich_help_panel=PROMPT)
     ] = None,
@@ -122,6 +129,14 @@ def command(
         ),
     ] = None,
     revision: Revision = None,
+    annotate: Annotated[
+        Path | None,
+        typer.Option(
+            help="Save the picture with the answer's boxes and points drawn.",
+            metavar="OUT.png",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     output_format: Annotated[
         str, typer.Option("--format", help="text or json.", rich_help_panel=OUTPUT)
     ] = "text",
@@ -137,7 +152,9 @@ def command(
         raise InputError(
             f"Unknown format {output_format!r}", remedy="Use text or json", param="format"
         )
-    pictures, question = split_words(words or [], image or [], prompt)
+    pictures, question = split_words(words or [], image or [], prompt, has_task=task is not None)
+    if annotate is not None:
+        check_annotate(annotate, pictures)
     sampling = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -148,6 +165,7 @@ def command(
         "repetition_context_size": repetition_context_size,
         "seed": seed,
         "stop": stop,
+        "task": task,
         "prefill_step_size": prefill_step_size,
         "resize_shape": resize_shape or None,
         "processor_kwargs": json_option("--processor-kwargs", processor_kwargs),
@@ -168,14 +186,21 @@ def command(
         video or [],
         **{name: value for name, value in sampling.items() if value is not None},
     )
-    show(results, output_format, verbose)
+    whole = show(results, output_format, verbose)
+    if annotate is not None:
+        save_annotated(whole, annotate)
 
 
-def split_words(words: list[str], images: list[str], prompt: str | None) -> tuple[list[str], str]:
+def split_words(
+    words: list[str], images: list[str], prompt: str | None, *, has_task: bool = False
+) -> tuple[list[str], str]:
     """Pictures and prompt from the words of a command line.
 
-    The last word is the prompt unless --prompt gave it; words before it are pictures.
+    The last word is the prompt unless --prompt gave it; words before it are pictures. With a task
+    there may be no prompt: then all words that are files or URLs are pictures.
     """
+    if prompt is None and has_task and (not words or is_source(words[-1])):
+        prompt = ""
     if prompt is None:
         if not words:
             raise InputError(
@@ -196,6 +221,49 @@ def split_words(words: list[str], images: list[str], prompt: str | None) -> tupl
     return [*images, *words], prompt
 
 
+def is_source(word: str) -> bool:
+    """Whether a word is a picture's file or address."""
+    return word.startswith(("http://", "https://", "data:")) or Path(word).is_file()
+
+
+def check_annotate(out: Path, pictures: list[str]) -> None:
+    """Refuse a place for the drawn picture that cannot be written, before anything is computed."""
+    from PIL import Image
+
+    if not pictures:
+        raise InputError(
+            "There is no picture to draw on", remedy="Give one with --image", param="annotate"
+        )
+    if not out.parent.is_dir():
+        raise InputError(f"There is no folder {out.parent}", param="annotate")
+    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
+        raise InputError(
+            f"{out.name} names no kind of picture",
+            remedy="Use a name that ends in .png or .jpg",
+            param="annotate",
+        )
+
+
+def save_annotated(result: GenerationResult, out: Path) -> None:
+    """Save the pictures with their regions; the second and later get a number in their name."""
+    drawn = result.annotated()
+    if not drawn:
+        raise InputError(
+            f"{out} was not written",
+            why="the answer holds no boxes or points that this model's family is known to write",
+            remedy="Ask for boxes or points, in the words the model was trained on",
+            param="annotate",
+        )
+    for number, picture in enumerate(drawn, 1):
+        name = out if number == 1 else out.with_name(f"{out.stem}-{number}{out.suffix}")
+        try:
+            picture.save(name)
+        except OSError as error:
+            raise InputError(
+                f"{name} cannot be written", why=error.strerror or str(error), param="annotate"
+            ) from error
+
+
 def conversation(system: str | None, question: str) -> str | list[dict[str, Any]]:
     """The prompt, with a system message before it if there is one."""
     if system is None:
@@ -203,21 +271,26 @@ def conversation(system: str | None, question: str) -> str | list[dict[str, Any]
     return [{"role": "system", "content": system}, {"role": "user", "content": question}]
 
 
-def show(results: Iterator[GenerationResult], output_format: str, verbose: bool) -> None:
-    """Print an answer as it comes, or as one JSON object at its end."""
+def show(
+    results: Iterator[GenerationResult], output_format: str, verbose: bool
+) -> GenerationResult:
+    """Print an answer as it comes, or as one JSON object at its end; the whole of it."""
     from opsin.api import figures, fold
 
     if output_format == "json":
-        typer.echo(json.dumps(as_json(fold(results)), ensure_ascii=False))
-        return
+        whole = fold(results)
+        typer.echo(json.dumps(as_json(whole), ensure_ascii=False))
+        return whole
     kept = []
     for result in results:
         typer.echo(result.text, nl=False)
         sys.stdout.flush()
         kept.append(result)
     typer.echo()
+    whole = fold(iter(kept))
     if verbose:
-        typer.echo(figures(fold(iter(kept))), err=True)
+        typer.echo(figures(whole), err=True)
+    return whole
 
 
 def as_json(result: GenerationResult) -> dict[str, Any]:
@@ -235,4 +308,6 @@ def as_json(result: GenerationResult) -> dict[str, Any]:
         "peak_memory": round(result.peak_memory, 3),
         "timings": {k: round(v, 4) for k, v in dataclasses.asdict(result.timings).items()},
         "image_sizes": [list(size) for size in result.image_sizes],
+        "regions": [region.to_dict() for region in result.regions],
+        **({"layout": json.loads(result.layout.to_json())} if result.layout is not None else {}),
     }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 
 from opsin.cli.flags import Revision
 from opsin.errors import InputError
+from opsin.types import Task
 
 app = typer.Typer(
     help="List families and cached models; inspect a checkpoint.", invoke_without_command=True
@@ -98,6 +100,38 @@ def inspect(
     )
     for size, tokens in facts["image_tokens"].items():
         typer.echo(f"  a picture        {size} costs {tokens} tokens")
+
+
+@app.command("tasks")
+def tasks(
+    name: Annotated[str, typer.Argument(help="A hub name, a folder, bundled, or a model_type.")],
+    revision: Revision = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List what a model was trained to do, with the prompts that ask for it."""
+    rows = [
+        {"task": task, "about": known.about, "prompt": known.prompt, "layout": known.layout}
+        for task, known in tasks_of(name, revision).items()
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows, ensure_ascii=False))
+        return
+    for row in rows:
+        typer.echo(f"  {row['task']:<16}{row['about']}\n  {'':<16}{row['prompt']!r}")
+    if not rows:
+        typer.echo("  no tasks of its own: ask in the prompt")
+
+
+def tasks_of(name: str, revision: str | None) -> Mapping[str, Task]:
+    """The tasks of a checkpoint, or of all checkpoints of a model_type."""
+    from opsin import families
+    from opsin.checkpoint import hub
+    from opsin.checkpoint.config import read_config, read_processor_config
+
+    if name in families.model_types():
+        return families.find(name).tasks
+    folder = hub.resolve(name, revision=revision)
+    return families.load(read_config(folder), read_processor_config(folder)).tasks
 
 
 def inspection(name: str, revision: str | None, sizes: list[str], context: int) -> dict[str, Any]:
