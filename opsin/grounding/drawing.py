@@ -188,10 +188,13 @@ class _Pen:
 
     def _marker(self, x: float, y: float, tint: Colour, extra: int) -> None:
         around = self.radius + extra
-        self.draw.ellipse((x - around, y - around, x + around, y + around), fill=tint)
-        if not extra:
-            core = max(1, self.radius // 3)
-            self.draw.ellipse((x - core, y - core, x + core, y + core), fill=contrast(tint))
+        disc = (x - around, y - around, x + around, y + around)
+        self.draw.ellipse(disc, fill=tint)
+        if extra:
+            self.placed.add(disc)  # labels keep off every marker
+            return
+        core = max(1, self.radius // 3)
+        self.draw.ellipse((x - core, y - core, x + core, y + core), fill=contrast(tint))
 
     def label(self, region: Region, colour: Colour) -> None:
         """The region's caption on its colour, where it covers the least."""
@@ -234,10 +237,11 @@ class _Pen:
         """Upper left corners of a label, the best first: above, below, inside, at the sides."""
         x1, y1, x2, y2 = region.bounds
         if isinstance(region, Point):
-            gap = self.radius + 2
+            gap = self.radius + 3
             x1, y1, x2, y2 = x1 - gap, y1 - gap, x2 + gap, y2 + gap
-            yield x2, (y1 + y2 - high) / 2
-            yield x1 - wide, (y1 + y2 - high) / 2
+            middle = (y1 + y2 - high) / 2
+            yield x2, middle
+            yield x1 - wide - 1, middle
         above, below = y1 - high, y2
         if above >= 0:
             yield x1, above
