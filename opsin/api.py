@@ -233,6 +233,8 @@ def checked_sampling(values: Mapping[str, Any]) -> SamplingParams:
         "min_p": (0, 1),
         "repetition_penalty": (0.01, 100),
         "repetition_context_size": (0, 10_000_000),
+        "no_repeat_ngram_size": (0, 10_000),
+        "no_repeat_ngram_window": (1, 10_000_000),
         "presence_penalty": (-100, 100),
         "frequency_penalty": (-100, 100),
         "logprobs": (0, 20),

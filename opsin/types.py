@@ -67,7 +67,9 @@ class SamplingParams:
     """How the next token is chosen and when to stop.
 
     temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off; a repetition_penalty of 1 and
-    presence and frequency penalties of 0 are off. `logprobs` is None (off) or how many of the most
+    presence and frequency penalties of 0 are off. No run of `no_repeat_ngram_size` tokens comes
+    twice within the last `no_repeat_ngram_window`; None is the model's own habit, and a size of 0
+    is off. `logprobs` is None (off) or how many of the most
     likely tokens to report beside the chosen one (0 to 20).
     """
 
@@ -80,6 +82,8 @@ class SamplingParams:
     repetition_context_size: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int | None = None
+    no_repeat_ngram_window: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     stop: tuple[str, ...] = ()

@@ -110,6 +110,17 @@ def command(
         int | None,
         typer.Option(help="How far back it looks; all by default.", rich_help_panel=SAMPLING),
     ] = None,
+    no_repeat_ngram_size: Annotated[
+        int | None,
+        typer.Option(
+            help="No run of so many tokens twice; 0 is off, the model's habit by default.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None,
+    no_repeat_ngram_window: Annotated[
+        int | None,
+        typer.Option(help="How many tokens back that looks.", rich_help_panel=SAMPLING),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Repeat a sampled answer.", rich_help_panel=SAMPLING)
     ] = None,
@@ -163,6 +174,8 @@ def command(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
         "repetition_context_size": repetition_context_size,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+        "no_repeat_ngram_window": no_repeat_ngram_window,
         "seed": seed,
         "stop": stop,
         "task": task,

@@ -21,6 +21,7 @@ from opsin.engine.model import Model
 from opsin.engine.output import Output
 from opsin.engine.plan import CachePlan
 from opsin.engine.processor import Processor
+from opsin.engine.repetition import no_repeat_ngram
 from opsin.engine.runner import Runner
 from opsin.engine.sampler import LogitsProcessor, Sampler
 from opsin.engine.scheduler import Scheduled, Scheduler
@@ -174,7 +175,10 @@ class Engine:
         request_id = next(self._ids)
         sequence = Sequence.start(request_id, prompt, sampling)
         output = Output(sequence, self.processor)
-        request = _Request(sequence, Sampler.of(sampling, processors), output, on_event)
+        tokenizer = None if self.processor is None else self.processor.tokenizer
+        blocker = no_repeat_ngram(self.model.family, tokenizer, sampling)
+        sampler = Sampler.of(sampling, [*blocker, *processors])
+        request = _Request(sequence, sampler, output, on_event)
         with self._wake:
             if self._closing:
                 raise EngineError("The engine is closed", remedy="Create another")
