@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opsin.errors import UnknownFamily
@@ -12,7 +14,9 @@ from opsin.families.index import ALIASES, BY_TOWER, MODULES
 if TYPE_CHECKING:
     from opsin.families.base import Family
 
-__all__ = ["find", "load", "model_types"]
+__all__ = ["bundled_template", "find", "load", "model_types"]
+
+DATA = Path(__file__).with_name("data")
 
 
 def model_types() -> list[str]:
@@ -45,3 +49,11 @@ def load(config: dict[str, Any], processor_config: dict[str, Any]) -> Family:
     model_type = config["model_type"]
     tower = (config.get("vision_config") or {}).get("model_type", "")
     return find(BY_TOWER.get((model_type, tower), model_type))(config, processor_config)
+
+
+def bundled_template(name: str) -> str | None:
+    """The text of a chat template that comes with the package, or None if none has that name."""
+    path = DATA / f"{name}.jinja"
+    if not re.fullmatch(r"[a-z0-9_]+", name) or not path.is_file():
+        return None
+    return path.read_text(encoding="utf-8")
