@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -21,6 +22,9 @@ from opsin.server.replies import Reader, reasoning_tags
 from opsin.server.request import Answer, Delta, Request
 from opsin.server.thinking import thinking_budget
 from opsin.types import Event, SamplingParams, Timings, Usage
+
+
+LOOK_AT_ENGINE = 5.0  # seconds without an event after which the engine's thread is looked at
 
 
 class Admission:
@@ -137,11 +141,24 @@ class Job:
         Raises what ended an answer early: the engine's error, or EngineError if it was closed.
         """
         while self._open or self._ready:
-            await self._arrived.wait()
-            self._arrived.clear()
+            await self._next_arrival()
             deltas = [self._read(answer, event) for answer, event in self._drain()]
             if deltas:
                 yield deltas
+
+    async def _next_arrival(self) -> None:
+        """Return when something has arrived; EngineError if nothing can, the engine having died."""
+        while not self._ready:
+            self._arrived.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_AT_ENGINE):
+                    await self._arrived.wait()
+            if not self._ready and not self.loaded.engine.alive:
+                raise EngineError(
+                    "The engine has ended",
+                    why="a step failed in a way it was not made for",
+                    remedy="Restart the server; its log says more",
+                )
 
     def _drain(self) -> list[tuple[int, Event]]:
         items = list(self._ready)

@@ -127,7 +127,13 @@ class Manager:
     @contextlib.asynccontextmanager
     async def lease(self, name: str) -> AsyncIterator[Loaded]:
         """The model of a name, loaded if need be, and kept until the block ends."""
-        model = self.find(name) or await self.load(name)
+        model = self.find(name)
+        if model is not None and not model.engine.alive:
+            _log.error("The engine of %s has ended: loading it again.", model.name)
+            self._retire(model)
+            model = None
+        if model is None:
+            model = await self.load(name)
         self._hold(model)
         try:
             yield model
