@@ -13,7 +13,7 @@ from opsin import families
 from opsin.checkpoint.config import Config, read_config, read_processor_config
 from opsin.errors import CheckpointError, InputError, UnsupportedMedia
 from opsin.families.base import Family, MediaInput, Prompt, check_options
-from opsin.media.key import image_key
+from opsin.media.key import array_key, image_key
 from opsin.media.limits import DEFAULT_LIMITS, MediaLimits
 from opsin.media.loading import load
 from opsin.prompt.api import apply_chat_template
@@ -61,6 +61,8 @@ class Processor:
         family = families.load(config, read_processor_config(folder))
         tokenizer = Tokenizer.from_folder(folder, family.extra_eos())
         template = ChatTemplate.from_folder(folder)
+        if template is None and family.default_template is not None:
+            template = ChatTemplate.from_text(family.default_template)
         if chat_template is not None:
             template = ChatTemplate.from_user(
                 chat_template, template.variables if template is not None else None
@@ -169,17 +171,24 @@ class Processor:
         self, item: Media, options: Mapping[str, Any], timings: Timings, keep_pictures: bool
     ) -> MediaInput:
         """Fetch, decode and preprocess one medium; the key names content and settings."""
-        loaded = load(item, self.limits)
+        settings = _without(options, GENERAL_OPTIONS)
+        if item.kind == "audio":
+            loaded = load(item, self.limits, sample_rate=self.family.sampling_rate)
+        else:
+            loaded = load(item, self.limits)
         timings.fetch += loaded.timing.fetch
         timings.decode += loaded.timing.decode
         started = time.perf_counter()
-        assert isinstance(loaded.value, Image.Image)
-        image = resized(loaded.value, options.get("resize_shape"))
-        settings = _without(options, GENERAL_OPTIONS)
-        ready = self.family.prepare_image(image, settings)
-        ready.size = loaded.value.size
-        ready.picture = loaded.value if keep_pictures else None
-        ready.key = image_key(image, sorted(settings.items()))
+        if item.kind == "audio":
+            ready = self.family.prepare_audio(loaded.value, settings)
+            ready.key = array_key(loaded.value, sorted(settings.items()))
+        else:
+            assert isinstance(loaded.value, Image.Image)
+            image = resized(loaded.value, options.get("resize_shape"))
+            ready = self.family.prepare_image(image, settings)
+            ready.size = loaded.value.size
+            ready.picture = loaded.value if keep_pictures else None
+            ready.key = image_key(image, sorted(settings.items()))
         timings.preprocess += time.perf_counter() - started
         return ready
 
@@ -203,6 +212,7 @@ class Processor:
             expanded,
             timings or Timings(),
             self.family.source_views(token_ids, ready),
+            expert_groups=self.family.expert_groups(token_ids),
         )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -86,6 +87,7 @@ class Prompt:
     positions (axes, tokens) are rope positions; `next_position` is that of the first generated
     token. `atomic_spans` are (start, end) runs of tokens that must be computed in one step because
     they see each other in both directions. Requests with different `cache_salt` share no cache.
+    expert_groups (tokens,) sends each token to a group of experts; None is group 0 for all.
     """
 
     token_ids: list[int]
@@ -97,6 +99,7 @@ class Prompt:
     timings: Timings = field(default_factory=Timings)
     source: SourceViews | None = None
     cache_salt: bytes = b""
+    expert_groups: Tensor | None = None
 
 
 class Family:
@@ -117,6 +120,8 @@ class Family:
                      something counts. A family that pads or crops a picture puts a `Frame` into
                      the MediaInput's details, under "frame"
     tasks            what it was trained to do, by name
+    sampling_rate    samples a second of the sounds that `prepare_audio` takes
+    default_template the chat template of checkpoints that are published without one
     no_repeat_ngram  (size, window, allowed tokens): no run of `size` generated tokens comes twice
                      within `window` of them, unless it ends in an allowed one
     """
@@ -130,6 +135,8 @@ class Family:
     bare_prompt: ClassVar[bool] = False
     tokenizer_frame: ClassVar[bool] = True
     processor_options: ClassVar[tuple[str, ...]] = ()
+    sampling_rate: ClassVar[int] = 16000
+    default_template: ClassVar[str | None] = None
     grounding: tuple[Grounding, ...] = ()
     tasks: Mapping[str, Task] = MappingProxyType({})
     no_repeat_ngram: tuple[int, int, tuple[str, ...]] | None = None
@@ -176,6 +183,10 @@ class Family:
 
     def prepare_image(self, image: Image.Image, options: Mapping[str, Any]) -> MediaInput:
         """An RGB picture to the tower's input and the text that stands for it."""
+        raise NotImplementedError
+
+    def prepare_audio(self, samples: np.ndarray, options: Mapping[str, Any]) -> MediaInput:
+        """A sound, float32 (samples,) at `sampling_rate`, to the tower's input and its text."""
         raise NotImplementedError
 
     def media_token(self, kind: str) -> str:
@@ -240,6 +251,11 @@ class Family:
         """Runs of tokens that see each other in both directions; none by default."""
         del token_ids, media
         return []
+
+    def expert_groups(self, token_ids: Sequence[int]) -> Tensor | None:
+        """Which group of experts each token goes to; None is group 0 for all."""
+        del token_ids
+        return None
 
     def source_views(
         self, token_ids: Sequence[int], media: Sequence[MediaInput]

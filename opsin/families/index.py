@@ -2,6 +2,7 @@
 
 # model_type -> the file in this folder whose FAMILY serves it
 MODULES = {
+    "ernie4_5_moe_vl": "ernie4_5_moe_vl",
     "gemma3": "gemma3",
     "idefics2": "idefics2",
     "idefics3": "idefics3",
@@ -20,10 +21,12 @@ MODULES = {
     "qwen3_vl_moe": "qwen3_vl_moe",
     "qwen3_5": "qwen3_5",
     "qwen3_5_moe": "qwen3_5_moe",
+    "voxtral": "voxtral",
 }
 
 # other spellings that published configs carry -> the name above
 ALIASES: dict[str, str] = {
+    "ernie4_5_vl_moe": "ernie4_5_moe_vl",
     "smolvlm": "idefics3",
 }
 

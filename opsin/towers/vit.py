@@ -20,7 +20,8 @@ class ViTConfig:
     `patch_dim` is channels * (frames *) height * width of a patch, flattened in that order.
     `positions` is the number of rows of a learned position table, 0 for none. `layer_scale`
     multiplies what each block returns by a learned vector (arXiv:2103.17239); `qk_norm` normalises
-    queries and keys over all heads together. `windowed` names the
+    queries and keys over all heads together. Without `key_bias`, `qkv_bias` is for queries and
+    values alone. `windowed` names the
     layers whose attention stays inside the layout's windows. `layers` counts the layers that run: a
     family whose features come from an earlier layer states fewer and ignores the rest.
     """
@@ -36,6 +37,7 @@ class ViTConfig:
     gated_mlp: bool = False
     patch_bias: bool = True
     qkv_bias: bool = True
+    key_bias: bool = True
     out_bias: bool = True
     mlp_bias: bool = True
     positions: int = 0
@@ -82,6 +84,37 @@ class VisionMLP(nn.Module):
         return self.down(apply(self.up(x), self.config.activation))
 
 
+class KeylessBias(Linear):
+    """Queries, keys and values of which the keys have no bias.
+
+    The stored bias is the queries' and the values'; `finish_loading` puts zeros between.
+    """
+
+    def __init__(
+        self, kernels: Kernels, in_features: int, widths: tuple[int, ...], *, bias: bool
+    ) -> None:
+        super().__init__(kernels, in_features, widths, bias=bias)
+        if bias:
+            shape = (widths[0] + widths[2],)
+            self.bias = nn.Parameter(torch.empty(shape), requires_grad=False)
+
+    def part(self, name: str, index: tuple[int, ...]) -> Tensor:
+        """As of any fused layer, but the bias has two parts, 0 and 2."""
+        if name != "bias":
+            return super().part(name, index)
+        queries = self.splits[0]
+        bias = self.get_parameter(name).data
+        return bias[:queries] if index[0] == 0 else bias[queries:]
+
+    def finish_loading(self) -> None:
+        """Make the bias as long as the output."""
+        if self.bias is not None:
+            queries, keys, _ = self.splits
+            stored = self.bias.data
+            parts = (stored[:queries], stored.new_zeros(keys), stored[queries:])
+            self.bias.data = torch.cat(parts)
+
+
 class VisionAttention(nn.Module):
     """Bidirectional attention inside runs of patches."""
 
@@ -92,7 +125,8 @@ class VisionAttention(nn.Module):
         self.scale = (config.hidden // config.heads) ** -0.5
         self.pairs: RopePairs = config.rope_pairs
         widths = (config.hidden,) * 3
-        self.qkv = Linear(kernels, config.hidden, widths, bias=config.qkv_bias)
+        kind = Linear if config.key_bias else KeylessBias
+        self.qkv = kind(kernels, config.hidden, widths, bias=config.qkv_bias)
         self.out = Linear(kernels, config.hidden, config.hidden, bias=config.out_bias)
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
