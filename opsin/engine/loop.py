@@ -37,6 +37,7 @@ STEP_ERRORS = (
     ValueError,
     TypeError,
     LookupError,
+    AttributeError,
     ArithmeticError,
     AssertionError,
     MemoryError,
@@ -257,6 +258,18 @@ class Engine:
     # The loop, in the engine's thread.
 
     def _run(self) -> None:
+        try:
+            self._loop()
+        finally:  # whatever ended the thread, nobody waits for an answer that will not come
+            with self._wake:
+                self._closing = True
+                abandoned = [*self._requests.values(), *self._inbox]
+                self._inbox.clear()
+            for request in abandoned:
+                gone = EngineError("The engine has stopped", remedy="Load the model again")
+                request.on_event(request.output.last("error", gone))
+
+    def _loop(self) -> None:
         while True:
             with self._wake:
                 while not (self._inbox or self._cancelled or self._closing or self._requests):
