@@ -43,6 +43,8 @@ class SamplingFields(Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     repetition_context_size: Annotated[int, Field(ge=0, le=10_000_000)] | None = None
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, le=1000)] | None = None
+    no_repeat_ngram_window: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     presence_penalty: Annotated[float, Field(ge=-100, le=100)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-100, le=100)] | None = None
     logit_bias: Annotated[dict[BiasedToken, Bias], Field(max_length=MAX_BIASES)] | None = None
@@ -158,6 +160,8 @@ def sampling(
         min_p=fields.min_p or 0.0,
         repetition_penalty=fields.repetition_penalty or 1.0,
         repetition_context_size=fields.repetition_context_size,
+        no_repeat_ngram_size=fields.no_repeat_ngram_size,
+        no_repeat_ngram_window=fields.no_repeat_ngram_window,
         presence_penalty=fields.presence_penalty or 0.0,
         frequency_penalty=fields.frequency_penalty or 0.0,
         logit_bias=bias,
