@@ -34,16 +34,19 @@ class NoRepeatNgram:
 
     def _forget(self) -> None:
         self.taken = 0  # generated tokens in the table so far
+        self.tail: list[int] = []  # the last of them
         self.runs: deque[tuple[int, Run, int]] = deque()  # (start, all but the last, last)
         self.endings: dict[Run, Counter[int]] = {}
 
     def __call__(self, logits: Tensor, token_ids: Sequence[int], num_prompt: int) -> Tensor:
         length = len(token_ids) - num_prompt
-        if length < self.taken:
-            self._forget()
+        known = num_prompt + self.taken
+        if list(token_ids[known - len(self.tail) : known]) != self.tail:
+            self._forget()  # tokens were taken back, as after a wrong guess
         for end in range(self.taken + 1, length + 1):
             self._take(token_ids, num_prompt, end)
         self.taken = length
+        self.tail = list(token_ids[max(num_prompt, len(token_ids) - self.size) :])
         if self.window is not None:
             self._drop_before(length - self.window)
         if length < self.size:

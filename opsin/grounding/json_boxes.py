@@ -43,7 +43,7 @@ def entries(text: str) -> Iterator[dict[str, Any]]:
         value = waiting.pop()
         if isinstance(value, dict):
             yield value
-            waiting.extend(v for v in reversed(value.values()) if holds_objects(v))
+            waiting.extend(v for key, v in reversed(value.items()) if holds_objects(key, v))
         elif isinstance(value, list):
             if len(value) == 4 and all(type(item) is float for item in value):
                 yield {"bbox": value}
@@ -51,11 +51,11 @@ def entries(text: str) -> Iterator[dict[str, Any]]:
                 waiting.extend(reversed(value))
 
 
-def holds_objects(value: Any) -> bool:
+def holds_objects(key: str, value: Any) -> bool:
     """Whether a value of an object is worth a look: numbers there are not bare boxes."""
     if isinstance(value, list):
         return any(isinstance(item, dict) for item in value)
-    return isinstance(value, dict)
+    return isinstance(value, dict) and key not in BOX_KEYS
 
 
 def regions(entry: Mapping[str, Any], coordinates: Iterable[list[float]]) -> list[Region]:

@@ -10,6 +10,8 @@ from opsin.grounding.ref_det import plain
 from opsin.grounding.regions import Region, shape_of
 
 _TOKEN = re.compile(r"<(loc|seg)([0-9]{1,4})>|;")
+# What may follow a label: the end of the answer, or a token that was cut off.
+_END = re.compile(r"</?[a-z]{0,4}[0-9]{0,4}>?\Z")
 MASK_CODES = 16
 
 
@@ -19,28 +21,30 @@ def parse(text: str) -> list[Region]:
     locations: list[float] = []
     codes: list[int] = []
     done = 0
-
-    def finish(end: int) -> None:
-        label = plain(text[done:end]).removesuffix("<eos>").removesuffix("</s>").strip()
-        flipped = [locations[i + 1 - 2 * (i % 2)] for i in range(len(locations) // 2 * 2)]
-        mask = tuple(codes) if len(codes) == MASK_CODES else ()
-        for start in range(0, len(flipped), 4):
-            region = shape_of(flipped[start : start + 4], label=label, mask_codes=mask)
-            # A lone pair is a point; a pair after a box is a box that was cut off.
-            if region is not None and (start == 0 or region.kind == "box"):
-                found.append(region)
-        locations.clear()
-        codes.clear()
-
     for token in _TOKEN.finditer(text):
-        between = text[done : token.start()].strip()
-        if locations and (between or token[0] == ";" or (token[1] == "loc" and codes)):
-            finish(token.start())
+        label = text[done : token.start()]
+        if label.strip() or token[0] == ";" or (token[1] == "loc" and codes):
+            found += regions(locations, codes, label)
+            locations, codes = [], []
         if token[1] == "loc":
             locations.append(float(token[2]))
         elif token[1] == "seg":
             codes.append(int(token[2]))
         done = token.end()
-    if locations:
-        finish(len(text))
-    return found
+    found += regions(locations, codes, text[done:])
+    # A lone pair is a point; among boxes it is one that was cut off.
+    boxes = [region for region in found if region.kind == "box"]
+    return boxes or found
+
+
+def regions(locations: list[float], codes: list[int], label: str) -> list[Region]:
+    """The boxes, or the point, of the tokens that stand before a label."""
+    said = _END.sub("", plain(label)).strip()
+    mask = tuple(codes) if len(codes) == MASK_CODES else ()
+    shapes = []
+    for start in range(0, len(locations), 4):
+        part = locations[start : start + 4]
+        if len(part) % 2 == 0:
+            flipped = [part[i ^ 1] for i in range(len(part))]
+            shapes.append(shape_of(flipped, label=said, mask_codes=mask))
+    return [shape for shape in shapes if shape is not None]
