@@ -143,7 +143,7 @@ class UniversalMel:
         if self.preemphasis:
             first = wide[:, :1] * (1.0 - self.preemphasis)
             frames = np.concatenate((first, wide[:, 1:-1] - self.preemphasis * wide[:, :-2]), 1)
-        angle = 2 * np.pi * np.arange(self.frame) / self.frame
+        angle = 2 * np.pi * np.arange(self.frame, dtype=np.float32) / self.frame
         window = (0.5 - 0.5 * np.cos(angle)).astype(np.float32)
         magnitude = np.abs(np.fft.rfft(frames * window, n=self.fft))
         filters = mel_filters(self.fft, self.mels, self.low, self.high, self.rate, "htk")
