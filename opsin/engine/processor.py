@@ -56,16 +56,23 @@ class Processor:
         chat_template: str | None = None,
         limits: MediaLimits = DEFAULT_LIMITS,
     ) -> Processor:
-        """The processor of a checkpoint folder; `chat_template` (text or file) replaces its own."""
+        """The processor of a checkpoint folder.
+
+        `chat_template` (text, a file or the name of a bundled one) replaces its own.
+        """
         config = read_config(folder)
         family = families.load(config, read_processor_config(folder))
         tokenizer = Tokenizer.from_folder(folder, family.extra_eos())
         template = ChatTemplate.from_folder(folder)
-        if template is None and family.default_template is not None:
-            template = ChatTemplate.from_text(family.default_template)
+        unfit = template is None or not family.template_serves(template.sources.get("default", ""))
+        if unfit and family.default_template is not None:
+            template = ChatTemplate.from_text(
+                family.default_template, template.variables if template is not None else None
+            )
         if chat_template is not None:
             template = ChatTemplate.from_user(
-                chat_template, template.variables if template is not None else None
+                families.bundled_template(chat_template) or chat_template,
+                template.variables if template is not None else None,
             )
         return cls(family, config, tokenizer, template, limits)
 
@@ -100,7 +107,8 @@ class Processor:
         decoded originals on the prompt's media.
         """
         beside = [Media("image", source) for source in images]
-        beside += [Media("video", source) for source in videos]
+        rate = {"fps": template["fps"]} if isinstance(template.get("fps"), int | float) else {}
+        beside += [Media("video", source, rate) for source in videos]
         beside += [Media("audio", source) for source in audios]
         if isinstance(prompt, str) and self.is_formatted(prompt):
             text, held = prompt, beside
@@ -174,6 +182,8 @@ class Processor:
         settings = _without(options, GENERAL_OPTIONS)
         if item.kind == "audio":
             loaded = load(item, self.limits, sample_rate=self.family.sampling_rate)
+        elif item.kind == "video":
+            loaded = load(item, self.limits, choose=self.family.frame_chooser(item.options))
         else:
             loaded = load(item, self.limits)
         timings.fetch += loaded.timing.fetch
@@ -182,6 +192,13 @@ class Processor:
         if item.kind == "audio":
             ready = self.family.prepare_audio(loaded.value, settings)
             ready.key = array_key(loaded.value, sorted(settings.items()))
+        elif item.kind == "video":
+            video = loaded.value
+            ready = self.family.prepare_video(video, settings)
+            ready.size = (video.info.width, video.info.height)
+            ready.key = array_key(
+                video.frames, video.timestamps, video.duration, sorted(settings.items())
+            )
         else:
             assert isinstance(loaded.value, Image.Image)
             image = resized(loaded.value, options.get("resize_shape"))

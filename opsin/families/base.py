@@ -19,6 +19,7 @@ from opsin.checkpoint.weights import Rename
 from opsin.decoder.config import DecoderConfig
 from opsin.errors import CheckpointError, InputError
 from opsin.kernels import Kernels
+from opsin.media.sampling import Chooser, Video
 from opsin.types import Grounding, Task, Timings
 
 
@@ -121,7 +122,8 @@ class Family:
                      the MediaInput's details, under "frame"
     tasks            what it was trained to do, by name
     sampling_rate    samples a second of the sounds that `prepare_audio` takes
-    default_template the chat template of checkpoints that are published without one
+    default_template the chat template of checkpoints that are published without one, or with one
+                     that `template_serves` rejects
     no_repeat_ngram  (size, window, allowed tokens): no run of `size` generated tokens comes twice
                      within `window` of them, unless it ends in an allowed one
     """
@@ -189,6 +191,23 @@ class Family:
         """A sound, float32 (samples,) at `sampling_rate`, to the tower's input and its text."""
         raise NotImplementedError
 
+    def frame_chooser(self, options: Mapping[str, Any]) -> Chooser | None:
+        """Which frames of a video are looked at; None means evenly, at the request's rate.
+
+        options: the request's `fps` and `max_frames`, where it states them.
+        """
+        del options
+        return None
+
+    def prepare_video(self, video: Video, options: Mapping[str, Any]) -> MediaInput:
+        """The chosen frames of a video, with their times, to the tower's input and its text."""
+        raise NotImplementedError
+
+    def template_serves(self, source: str) -> bool:
+        """Whether a checkpoint's own chat template can be used; if not, the default one is."""
+        del source
+        return True
+
     def media_token(self, kind: str) -> str:
         """The token that a kind's embeddings replace."""
         return self.media_tokens.get(kind, self.placeholders[kind])
@@ -220,13 +239,13 @@ class Family:
     ) -> None:
         """Fill every medium's `indices`: where its tokens stand in the tokenised prompt.
 
-        `ids` gives the media token's id by kind. Raises InputError if their number is not the
-        media's.
+        `ids` gives the media token's id by kind; kinds that share a token stand in the order of
+        `media`. Raises InputError if their number is not the media's.
         """
         tokens = torch.tensor(token_ids)
-        for kind in self.modalities:
-            places = (tokens == ids[kind]).nonzero().flatten()
-            items = [item for item in media if item.kind == kind]
+        for token_id, kind in {ids[kind]: kind for kind in reversed(self.modalities)}.items():
+            places = (tokens == token_id).nonzero().flatten()
+            items = [item for item in media if ids[item.kind] == token_id]
             counts = [item.num_tokens for item in items]
             if len(places) != sum(counts):
                 raise InputError(

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from opsin.errors import MediaError
-from opsin.families.backbones import BackboneFamily
+from opsin.families.backbones import DEFAULTS, BackboneFamily
 from opsin.families.base import Encoded, MediaInput
 from opsin.families.clip_shape import (
     CLIP_IGNORED,
@@ -79,9 +79,15 @@ class Idefics2(BackboneFamily):
         )
 
     def towers(self, kernels: Kernels) -> nn.ModuleDict:
-        vit, decoder = clip_config(self.vision, post_norm=True), self.decoder()
-        mlp = decoder.layers[0].mlp
-        projector = GatedProjector(kernels, vit.hidden, mlp.hidden, decoder.hidden, mlp.activation)
+        vit = clip_config(self.vision, post_norm=True)
+        text = {**DEFAULTS["mistral"], **self.text_config}
+        projector = GatedProjector(
+            kernels,
+            vit.hidden,
+            text["intermediate_size"],
+            text["hidden_size"],
+            ACTIVATIONS[text.get("hidden_act", "silu")],
+        )
         return nn.ModuleDict(
             {
                 "vision": VisionTransformer(kernels, vit),

@@ -109,21 +109,21 @@ class Idefics3(BackboneFamily):
 
     def prepare_image(self, image: Image.Image, options: Mapping[str, Any]) -> MediaInput:
         tiles = self.tiles(image, options)
-        normalisation = pixels.normalisation(self.processor_config)
         width, height = tiled_size(*scaled_size(*image.size, self.longest_edge(options)), self.tile)
         columns = width // self.tile if len(tiles) > 1 else 0
         return MediaInput(
             kind="image",
-            features={
-                "pixel_values": torch.stack(
-                    [pixels.normalised(tile, *normalisation) for tile in tiles]
-                )
-            },
+            features={"pixel_values": self.normalised(tiles)},
             text=self.layout_text(len(tiles), columns),
             num_tokens=len(tiles) * self.tile_tokens,
             size=image.size,
             processed_size=(width, height) if columns else (self.tile, self.tile),
         )
+
+    def normalised(self, tiles: Sequence[Image.Image]) -> Tensor:
+        """Tiles as the tower's input (tiles, 3, height, width)."""
+        normalisation = pixels.normalisation(self.processor_config)
+        return torch.stack([pixels.normalised(tile, *normalisation) for tile in tiles])
 
     def layout_text(self, tiles: int, columns: int) -> str:
         """The text of a picture: each tile's place and tokens, a line a row, then the whole."""

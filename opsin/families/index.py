@@ -21,13 +21,13 @@ MODULES = {
     "qwen3_vl_moe": "qwen3_vl_moe",
     "qwen3_5": "qwen3_5",
     "qwen3_5_moe": "qwen3_5_moe",
+    "smolvlm": "smolvlm",
     "voxtral": "voxtral",
 }
 
 # other spellings that published configs carry -> the name above
 ALIASES: dict[str, str] = {
     "ernie4_5_vl_moe": "ernie4_5_moe_vl",
-    "smolvlm": "idefics3",
 }
 
 # a `model_type` whose tower, by its own `model_type`, makes it another family

@@ -17,12 +17,15 @@ from opsin.families.base import Encoded, MediaInput
 from opsin.families.clip_shape import later_layers, layer_counts, one_side, tile_features
 from opsin.families.llama_shape import ACTIVATIONS, LLAMA_RENAME
 from opsin.kernels import Kernels
+from opsin.media.sampling import Chooser, Video, VideoInfo
 from opsin.towers import pixels
 from opsin.towers.projectors import MLPProjector
 from opsin.towers.vit import VisionTransformer, ViTConfig, grid_coordinates, vision_of
+from opsin.types import Grounding
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_PATCHES = 128
+FRAMES = 8
 LAYER = r"^(towers\.vision\.layers\.\d+)"
 
 
@@ -30,7 +33,10 @@ class InternVL(BackboneFamily):
     """A tower with scaled blocks, tiles in the grid nearest to the picture's proportions."""
 
     message_format = "list_with_image_type"
-    placeholders = {"image": "<IMG_CONTEXT>"}
+    modalities = ("image", "video")
+    placeholders = {"image": "<IMG_CONTEXT>", "video": "<video>"}
+    media_tokens = {"video": "<IMG_CONTEXT>"}
+    grounding = (Grounding("ref_det", 1000),)
     processor_options = ("crop_to_patches", "min_patches", "max_patches")
     tied_default = True
     rename = (
@@ -151,6 +157,33 @@ class InternVL(BackboneFamily):
             num_tokens=tokens,
             size=image.size,
             processed_size=canvas.size,
+        )
+
+    def frame_chooser(self, options: Mapping[str, Any]) -> Chooser:
+        """The middle frames of equal parts of the video, 8 parts unless asked otherwise."""
+
+        def choose(info: VideoInfo) -> list[int]:
+            rate = options.get("fps")
+            parts = FRAMES if rate is None else int(info.duration * rate)
+            parts = max(1, min(parts, options.get("max_frames", FRAMES), info.num_frames))
+            step = info.num_frames / parts
+            return [int(step / 2 + i * step) for i in range(parts)]
+
+        return choose
+
+    def prepare_video(self, video: Video, options: Mapping[str, Any]) -> MediaInput:
+        """One tile a frame, each on a line of its own."""
+        del options
+        frames = torch.from_numpy(video.frames).permute(0, 3, 1, 2)
+        resized = pixels.resize_frames(frames, self.tile, self.tile)
+        values = pixels.normalised_frames(resized, *pixels.normalisation(self.processor_config))
+        one = f"<img>{self.media_token('video') * self.tile_tokens}</img>"
+        return MediaInput(
+            kind="video",
+            features={"pixel_values": values},
+            text="\n".join(f"Frame{i + 1}: {one}" for i in range(len(values))),
+            num_tokens=len(values) * self.tile_tokens,
+            processed_size=(self.tile, self.tile),
         )
 
     # Towers.

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from opsin.families import bundled_template
 from opsin.families.internvl import LAYER, InternVL
 
 
 class InternVLChat(InternVL):
     """Other config keys, weight names and placeholder; the same model."""
 
-    placeholders = {"image": "<image>"}
-    media_tokens = {"image": "<IMG_CONTEXT>"}
+    placeholders = {"image": "<image>", "video": "<video>"}
+    media_tokens = {"image": "<IMG_CONTEXT>", "video": "<IMG_CONTEXT>"}
+    default_template = bundled_template("internvl")
     tied_default = False
     rename = (
         (r"^vision_model\.encoder\.layers\.", "towers.vision.layers."),
@@ -46,6 +48,10 @@ class InternVLChat(InternVL):
         most = config.get("max_dynamic_patch", 12) if config.get("dynamic_image_size", True) else 1
         limits = {"min_patches": config.get("min_dynamic_patch", 1), "max_patches": most}
         super().__init__(translated, {**limits, **processor_config})
+
+    def template_serves(self, source: str) -> bool:
+        """The authors' repositories carry a template of the text model, which knows no pictures."""
+        return "image" in source
 
 
 FAMILY = InternVLChat

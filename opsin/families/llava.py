@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from opsin.families import bundled_template
 from opsin.families.backbones import BackboneFamily
 from opsin.families.base import Encoded, MediaInput
 from opsin.families.clip_shape import (
@@ -34,6 +35,7 @@ class Llava(BackboneFamily):
 
     message_format = "list_with_image"
     default_tower: ClassVar[str] = "clip_vision_model"
+    default_template = bundled_template("vicuna")
     rename = (
         *CLIP_RENAME,
         (r"^(model\.)?multi_modal_projector\.linear_1\.", "towers.projector.up."),

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from opsin.families import bundled_template
 from opsin.families.base import Encoded, MediaInput
 from opsin.families.pixtral import Pixtral
 from opsin.kernels import Kernels
@@ -18,6 +19,7 @@ class Mistral3(Pixtral):
     """Adds a norm and a merging layer before the projector."""
 
     message_format = "list_with_image_first"
+    default_template = bundled_template("mistral_small_3_2_tool_call")
     tied_default = True
     rename = (
         (r"^(model\.)?multi_modal_projector\.norm\.", "towers.norm."),

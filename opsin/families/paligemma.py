@@ -30,6 +30,7 @@ from opsin.kernels import Kernels
 from opsin.nn.linear import Linear
 from opsin.towers import pixels
 from opsin.towers.vit import VisionTransformer, vision_of
+from opsin.types import Grounding, Task
 
 IMAGE = "<image>"
 
@@ -41,6 +42,13 @@ class PaliGemma(BackboneFamily):
     bare_prompt = True
     tokenizer_frame = False
     tied_default = True
+    grounding = (Grounding("loc_tokens", 1024),)
+    tasks = {
+        "describe": Task("caption en", "a caption"),
+        "ocr": Task("ocr", "the text of a picture"),
+        "locate": Task("detect {text}", "boxes around what you name"),
+        "segment": Task("segment {text}", "masks of what you name"),
+    }
     ignored = CLIP_IGNORED
 
     def __init__(self, config: dict[str, Any], processor_config: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from opsin.errors import MediaError
+from opsin.families import bundled_template
 from opsin.families.base import Encoded, MediaInput
 from opsin.families.llama_shape import ACTIVATIONS, rope_parameters
 from opsin.families.llava import Llava
@@ -33,6 +34,7 @@ class Pixtral(Llava):
 
     message_format = "list_with_image_type_text"
     default_tower: ClassVar[str] = "pixtral"
+    default_template = bundled_template("mistral_small_tool_call")
     placeholders = {"image": "[IMG]"}
     rename = (
         (r"^(model\.)?vision_tower\.patch_conv\.", "towers.vision.patch."),

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -22,6 +23,25 @@ def resize(image: Image.Image, width: int, height: int, resample: int) -> Image.
     if image.size == (width, height):
         return image
     return image.resize((width, height), Image.Resampling(resample))
+
+
+def resize_frames(frames: Tensor, width: int, height: int, mode: str = "bicubic") -> Tensor:
+    """Frames uint8 (frames, 3, h, w) at width x height, smoothed where they shrink.
+
+    The reference's video processors resize tensors, not pictures: their values differ by a level
+    or two from Pillow's.
+    """
+    if frames.shape[-2:] == (height, width):
+        return frames
+    return F.interpolate(frames, (height, width), mode=mode, antialias=True, align_corners=False)
+
+
+def normalised_frames(frames: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Values uint8 (..., 3, h, w) as float32: (value / 255 - mean) / std."""
+    shift = torch.tensor(mean).mul(255.0)[:, None, None]
+    scale = torch.tensor(std).mul(255.0).reciprocal()[:, None, None]
+    values = frames.to(torch.float32, memory_format=torch.contiguous_format)
+    return values.sub_(shift).mul_(scale)
 
 
 def resize_and_crop(
@@ -87,9 +107,7 @@ def framed(image: Image.Image, config: Mapping[str, Any]) -> Image.Image:
 def normalised(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """An RGB picture as (3, height, width) float32: (value / 255 - mean) / std."""
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
-    shift = torch.tensor(mean).mul(255.0)[:, None, None]
-    scale = torch.tensor(std).mul(255.0).reciprocal()[:, None, None]
-    return pixels.to(torch.float32, memory_format=torch.contiguous_format).sub_(shift).mul_(scale)
+    return normalised_frames(pixels, mean, std)
 
 
 def normalisation(config: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
