@@ -43,7 +43,7 @@ class Qwen2VL(Family):
         "ocr": Task("Read all the text in the image.", "the text of a picture"),
         "describe": Task("Describe this image.", "a description"),
         "locate": Task(
-            "Locate {text} in the image, and output the bounding boxes in JSON format.",
+            "Locate {text}, output its bbox coordinates using JSON format.",
             "boxes around what TEXT names",
         ),
     }

@@ -24,7 +24,7 @@ from opsin.towers.vit import (
     resampled_positions,
     vision_of,
 )
-from opsin.types import Grounding
+from opsin.types import Grounding, Task
 
 
 class Qwen3VL(Qwen2VL):
@@ -32,6 +32,19 @@ class Qwen3VL(Qwen2VL):
 
     message_format = "list_with_image_first"
     grounding = (Grounding("json_boxes", 1000),)
+    tasks = {
+        **Qwen2VL.tasks,
+        "locate": Task(
+            'Locate every object that matches the description "{text}" in the image. '
+            "Report bbox coordinates in JSON format.",
+            "boxes around what TEXT describes",
+        ),
+        "detect": Task(
+            'Locate every instance that belongs to the following categories: "{text}". '
+            "Report bbox coordinates in JSON format.",
+            "boxes around all things of some kinds, separated by commas",
+        ),
+    }
     rename = (
         (r"^(model\.)?visual\.merger\.linear_fc1\.", "towers.merger.up."),
         (r"^(model\.)?visual\.merger\.linear_fc2\.", "towers.merger.down."),
