@@ -23,7 +23,6 @@ from opsin.server.request import Answer, Delta, Request
 from opsin.server.thinking import thinking_budget
 from opsin.types import Event, SamplingParams, Timings, Usage
 
-
 LOOK_AT_ENGINE = 5.0  # seconds without an event after which the engine's thread is looked at
 
 

@@ -284,7 +284,8 @@ def engine_limits(settings: ServeSettings) -> EngineLimits:
     """What an engine of this server may use."""
     return EngineLimits(
         max_num_seqs=settings.max_num_seqs,
-        max_queue=settings.max_queue,
+        # Admission counts places for all models together; an engine must hold what it let in.
+        max_queue=settings.max_num_seqs + settings.max_queue,
         prefill_step_size=settings.prefill_step_size,
         memory=settings.memory,
         max_context=settings.max_context,

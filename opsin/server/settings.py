@@ -251,7 +251,10 @@ def _parsed(flag: Flag, value: Any, where: str) -> Any:
     if flag.kind == "list":
         items = value.split(",") if isinstance(value, str) else value
         items = items if isinstance(items, list | tuple) else [items]
-        return tuple(str(item).strip() for item in items if str(item).strip())
+        texts = tuple(str(item).strip() for item in items)
+        if not all(texts):  # an empty key or origin is a mistake in a script, never a wish
+            raise _refused(where, value, "it is empty")
+        return texts
     if flag.kind == "text":
         text = str(value).strip()
         if flag.choices and text not in flag.choices:
