@@ -38,7 +38,7 @@ class Qwen2VL(Family):
     message_format = "list_with_image"
     placeholders = {"image": "<|image_pad|>"}
     processor_options = ("min_pixels", "max_pixels")
-    grounding = (Grounding("box_tags", 1000), Grounding("json_boxes"))
+    grounding: tuple[Grounding, ...] = (Grounding("box_tags", 1000), Grounding("json_boxes"))
     tasks = {
         "ocr": Task("Read all the text in the image.", "the text of a picture"),
         "describe": Task("Describe this image.", "a description"),
