@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from opsin import __version__
-from opsin.cli import doctor, generate, models, serve
+from opsin.cli import bench_serve, doctor, generate, models, serve
 
 app = typer.Typer(
     name="opsin",
@@ -43,3 +43,8 @@ app.command("doctor", help="Say what this machine offers, and what is missing.")
 app.command("serve", help="Serve models over HTTP: OpenAI's and Anthropic's protocols.")(
     serve.command
 )
+bench = typer.Typer(help="Measure speed.", no_args_is_help=True)
+bench.command("serve", help="Load any OpenAI server with requests and measure it.")(
+    bench_serve.command
+)
+app.add_typer(bench, name="bench")

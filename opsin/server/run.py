@@ -7,16 +7,13 @@ import logging
 import os
 import sys
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import uvicorn
 
 from opsin.errors import EngineError, OpsinError
 from opsin.server.app import create_app
 from opsin.server.settings import ServeSettings
-
-if TYPE_CHECKING:
-    import socket
 
 ABORTED = 143  # what a shell reports of a process that SIGTERM ended
 
@@ -48,7 +45,7 @@ class Server(uvicorn.Server):
         self.failure = error
         self.should_exit = True
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+    async def startup(self, sockets: list[Any] | None = None) -> None:
         """Listen, and say where and to whom."""
         await super().startup(sockets)
         if self.started:

@@ -48,6 +48,7 @@ NETWORK_ALLOWED: tuple[tuple[str, frozenset[str]], ...] = (
     ("opsin/checkpoint/hub.py", frozenset({"huggingface_hub"})),
     ("opsin/server/", frozenset({"uvicorn"})),
     ("opsin/ui/", frozenset({"httpx"})),
+    ("opsin/cli/bench_serve.py", frozenset({"httpx"})),
 )
 FORBIDDEN_IMPORTS = (
     "pickle",
