@@ -21,7 +21,7 @@ from opsin.errors import InputError
 from opsin.families.base import MediaInput, Prompt
 from opsin.grounding.drawing import as_png, draw_all
 from opsin.grounding.layout import Layout
-from opsin.grounding.parsing import regions_of
+from opsin.grounding.parsing import pointing_metadata, regions_of
 from opsin.grounding.regions import Region
 from opsin.media.limits import DEFAULT_LIMITS, MediaLimits
 from opsin.prompt.api import apply_chat_template, get_message_json
@@ -439,11 +439,13 @@ def prepare_inputs(
     (`pixel_values`, ...), those of several pictures one after another along the first axis;
     `media_rows` (media, features) says how many rows each has of each feature, in the order of
     their sorted names, and `media_indices` where their tokens stand, `media_tokens` how many.
+    What `extract_points_from_text` needs of the pictures is left in `processor.pointing_metadata`.
     """
     options = _options(kwargs)
     ready = options.prepare(
         processor, prompts, keep_pictures=False, image=images, audio=audio
     ).prompt
+    processor.pointing_metadata = pointing_metadata(ready.media)
     input_ids = torch.tensor(ready.token_ids)[None]
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     if not ready.media:

@@ -46,6 +46,7 @@ class Processor:
         self.chat_template = chat_template
         self.limits = limits
         self.eos_token_ids = frozenset(tokenizer.eos_token_ids)
+        self.pointing_metadata: Mapping[str, Any] | None = None
         self.media_token_ids = {kind: self._token_id(kind) for kind in family.modalities}
 
     @classmethod

@@ -101,8 +101,7 @@ def _read(text: str, grounding: Grounding, pictures: Sequence[MediaInput]) -> li
     out.
     """
     if grounding.syntax == PATCH_POINTS:
-        known = [p.details[POINTING] for p in pictures if POINTING in p.details]
-        return parse_patch_points(text, joined_metadata(known))
+        return parse_patch_points(text, pointing_metadata(pictures))
     found = SYNTAXES[grounding.syntax](text)
     frames = [frame_of(picture) for picture in pictures]
     return [
@@ -110,6 +109,11 @@ def _read(text: str, grounding: Grounding, pictures: Sequence[MediaInput]) -> li
         for region in found
         if region.image_index < len(pictures)
     ]
+
+
+def pointing_metadata(media: Sequence[MediaInput]) -> dict[str, Any] | None:
+    """What the numbers of a pointing answer mean for a prompt's media; None if they mean nothing."""
+    return joined_metadata([item.details[POINTING] for item in media if POINTING in item.details])
 
 
 def frame_of(item: MediaInput) -> Frame:
