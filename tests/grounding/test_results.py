@@ -20,7 +20,7 @@ from opsin.__main__ import main
 from opsin.errors import InputError
 from opsin.families.base import Family
 from opsin.families.qwen3_vl import Qwen3VL
-from opsin.grounding import Box
+from opsin.grounding import Box, extract_points_from_text
 from opsin.prompt.tasks import task_messages
 from opsin.types import Event, Grounding, Message, SamplingParams, Task, Text, Timings, Usage
 from tests.families.checkpoints import write_checkpoint
@@ -192,7 +192,7 @@ def test_a_task_writes_the_prompt(
     image = ("generate", "-m", folder, "--task", "ocr", "--system", "Be brief.")
     assert opsin_command(monkeypatch, capsys, *image, folder / "picture.png")[0] == 0
     locate, ocr, brief = scripted.prompts
-    assert "Locate the cat in the image, and output the bounding boxes in JSON format." in locate
+    assert 'matches the description "the cat" in the image. Report bbox' in locate
     assert Qwen3VL.tasks["ocr"].prompt in ocr
     assert "<|image_pad|>" in brief
     assert "Be brief." in brief
@@ -215,7 +215,7 @@ def test_a_wrong_task_is_refused_with_the_remedy(
 
 def test_a_task_s_words_are_not_a_template() -> None:
     (message,) = task_messages(Qwen3VL({}, {}), "locate", "{text} {0} \\1")
-    assert message.text.startswith("Locate {text} {0} \\1 in the image")
+    assert 'description "{text} {0} \\1" in the image' in message.text
 
 
 def test_a_task_takes_the_last_message_s_words_and_leaves_its_pictures() -> None:
@@ -227,7 +227,7 @@ def test_a_task_takes_the_last_message_s_words_and_leaves_its_pictures() -> None
     system, user = task_messages(Qwen3VL({}, {}), "locate", messages)
     assert system == Message("system", (Text("Be brief."),))
     assert len(user.media) == 1
-    assert "Locate cat in" in user.text
+    assert '"cat"' in user.text
 
 
 def test_a_page_s_task_gives_a_layout(
@@ -243,13 +243,38 @@ def test_a_page_s_task_gives_a_layout(
     assert opsin.generate(*loaded, "Hi", picture(1, 80, 60)).layout is None
 
 
+def test_prepare_inputs_leaves_the_pointing_metadata(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, processor = loaded
+    opsin.prepare_inputs(processor, picture(1, 80, 60), prompts="Point.")
+    assert processor.pointing_metadata is None
+    prepare = Qwen3VL.prepare_image
+    pointing = {
+        "token_pooling": [[0]],
+        "subpatch_mapping": [[[0]]],
+        "image_sizes": [(80, 60)],
+    }
+
+    def with_metadata(self: Any, *args: Any) -> Any:
+        ready = prepare(self, *args)
+        ready.details["pointing"] = pointing
+        return ready
+
+    monkeypatch.setattr(Qwen3VL, "prepare_image", with_metadata)
+    opsin.prepare_inputs(processor, [picture(1, 80, 60)] * 2, prompts="Point.")
+    metadata = processor.pointing_metadata
+    assert metadata["token_pooling"].tolist() == [[0], [1]]
+    assert extract_points_from_text("<POINT_1> <POINT_3> <POINT_8> 1", metadata)[0][:2] == (1, 1)
+
+
 def test_models_tasks_lists_them(folder: Path, monkeypatch: Any, capsys: Any) -> None:
     for name in (folder, "qwen3_vl"):
         code, said, _ = opsin_command(monkeypatch, capsys, "models", "tasks", name, "--json")
         assert code == 0
-        assert {row["task"] for row in json.loads(said)} == {"ocr", "describe", "locate"}
+        assert {row["task"] for row in json.loads(said)} == set(Qwen3VL.tasks)
     said = opsin_command(monkeypatch, capsys, "models", "tasks", folder)[1]
-    assert "Locate {text} in the image" in said
+    assert 'description "{text}" in the image' in said
 
 
 def test_a_blocker_reaches_the_engine(loaded: Any) -> None:
