@@ -112,7 +112,7 @@ def _read(text: str, grounding: Grounding, pictures: Sequence[MediaInput]) -> li
 
 
 def pointing_metadata(media: Sequence[MediaInput]) -> dict[str, Any] | None:
-    """What the numbers of a pointing answer mean for a prompt's media; None if they mean nothing."""
+    """What the numbers of a pointing answer mean for a prompt's media; None if nothing."""
     return joined_metadata([item.details[POINTING] for item in media if POINTING in item.details])
 
 
