@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from opsin import __version__
 from opsin.errors import OpsinError
-from opsin.server import routes
+from opsin.server import routes, vendor_routes
 from opsin.server.access import Access, Gate
 from opsin.server.failures import Refused
 from opsin.server.log import CLIENT_LEFT, AccessLog
@@ -63,6 +63,7 @@ def create_app(
         openapi_url="/openapi.json",
     )
     app.include_router(routes.router)
+    app.include_router(vendor_routes.router)
     app.add_exception_handler(OpsinError, _opsin_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientGone, _client_gone)
@@ -127,7 +128,7 @@ def openapi(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
         schemas: dict[str, Any] = {}
-        for kind in routes.BODIES:
+        for kind in (*routes.BODIES, *vendor_routes.BODIES):
             schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas |= schema.pop("$defs", {})
             schemas[kind.__name__] = schema

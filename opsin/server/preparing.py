@@ -50,6 +50,7 @@ def prepare(processor: Processor, request: Request, vocabulary: int) -> Prompt:
         return processor.assemble(request.prompt, [])
     if request.prompt is not None:
         return _from_ids(processor, request.prompt)
+    _check_modalities(processor, request)
     _check_thinking(processor, request)
     work = partial(
         processor.prepare, request.messages, options=request.processor, **request.template
@@ -72,6 +73,20 @@ def prepare(processor: Processor, request: Request, vocabulary: int) -> Prompt:
             remedy="Leave it out, or check its values",
             param=chosen[0],
         ) from None
+
+
+def _check_modalities(processor: Processor, request: Request) -> None:
+    """Refuse media that the model does not take, before any is fetched."""
+    takes = processor.family.modalities
+    for message in request.messages:
+        for media in message.media:
+            if media.kind not in takes:
+                raise InputError(
+                    f"This model does not take {media.kind}",
+                    why=f"{processor.config.model_type} takes {', '.join(('text', *takes))}",
+                    remedy="Choose a model that does, or leave it out",
+                    param="messages",
+                )
 
 
 def _given(request: Request) -> set[str]:

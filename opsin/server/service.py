@@ -26,6 +26,7 @@ from opsin.server.metrics import Metrics
 from opsin.server.preparing import Pools
 from opsin.server.request import Answer, Delta, Head, Request
 from opsin.server.settings import ServeSettings
+from opsin.server.stored import ResponseStore
 from opsin.server.streams import (
     DONE,
     ClientGone,
@@ -61,6 +62,7 @@ class Service:
         self.metrics = metrics
         self.manager = manager
         self.heart = Heart(manager)
+        self.responses = ResponseStore(settings.max_stored)
         self.draining = False
         self.shop = Workshop(
             Pools(),
