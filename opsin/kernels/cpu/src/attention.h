@@ -59,16 +59,37 @@ OPSIN_INLINE int64_t slot(const AttentionShape* s, const AttentionUnit* u, int k
   return (int64_t)u->block_table[key / s->block_size] * s->block_size + key % s->block_size;
 }
 
+// Slots of the 64 keys from `from` on; past `count` the last one again.
+static void find_slots(const AttentionShape* s, const AttentionUnit* u, int from, int count,
+                       int64_t* slots) {
+  const bool whole = s->block_size % 16 == 0;  // sixteen neighbours lie in one block
+  for (int k = 0; k < kKeyBlock; k++) {
+    if (k >= count) {
+      slots[k] = slots[count - 1];
+    } else {
+      slots[k] = whole && k % 16 != 0 ? slots[k - 1] + 1 : slot(s, u, from + k);
+    }
+  }
+}
+
+// The rows of a head lie far apart, so that the machine does not foresee the next ones.
+static void prefetch_rows(const uint16_t* base, int64_t stride, int dim, const int64_t* slots) {
+  for (int k = 0; k < kKeyBlock; k++) {
+    const uint16_t* row = base + slots[k] * stride;
+    for (int d = 0; d < dim; d += 32) prefetch(row + d);
+  }
+}
+
 // Values of 64 keys as pairs of keys; keys past `count` are zero, whatever memory holds there.
 static void pack_values(const AttentionShape* s, const AttentionUnit* u, const Scratch* scratch,
-                        int from, int count) {
+                        const int64_t* slots, int count) {
   const int dim = padded(s->value_dim);
   alignas(64) uint16_t a[32], b[32];
   for (int pair = 0; pair < kKeyBlock / 2; pair++) {
     const uint16_t* rows[2];
     for (int i = 0; i < 2; i++) {
       const int key = 2 * pair + i;
-      rows[i] = key < count ? u->values + slot(s, u, from + key) * s->value_stride : scratch->zero;
+      rows[i] = key < count ? u->values + slots[key] * s->value_stride : scratch->zero;
     }
     for (int d = 0; d < dim; d += 32) {
       V x, y, first, second;
@@ -90,14 +111,14 @@ static void pack_values(const AttentionShape* s, const AttentionUnit* u, const S
   }
 }
 
-static void copy_keys(const AttentionShape* s, const AttentionUnit* u, uint16_t* out, int from,
-                      int count, int wanted) {
+static void copy_keys(const AttentionShape* s, const AttentionUnit* u, uint16_t* out,
+                      const int64_t* slots, int count, int wanted) {
   const int dim = padded(s->head_dim);
   for (int key = 0; key < wanted; key++) {
     uint16_t* o = out + key * dim;
     __builtin_memset(o, 0, 2 * dim);
     if (key >= count) continue;
-    __builtin_memcpy(o, u->keys + slot(s, u, from + key) * s->key_stride, 2 * s->head_dim);
+    __builtin_memcpy(o, u->keys + slots[key] * s->key_stride, 2 * s->head_dim);
   }
 }
 
@@ -247,23 +268,24 @@ static void tile_values(const uint16_t* weights, const uint16_t* values, float* 
 }
 
 static void attend_block(const AttentionShape* s, const AttentionUnit* u, const Scratch* scratch,
-                         Running* run, const int32_t* lo, const int32_t* hi, int from, int count) {
+                         Running* run, const int32_t* lo, const int32_t* hi, int from, int count,
+                         const int64_t* slots) {
   const int dim = padded(s->head_dim), value_dim = padded(s->value_dim);
   const bool direct = dim == s->head_dim && s->block_size % 16 == 0;
   const uint16_t* keys[4];
   int64_t stride[4];
   for (int kt = 0; kt < 4; kt++) {
     if (direct && kt * 16 + 16 <= count) {
-      keys[kt] = u->keys + slot(s, u, from + kt * 16) * s->key_stride;
+      keys[kt] = u->keys + slots[kt * 16] * s->key_stride;
       stride[kt] = s->key_stride * 2;
     } else {
       uint16_t* copy = scratch->keys + kt * 16 * dim;
-      copy_keys(s, u, copy, from + kt * 16, count - kt * 16, 16);
+      copy_keys(s, u, copy, slots + kt * 16, count - kt * 16, 16);
       keys[kt] = copy;
       stride[kt] = dim * 2;
     }
   }
-  pack_values(s, u, scratch, from, count);
+  pack_values(s, u, scratch, slots, count);
   for (int tile = 0; tile * 16 < u->rows; tile++) {
     const uint16_t* query = scratch->query + tile * 16 * dim;
     float* part = scratch->part + tile * 16 * value_dim;
@@ -327,18 +349,19 @@ OPSIN_INLINE void row_values(const uint16_t* weights, const uint16_t* values, fl
 }
 
 static void attend_block(const AttentionShape* s, const AttentionUnit* u, const Scratch* scratch,
-                         Running* run, const int32_t* lo, const int32_t* hi, int from, int count) {
+                         Running* run, const int32_t* lo, const int32_t* hi, int from, int count,
+                         const int64_t* slots) {
   const int dim = padded(s->head_dim), value_dim = padded(s->value_dim);
   const uint16_t* keys[kKeyBlock];
-  if (dim != s->head_dim) copy_keys(s, u, scratch->keys, from, count, kKeyBlock);
+  if (dim != s->head_dim) copy_keys(s, u, scratch->keys, slots, count, kKeyBlock);
   for (int k = 0; k < kKeyBlock; k++) {
     if (dim != s->head_dim) {
       keys[k] = scratch->keys + k * dim;
     } else {
-      keys[k] = k < count ? u->keys + slot(s, u, from + k) * s->key_stride : scratch->zero;
+      keys[k] = k < count ? u->keys + slots[k] * s->key_stride : scratch->zero;
     }
   }
-  pack_values(s, u, scratch, from, count);
+  pack_values(s, u, scratch, slots, count);
   for (int r = 0; r < u->rows; r++) {
     if (lo[r] >= from + kKeyBlock || hi[r] <= from) continue;
     const uint16_t* q = u->queries + r * dim;
@@ -375,6 +398,11 @@ static void attention_end() {}
 
 #endif
 
+OPSIN_INLINE int keys_left(const AttentionUnit* u, int from) {
+  const int left = u->num_keys - from;
+  return left < kKeyBlock ? left : kKeyBlock;
+}
+
 static void attention(const AttentionShape* s, const AttentionUnit* u) {
   const int dim = padded(s->head_dim), value_dim = padded(s->value_dim);
   const Scratch scratch = carve(u->scratch, dim, value_dim);
@@ -394,10 +422,20 @@ static void attention(const AttentionShape* s, const AttentionUnit* u) {
   __builtin_memset(scratch.part, 0, sizeof(float) * kAttentionRows * value_dim);
   __builtin_memset(u->out, 0, sizeof(float) * u->rows * value_dim);
   attention_begin(u, &scratch, dim);
-  for (int from = first / kKeyBlock * kKeyBlock; from < last; from += kKeyBlock) {
-    const int left = u->num_keys - from;
-    attend_block(s, u, &scratch, &run, lo, hi, from, left < kKeyBlock ? left : kKeyBlock);
-    if ((from + kKeyBlock) % kSegment == 0) merge(u, &scratch, &run, value_dim);
+  int64_t slots[2][kKeyBlock];
+  int from = first / kKeyBlock * kKeyBlock, at = 0;
+  if (from < last) find_slots(s, u, from, keys_left(u, from), slots[0]);
+  for (; from < last; from += kKeyBlock, at ^= 1) {
+    const int next = from + kKeyBlock;
+    if (next < last) {
+      find_slots(s, u, next, keys_left(u, next), slots[at ^ 1]);
+      if (u->rows <= 16) {
+        prefetch_rows(u->keys, s->key_stride, s->head_dim, slots[at ^ 1]);
+        prefetch_rows(u->values, s->value_stride, s->value_dim, slots[at ^ 1]);
+      }
+    }
+    attend_block(s, u, &scratch, &run, lo, hi, from, keys_left(u, from), slots[at]);
+    if (next % kSegment == 0) merge(u, &scratch, &run, value_dim);
   }
   attention_end();
   merge(u, &scratch, &run, value_dim);

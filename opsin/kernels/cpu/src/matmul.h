@@ -268,59 +268,91 @@ static void amx_bf16(const Matrix* m, int b, const Activations* x, int row, int 
   }
 }
 
-// Integer sums of up to four groups for sixteen rows, one group a tile of sums.
-OPSIN_INLINE void group_sums(int count, const int8_t* a, int64_t stride, const uint8_t* w,
-                             int64_t step, int group, int depth, int steps, int32_t* sums) {
-#define OPSIN_GROUP(tile)                                                   \
-  _tile_zero(tile);                                                         \
-  for (int s = 0; s < steps; s++) {                                         \
-    TILE_LOAD(4, w + (tile) * step + (int64_t)s * depth * 64, 64);          \
-    TILE_LOAD(5, a + (tile) * group + s * depth * 4, stride);               \
-    _tile_dpbsud(tile, 5, 4);                                               \
-  }                                                                         \
-  TILE_STORE(tile, sums + 256 * (tile), 64);
-  OPSIN_GROUP(0)
-  if (count > 1) {
+// Four-bit codes of a group as bytes.
+OPSIN_INLINE void unpack_group(const uint8_t* p, int group, uint8_t* out) {
+  for (int j = 0; j < group / 8; j++) {
+    prefetch(p + 64 * j + kAhead);
+    const V v = vload(p + 64 * j);
+    vstore(out + 128 * j, low_nibbles(v));
+    vstore(out + 128 * j + 64, high_nibbles(v));
+  }
+}
+
+// One pass of sixteen rows over a block: where its groups lie. With `scratch`, four-bit codes are
+// unpacked there, eight groups in turn; else `codes` are bytes, `step` from group to group.
+struct AmxPass {
+  const uint8_t *header, *codes;
+  uint8_t* scratch;
+  const int8_t* rows;
+  const float *scale, *sum;
+  int64_t group_bytes, step, stride;
+  int groups, group, depth, steps;
+  int32_t* sums;  // (4, 16, 16)
+};
+
+OPSIN_INLINE void unpack_ahead(const AmxPass& p, int g) {
+  if (!p.scratch || g >= p.groups) return;
+  unpack_group(p.header + g * p.group_bytes + 64, p.group, p.scratch + (g & 7) * p.step);
+}
+
+// The integer sums of group g by tile number TILE.
+template <int TILE>
+OPSIN_INLINE void multiply_group(const AmxPass& p, int g) {
+  if (g >= p.groups) return;
+  const uint8_t* w = p.scratch ? p.scratch + (g & 7) * p.step : p.codes + g * p.step;
+  const int8_t* a = p.rows + (int64_t)g * p.group;
+#define OPSIN_GROUP(tile)                                   \
+  _tile_zero(tile);                                         \
+  for (int s = 0; s < p.steps; s++) {                       \
+    TILE_LOAD(4, w + (int64_t)s * p.depth * 64, 64);        \
+    TILE_LOAD(5, a + s * p.depth * 4, p.stride);            \
+    _tile_dpbsud(tile, 5, 4);                               \
+  }                                                         \
+  TILE_STORE(tile, p.sums + 256 * (tile), 64);
+  if (TILE == 0) {
+    OPSIN_GROUP(0)
+  } else if (TILE == 1) {
     OPSIN_GROUP(1)
-  }
-  if (count > 2) {
+  } else if (TILE == 2) {
     OPSIN_GROUP(2)
-  }
-  if (count > 3) {
+  } else {
     OPSIN_GROUP(3)
   }
 #undef OPSIN_GROUP
 }
 
-// Sixteen rows and columns. The tiles work on the next four groups while the sums of the last four
-// are scaled, for sums take long from tile to vector.
+// Scales the sums of group g while the tiles are two groups ahead, and unpacking four: what one
+// unit stores takes long to reach the other.
+template <int TILE, bool F16>
+OPSIN_INLINE void scale_group(const AmxPass& p, int g, F* acc) {
+  unpack_ahead(p, g + 4);
+  multiply_group<(TILE + 2) % 4>(p, g + 2);
+  if (g >= p.groups) return;
+  const int32_t* sums = p.sums + 256 * TILE;
+  const F scale = load_scale(p.header + g * p.group_bytes, F16);
+  const F bias = load_scale(p.header + g * p.group_bytes + 32, F16);
+#pragma GCC unroll 16
+  for (int t = 0; t < 16; t++) {
+    const int at = t * p.groups + g;
+    acc[t] = fma(from_int(iload(sums + 16 * t)), mul(scale, set1(p.scale[at])), acc[t]);
+    acc[t] = fma(bias, set1(p.sum[at]), acc[t]);
+  }
+}
+
 template <bool F16>
-static void amx_rows(const Matrix* m, const uint8_t* header, const uint8_t* codes, int64_t step,
-                     const Activations* x, int row, float* out) {
-  alignas(64) int32_t sums[2][4 * 256];
-  const int groups = m->groups, group = m->group, depth = group < 64 ? group / 4 : 16;
-  const int steps = group / (4 * depth);
-  const int8_t* a = (const int8_t*)x->data + row * x->stride;
-  const float* xs = x->scale + (int64_t)row * groups;
-  const float* xb = x->sum + (int64_t)row * groups;
+static void amx_rows(const AmxPass& pass, float* out) {
+  const AmxPass p = pass;
   F acc[16];
 #pragma GCC unroll 16
   for (int t = 0; t < 16; t++) acc[t] = set1(0.0f);
-  group_sums(groups, a, x->stride, codes, step, group, depth, steps, sums[0]);
-  for (int g = 0; g < groups; g++) {
-    const int ahead = g + 4;
-    if (g % 4 == 0 && ahead < groups) {
-      group_sums(groups - ahead, a + (int64_t)ahead * group, x->stride, codes + ahead * step, step,
-                 group, depth, steps, sums[ahead / 4 & 1]);
-    }
-    const int32_t* s = sums[g / 4 & 1] + 256 * (g % 4);
-    const F scale = load_scale(header + g * m->group_bytes, F16);
-    const F bias = load_scale(header + g * m->group_bytes + 32, F16);
-#pragma GCC unroll 16
-    for (int t = 0; t < 16; t++) {
-      acc[t] = fma(from_int(iload(s + 16 * t)), mul(scale, set1(xs[t * groups + g])), acc[t]);
-      acc[t] = fma(bias, set1(xb[t * groups + g]), acc[t]);
-    }
+  for (int g = 0; g < 4; g++) unpack_ahead(p, g);
+  multiply_group<0>(p, 0);
+  multiply_group<1>(p, 1);
+  for (int g = 0; g < p.groups; g += 4) {
+    scale_group<0, F16>(p, g, acc);
+    scale_group<1, F16>(p, g + 1, acc);
+    scale_group<2, F16>(p, g + 2, acc);
+    scale_group<3, F16>(p, g + 3, acc);
   }
 #pragma GCC unroll 16
   for (int t = 0; t < 16; t++) store(out + 16 * t, acc[t]);
@@ -328,41 +360,45 @@ static void amx_rows(const Matrix* m, const uint8_t* header, const uint8_t* code
 
 static void amx_quantized(const Matrix* m, int b, const Activations* x, int row, int count,
                           float* out, uint8_t* scratch) {
-  const uint8_t* w = m->data + b * m->block_bytes;
-  const uint8_t* codes = w + 64;
-  int64_t step = m->group_bytes;
-  if (m->kind == opsin::kQ4) {
-    step = (int64_t)m->group * 16;
-    codes = scratch;
-    for (int g = 0; g < m->groups; g++) {
-      const uint8_t* p = w + g * m->group_bytes + 64;
-      uint8_t* q = scratch + g * step;
-      for (int j = 0; j < m->group / 8; j++) {
-        prefetch(p + kAhead);
-        V v = vload(p + 64 * j);
-        vstore(q + 128 * j, low_nibbles(v));
-        vstore(q + 128 * j + 64, high_nibbles(v));
-      }
-    }
+  alignas(64) int32_t sums[4 * 256];
+  const bool four = m->kind == opsin::kQ4, once = four && count > 16;
+  AmxPass p;
+  p.header = m->data + b * m->block_bytes;
+  p.codes = once ? scratch : p.header + 64;
+  p.scratch = four && !once ? scratch : nullptr;
+  p.group_bytes = m->group_bytes;
+  p.step = four ? (int64_t)m->group * 16 : m->group_bytes;
+  p.stride = x->stride;
+  p.groups = m->groups;
+  p.group = m->group;
+  p.depth = m->group < 64 ? m->group / 4 : 16;
+  p.steps = m->group / (4 * p.depth);
+  p.sums = sums;
+  for (int g = 0; once && g < m->groups; g++) {
+    unpack_group(p.header + g * m->group_bytes + 64, m->group, scratch + g * p.step);
   }
   for (int done = 0; done < count; done += 16) {
+    p.rows = (const int8_t*)x->data + (row + done) * x->stride;
+    p.scale = x->scale + (int64_t)(row + done) * m->groups;
+    p.sum = x->sum + (int64_t)(row + done) * m->groups;
     if (m->scale_f16) {
-      amx_rows<true>(m, w, codes, step, x, row + done, out + 16 * done);
+      amx_rows<true>(p, out + 16 * done);
     } else {
-      amx_rows<false>(m, w, codes, step, x, row + done, out + 16 * done);
+      amx_rows<false>(p, out + 16 * done);
     }
   }
 }
 
 constexpr int kPanel = 128;
-constexpr int kAmxRows = 6;  // from here on tiles beat vectors for integer sums
+// From here on tiles beat vectors: eight-bit codes need no unpacking.
+constexpr int kAmxRowsEight = 7, kAmxRowsFour = 9;
 // A group of one scale a row may be any multiple of 64; else 32, 64 or 128.
 
 static void tile(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
                  uint8_t* scratch) {
   if (m->kind == opsin::kBf16) {
     amx_bf16(m, b, x, row, count, out);
-  } else if (count >= kAmxRows) {
+  } else if (count >= (m->kind == opsin::kQ8 ? kAmxRowsEight : kAmxRowsFour)) {
     amx_quantized(m, b, x, row, count, out, scratch);
   } else {
     vector_tile(m, b, x, row, count, out);

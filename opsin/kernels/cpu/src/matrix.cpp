@@ -208,7 +208,9 @@ void over_rows(int rows, Work&& work) {
 }  // namespace
 
 int64_t tile_scratch_bytes(const Matrix* m) {  // a block of four-bit codes as bytes, for tiles
-  return m->kind == kQ4 ? static_cast<int64_t>(m->padded_k) * kRows : 0;
+  const int64_t eight = static_cast<int64_t>(m->group) * kRows * 8;  // or eight groups in turn
+  const int64_t block = static_cast<int64_t>(m->padded_k) * kRows;
+  return m->kind != kQ4 ? 0 : block > eight ? block : eight;
 }
 
 int64_t attention_scratch_bytes(int head_dim, int value_dim) {
