@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from opsin.decoder.cache import PagedCache
 from opsin.decoder.config import AttentionConfig
 from opsin.decoder.source import SourceStep
 from opsin.kernels import AttentionBatch, Kernels
-from opsin.nn.linear import Linear
+from opsin.nn.linear import adapted_linear
 from opsin.nn.norm import norm
 from opsin.nn.rope import RopeConfig
 
@@ -25,13 +26,21 @@ class StepContext:
     positions: Tensor
     angles: dict[RopeConfig, tuple[Tensor, Tensor]]
     source: SourceStep | None = None
+    expert_groups: Tensor | None = None
+    adapters: Mapping[int, Tensor] | None = None
 
 
 class Attention(nn.Module):
     """Query, key and value in one product; rope; cache write; attention; output projection."""
 
     def __init__(
-        self, kernels: Kernels, config: AttentionConfig, layer: int, hidden: int, eps: float
+        self,
+        kernels: Kernels,
+        config: AttentionConfig,
+        layer: int,
+        hidden: int,
+        eps: float,
+        adapters: Sequence[tuple[int, float]] = (),
     ) -> None:
         super().__init__()
         self.kernels = kernels
@@ -41,8 +50,10 @@ class Attention(nn.Module):
         q_dim, kv_dim = config.heads * config.head_dim, config.kv_heads * config.head_dim
         # With an output gate, each head's rows are its query's and then its gate's.
         wide = 2 * q_dim if config.output_gate else q_dim
-        self.qkv = Linear(kernels, hidden, (wide, kv_dim, kv_dim), bias=config.qkv_bias)
-        self.out = Linear(kernels, q_dim, hidden, bias=config.out_bias)
+        self.adapted = bool(adapters)
+        widths = (wide, kv_dim, kv_dim)
+        self.qkv = adapted_linear(kernels, hidden, widths, adapters, bias=config.qkv_bias)
+        self.out = adapted_linear(kernels, q_dim, hidden, adapters, bias=config.out_bias)
         self.q_norm = self.k_norm = None
         if config.qk_norm is not None:
             self.q_norm = norm(kernels, config.qk_norm, config.head_dim, eps)
@@ -51,7 +62,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: StepContext) -> Tensor:
         """x (tokens, hidden) to the same shape; the new keys and values end up in the cache."""
         config, kernels = self.config, self.kernels
-        qkv = self.qkv(x).unflatten(-1, (-1, config.head_dim))  # (tokens, heads + 2 kv, dim)
+        qkv = self.qkv(x, context.adapters) if self.adapted else self.qkv(x)
+        qkv = qkv.unflatten(-1, (-1, config.head_dim))  # (tokens, heads + 2 kv, dim)
         kv_heads = config.kv_heads
         query, key, value = qkv.split((qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
         gate = None
@@ -81,7 +93,8 @@ class Attention(nn.Module):
         )
         if gate is not None:
             attended = attended * gate.sigmoid()
-        return self.out(attended.flatten(1))
+        attended = attended.flatten(1)
+        return self.out(attended, context.adapters) if self.adapted else self.out(attended)
 
 
 def tempered(positions: Tensor, every: float, weight: float) -> Tensor:

@@ -98,7 +98,8 @@ class MoEConfig:
     """A mixture of experts: gated blocks of inner width `hidden`, `top_k` of them for a token.
 
     `router` makes the scores that weigh the chosen experts; `normalise` divides them by their sum,
-    which counts as at least `min_total`; `scale` multiplies them. `selection_bias` is a learned
+    which counts as at least `min_total`; `scale` multiplies them. `precise_router` scores in
+    float32 whatever the model computes in. `selection_bias` is a learned
     bias that only the choice sees. `weigh_input` applies the weights to what the experts read
     rather than to what they return. `shared` is a block that every token goes through,
     `shared_gate` puts a sigmoid gate on it.
@@ -109,6 +110,7 @@ class MoEConfig:
     hidden: int
     activation: Activation = "silu"
     router: Literal["softmax", "sigmoid"] = "softmax"
+    precise_router: bool = False
     normalise: bool = True
     min_total: float = 0.0
     scale: float = 1.0
@@ -119,6 +121,19 @@ class MoEConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupedMoEConfig:
+    """Several mixtures of experts, of which each token goes through one by what it stands for.
+
+    Group 0 is for text, group 1 for media. `shared` is a block that every token goes through.
+    `selection_bias` is as in `MoEConfig`, for all groups at once.
+    """
+
+    groups: tuple[MoEConfig, ...]
+    shared: MLPConfig | None = None
+    selection_bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class LayerConfig:
     """One decoder layer: attention and feed-forward, each behind a norm and added to the stream.
 
@@ -126,7 +141,7 @@ class LayerConfig:
     """
 
     attention: AttentionConfig | DeltaNetConfig | CrossAttentionConfig
-    mlp: MLPConfig | MoEConfig
+    mlp: MLPConfig | MoEConfig | GroupedMoEConfig
     post_norms: bool = False
     residual_scale: float = 1.0
 
@@ -136,7 +151,8 @@ class DecoderConfig:
     """A whole decoder: embedding, layers, final norm and output head.
 
     With `spans_pass_windows`, tokens of one run that is seen in both directions see each other
-    however short a layer's window is.
+    however short a layer's window is. `adapters` are the rank and scale of each low-rank adapter
+    that a token's linear layers may use.
     """
 
     vocab_size: int
@@ -151,6 +167,7 @@ class DecoderConfig:
     logit_soft_cap: float | None = None
     extra_embeddings: int = 0
     spans_pass_windows: bool = False
+    adapters: tuple[tuple[int, float], ...] = ()
 
     @property
     def rope_configs(self) -> set[RopeConfig]:

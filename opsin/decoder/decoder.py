@@ -14,6 +14,7 @@ from opsin.decoder.config import (
     CrossAttentionConfig,
     DecoderConfig,
     DeltaNetConfig,
+    GroupedMoEConfig,
     LayerConfig,
     MLPConfig,
     MoEConfig,
@@ -21,7 +22,7 @@ from opsin.decoder.config import (
 from opsin.decoder.cross_attention import CrossLayer
 from opsin.decoder.delta_net import DeltaNet
 from opsin.decoder.mlp import GatedMLP
-from opsin.decoder.moe import MixtureOfExperts
+from opsin.decoder.moe import GroupedExperts, MixtureOfExperts
 from opsin.decoder.source import SourceStep
 from opsin.kernels import AttentionBatch, Kernels
 from opsin.nn.linear import Embedding, Linear
@@ -36,7 +37,9 @@ class Step:
     embeds (tokens, hidden) already holds the media's embeddings; positions (axes, tokens), one axis
     or three; `layer_adds[i]` is (rows, values): values (n, hidden) added to those rows of the
     stream after layer i. `logit_rows` (n,) are the rows whose logits are wanted. `source` is what
-    cross-attention layers read.
+    cross-attention layers read. `expert_groups` (tokens,) sends each token to a group of experts
+    where a decoder has several; None is group 0 for all. adapters[i] (n,) are the rows that use
+    adapter i, None where no row uses any.
     """
 
     embeds: Tensor
@@ -45,6 +48,8 @@ class Step:
     logit_rows: Tensor
     layer_adds: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     source: SourceStep | None = None
+    expert_groups: Tensor | None = None
+    adapters: dict[int, Tensor] | None = None
 
 
 class Layer(nn.Module):
@@ -62,13 +67,19 @@ class Layer(nn.Module):
             self.attention = DeltaNet(kernels, config.attention, index, hidden, eps)
         else:
             assert isinstance(config.attention, AttentionConfig)
-            self.attention = Attention(kernels, config.attention, index, hidden, eps)
+            self.attention = Attention(
+                kernels, config.attention, index, hidden, eps, decoder.adapters
+            )
         self.mlp_norm = norm(kernels, decoder.norm, hidden, eps)
+        self.adapted = bool(decoder.adapters)
         self.mlp: nn.Module
+        self.grouped = isinstance(config.mlp, GroupedMoEConfig)
         if isinstance(config.mlp, MoEConfig):
             self.mlp = MixtureOfExperts(kernels, config.mlp, hidden)
+        elif isinstance(config.mlp, GroupedMoEConfig):
+            self.mlp = GroupedExperts(kernels, config.mlp, hidden)
         else:
-            self.mlp = GatedMLP(kernels, config.mlp, hidden)
+            self.mlp = GatedMLP(kernels, config.mlp, hidden, decoder.adapters)
         self.attention_post_norm: nn.Module = nn.Identity()
         self.mlp_post_norm: nn.Module = nn.Identity()
         if config.post_norms:
@@ -79,7 +90,12 @@ class Layer(nn.Module):
         """x (tokens, hidden) to the same shape."""
         attended = self.attention_post_norm(self.attention(self.attention_norm(x), context))
         x = torch.add(x, attended, alpha=self.residual_scale)
-        mixed = self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
+        mixed = self.mlp_norm(x)
+        if self.grouped:
+            mixed = self.mlp(mixed, context.expert_groups)
+        else:
+            mixed = self.mlp(mixed, context.adapters) if self.adapted else self.mlp(mixed)
+        mixed = self.mlp_post_norm(mixed)
         return torch.add(x, mixed, alpha=self.residual_scale)
 
 
@@ -123,7 +139,15 @@ class Decoder(nn.Module):
         """Run one step and return the logits of `step.logit_rows`, (rows, vocab), float32."""
         assert self.angles is not None, "finish_loading() comes before the first step"
         angles = self.angles.at(step.positions)
-        context = StepContext(cache, step.batch, step.positions, angles, step.source)
+        context = StepContext(
+            cache,
+            step.batch,
+            step.positions,
+            angles,
+            step.source,
+            step.expert_groups,
+            step.adapters,
+        )
         x = step.embeds
         for i, layer in enumerate(self.layers):
             x = layer(x, context)

@@ -5,11 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from opsin.decoder.config import MoEConfig
+from opsin.decoder.config import GroupedMoEConfig, MoEConfig
 from opsin.decoder.mlp import GatedMLP
 from opsin.kernels import Kernels
 from opsin.nn.experts import ExpertLinear
 from opsin.nn.linear import Linear
+
+
+class Router(nn.Module):
+    """Each expert's score for each token, before the softmax; `precise` keeps it in float32."""
+
+    def __init__(self, kernels: Kernels, hidden: int, experts: int, *, precise: bool) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.precise = precise
+        self.weight = nn.Parameter(torch.empty(experts, hidden), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (tokens, hidden) to (tokens, experts), float32."""
+        x = x.float() if self.precise else x
+        return self.kernels.linear(x, self.weight, None).float()
 
 
 class MixtureOfExperts(nn.Module):
@@ -22,10 +37,10 @@ class MixtureOfExperts(nn.Module):
         self.kernels = kernels
         self.config = config
         inner = config.hidden
-        self.router = Linear(kernels, hidden, config.experts)
+        self.router = Router(kernels, hidden, config.experts, precise=config.precise_router)
         self.gate_up = ExpertLinear(kernels, config.experts, hidden, (inner, inner))
         self.down = ExpertLinear(kernels, config.experts, inner, hidden)
-        self.selection_bias = None
+        self.selection_bias: Tensor | None = None
         if config.selection_bias:
             self.selection_bias = nn.Parameter(torch.empty(config.experts), requires_grad=False)
         self.shared = self.shared_gate = None
@@ -62,7 +77,7 @@ class MixtureOfExperts(nn.Module):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Each token's chosen experts and their weights, both (tokens, top_k)."""
         config = self.config
-        logits = self.router(x).float()
+        logits = self.router(x)
         scores = logits.softmax(dim=-1) if config.router == "softmax" else logits.sigmoid()
         ranked = scores
         if self.selection_bias is not None:
@@ -72,3 +87,39 @@ class MixtureOfExperts(nn.Module):
         if config.normalise:
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(config.min_total)
         return (weights * config.scale).to(x.dtype), experts
+
+
+class GroupedExperts(nn.Module):
+    """A mixture of experts for text and another for media, beside what they share."""
+
+    def __init__(self, kernels: Kernels, config: GroupedMoEConfig, hidden: int) -> None:
+        super().__init__()
+        self.groups = nn.ModuleList(
+            MixtureOfExperts(kernels, group, hidden) for group in config.groups
+        )
+        self.selection_bias = None
+        if config.selection_bias:
+            shape = (len(config.groups), config.groups[0].experts)
+            self.selection_bias = nn.Parameter(torch.empty(shape), requires_grad=False)
+        self.shared = None
+        if config.shared is not None:
+            self.shared = GatedMLP(kernels, config.shared, hidden)
+        self.precise = True
+
+    def finish_loading(self) -> None:
+        """Let every group see its row of the bias."""
+        for i, group in enumerate(self.groups):
+            assert isinstance(group, MixtureOfExperts)
+            if self.selection_bias is not None:
+                group.selection_bias = self.selection_bias.data[i]
+
+    def forward(self, x: Tensor, groups: Tensor | None) -> Tensor:
+        """x (tokens, hidden) to the same shape; groups (tokens,) is each token's, None all 0."""
+        if groups is None:
+            mixed = self.groups[0](x)
+        else:
+            mixed = torch.empty_like(x)
+            for i, group in enumerate(self.groups):
+                rows = (groups == i).nonzero()[:, 0]
+                mixed[rows] = group(x[rows])
+        return mixed if self.shared is None else mixed + self.shared(x)

@@ -45,6 +45,7 @@ class Processor:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.limits = limits
+        family.name_tokens(tokenizer.id_to_token)
         self.eos_token_ids = frozenset(tokenizer.eos_token_ids)
         self.pointing_metadata: Mapping[str, Any] | None = None
         self.media_token_ids = {kind: self._token_id(kind) for kind in family.modalities}
@@ -231,6 +232,7 @@ class Processor:
             timings or Timings(),
             self.family.source_views(token_ids, ready),
             expert_groups=self.family.expert_groups(token_ids),
+            adapter=self.family.adapter(ready),
         )
 
 

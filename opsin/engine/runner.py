@@ -69,6 +69,8 @@ class Runner:
             batch=self._batch(step, ends),
             logit_rows=torch.tensor(rows, dtype=torch.long, device=device),
             layer_adds=layer_adds,
+            expert_groups=_expert_groups(step, device),
+            adapters=_adapters(step, ends, device),
             source=source_step(step, self.cache.block_size, embeds.shape[1], device),
         )
 
@@ -133,6 +135,32 @@ class Runner:
             return None
         self.cache.clear_states([s.sequence.state_slot for s in step if s.start == 0])
         return torch.tensor([s.sequence.state_slot for s in step], device=self.model.device)
+
+
+def _expert_groups(step: list[Scheduled], device: torch.device) -> Tensor | None:
+    """Which group of experts each token goes to: the prompt's own, 0 for generated tokens."""
+    prompts = [scheduled.sequence.prompt for scheduled in step]
+    if all(prompt.expert_groups is None for prompt in prompts):
+        return None
+    parts = []
+    for scheduled, prompt in zip(step, prompts, strict=True):
+        part = torch.zeros(scheduled.end - scheduled.start, dtype=torch.long)
+        if prompt.expert_groups is not None:
+            own = prompt.expert_groups[scheduled.start : scheduled.end]
+            part[: len(own)] = own
+        parts.append(part)
+    return torch.cat(parts).to(device)
+
+
+def _adapters(
+    step: list[Scheduled], ends: list[int], device: torch.device
+) -> dict[int, Tensor] | None:
+    """The rows of the tokens that use each adapter; None where no request uses any."""
+    rows: dict[int, list[int]] = defaultdict(list)
+    for scheduled, start, end in zip(step, ends, ends[1:], strict=False):
+        if scheduled.sequence.prompt.adapter is not None:
+            rows[scheduled.sequence.prompt.adapter].extend(range(start, end))
+    return {i: torch.tensor(own, device=device) for i, own in rows.items()} or None
 
 
 def _is_needed(item: MediaInput, scheduled: Scheduled) -> bool:

@@ -4,7 +4,7 @@ case.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -89,6 +89,7 @@ class Prompt:
     token. `atomic_spans` are (start, end) runs of tokens that must be computed in one step because
     they see each other in both directions. Requests with different `cache_salt` share no cache.
     expert_groups (tokens,) sends each token to a group of experts; None is group 0 for all.
+    adapter is the number of the low-rank adapter that computes it, None for the model as it is.
     """
 
     token_ids: list[int]
@@ -101,6 +102,7 @@ class Prompt:
     source: SourceViews | None = None
     cache_salt: bytes = b""
     expert_groups: Tensor | None = None
+    adapter: int | None = None
 
 
 class Family:
@@ -275,6 +277,17 @@ class Family:
         """Which group of experts each token goes to; None is group 0 for all."""
         del token_ids
         return None
+
+    def adapter(self, media: Sequence[MediaInput]) -> int | None:
+        """Which of the decoder's adapters computes a request that holds these media."""
+        del media
+        return None
+
+    def name_tokens(self, name_of: Callable[[int], str | None]) -> None:
+        """Look up, by id, tokens that a family's configs number but do not name.
+
+        Called once, before any prompt is made; does nothing by default.
+        """
 
     def source_views(
         self, token_ids: Sequence[int], media: Sequence[MediaInput]

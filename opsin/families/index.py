@@ -14,6 +14,7 @@ MODULES = {
     "mistral3": "mistral3",
     "mllama": "mllama",
     "paligemma": "paligemma",
+    "phi4mm": "phi4mm",
     "pixtral": "pixtral",
     "qwen2_vl": "qwen2_vl",
     "qwen2_5_vl": "qwen2_5_vl",
@@ -27,6 +28,7 @@ MODULES = {
 
 # other spellings that published configs carry -> the name above
 ALIASES: dict[str, str] = {
+    "phi4_multimodal": "phi4mm",
     "ernie4_5_vl_moe": "ernie4_5_moe_vl",
 }
 

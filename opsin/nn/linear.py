@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +41,68 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
         return self.kernels.linear(x, self.weight, self.bias)
+
+
+class Adapter(nn.Module):
+    """A low-rank correction of a linear layer (arXiv:2106.09685): scale * up(down(x))."""
+
+    def __init__(
+        self, kernels: Kernels, in_features: int, out_features: int, rank: int, scale: float
+    ) -> None:
+        super().__init__()
+        self.down = Linear(kernels, in_features, rank)
+        self.up = Linear(kernels, rank, out_features)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (tokens, in) to (tokens, out)."""
+        return self.up(self.down(x)) * self.scale
+
+
+class AdaptedLinear(Linear):
+    """A linear layer with adapters, of which each token uses one or none.
+
+    `adapters` gives each one's rank and scale. Tokens that use the same one share its products, so
+    that requests with different adapters go through together.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        in_features: int,
+        out_features: int | tuple[int, ...],
+        *,
+        bias: bool = False,
+        adapters: Sequence[tuple[int, float]] = (),
+    ) -> None:
+        super().__init__(kernels, in_features, out_features, bias=bias)
+        width = sum(self.splits)
+        self.adapters = nn.ModuleList(
+            Adapter(kernels, in_features, width, rank, scale) for rank, scale in adapters
+        )
+
+    def forward(self, x: Tensor, rows: Mapping[int, Tensor] | None = None) -> Tensor:
+        """x (tokens, in) to (tokens, out); rows[i] are the tokens that use adapter i."""
+        out = super().forward(x)
+        for index, chosen in (rows or {}).items():
+            if len(chosen) == len(x):
+                return out + self.adapters[index](x)
+            out.index_add_(0, chosen, self.adapters[index](x[chosen]))
+        return out
+
+
+def adapted_linear(
+    kernels: Kernels,
+    in_features: int,
+    out_features: int | tuple[int, ...],
+    adapters: Sequence[tuple[int, float]],
+    *,
+    bias: bool = False,
+) -> Linear:
+    """A plain linear layer, or one with adapters where there are any."""
+    if not adapters:
+        return Linear(kernels, in_features, out_features, bias=bias)
+    return AdaptedLinear(kernels, in_features, out_features, bias=bias, adapters=adapters)
 
 
 class Embedding(nn.Module):

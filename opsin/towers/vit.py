@@ -57,13 +57,15 @@ class VisionLayout:
 
     `lengths` are the runs of patches that attend to each other (one a picture or frame), `windows`
     the shorter runs of windowed layers. `position_embeds` (patches, hidden) is added to the
-    patches, `angles` are rope's cos and sin, each (patches, head_dim / 2).
+    patches, `angles` are rope's cos and sin, each (patches, head_dim / 2). `bias`, for runs of one
+    length, is added to the scores of every layer: (runs, 1, 1 or length, length).
     """
 
     lengths: list[int]
     windows: list[int] = field(default_factory=list)
     position_embeds: Tensor | None = None
     angles: tuple[Tensor, Tensor] | None = None
+    bias: Tensor | None = None
 
 
 class VisionMLP(nn.Module):
@@ -135,7 +137,11 @@ class VisionAttention(nn.Module):
             self.k_norm = norm(kernels, config.qk_norm, config.hidden, config.norm_eps)
 
     def forward(
-        self, x: Tensor, lengths: list[int], angles: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        lengths: list[int],
+        angles: tuple[Tensor, Tensor] | None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """x (patches, hidden) to the same shape."""
         query, key, value = self.qkv(x).chunk(3, dim=-1)
@@ -146,7 +152,9 @@ class VisionAttention(nn.Module):
         if angles is not None:
             query = self.kernels.rope(query, *angles, self.pairs)
             key = self.kernels.rope(key, *angles, self.pairs)
-        attended = self.kernels.dense_attention(query, key, value, lengths, scale=self.scale)
+        attended = self.kernels.dense_attention(
+            query, key, value, lengths, scale=self.scale, bias=bias
+        )
         return self.out(attended.flatten(1))
 
 
@@ -178,10 +186,14 @@ class VisionLayer(nn.Module):
             self.mlp_scale = Scale(config.hidden)
 
     def forward(
-        self, x: Tensor, lengths: list[int], angles: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        lengths: list[int],
+        angles: tuple[Tensor, Tensor] | None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """x (patches, hidden) to the same shape."""
-        attended = self.attention(self.attention_norm(x), lengths, angles)
+        attended = self.attention(self.attention_norm(x), lengths, angles, bias)
         x = x + self.attention_scale(attended)
         return x + self.mlp_scale(self.mlp(self.mlp_norm(x)))
 
@@ -227,7 +239,8 @@ class VisionTransformer(nn.Module):
         x = self.pre_norm(x)
         tapped = {-1: x}
         for i, layer in enumerate(self.layers):
-            x = layer(x, windows if i in self.config.windowed else lengths, layout.angles)
+            inside = windows if i in self.config.windowed else lengths
+            x = layer(x, inside, layout.angles, layout.bias)
             if i in taps:
                 tapped[i] = x
         return self.post_norm(x), [tapped[i] for i in taps]

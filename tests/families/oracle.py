@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from .separate_sounds import separate_sounds
 from .torchvision_operators import declare
 
 TORCHVISION = declare()
@@ -60,6 +61,7 @@ class Reference:
         model.generation_config = transformers.GenerationConfig(
             pad_token_id=0, eos_token_id=None, do_sample=False, decoder_start_token_id=2
         )
+        separate_sounds(model)
         return model.eval()
 
     @cached_property
