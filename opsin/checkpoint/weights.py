@@ -7,7 +7,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from opsin.checkpoint.safetensors import StoredTensor, stored_tensors
 from opsin.errors import CheckpointError
 
-# (regular expression, replacement): all rules are applied to each name, one after another.
-Rename: TypeAlias = tuple[str, str]
+# (regular expression, replacement): all rules are applied to each name, one after another. The
+# replacement is a function where numbers in a name change.
+Rename: TypeAlias = tuple[str, str | Callable[[re.Match[str]], str]]
 
 _TARGET = re.compile(r"^(.*?)(?:\[([\d,]+)\])?(\^T\??)?$")
 
@@ -30,6 +31,13 @@ class HasParts(Protocol):
     def part(self, name: str, index: tuple[int, ...]) -> Tensor:
         """The view of parameter `name` that a checkpoint tensor named `...name[index]` fills."""
         ...
+
+
+@runtime_checkable
+class HasPrecision(Protocol):
+    """A module that says whether its parameters keep their dtype whatever the model's is."""
+
+    precise: bool
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -81,10 +89,15 @@ def renamed(name: str, rules: Iterable[Rename]) -> str:
 
 
 def allocate(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Give the parameters of a model that was built on the meta device their memory, unset."""
+    """Give the parameters of a model that was built on the meta device their memory, unset.
+
+    They take `dtype` if they are floating-point and their module does not ask for precision.
+    """
     for module in model.modules():
+        precise = isinstance(module, HasPrecision) and module.precise
         for name, parameter in list(module.named_parameters(recurse=False)):
             kind = dtype if parameter.dtype.is_floating_point else parameter.dtype
+            kind = parameter.dtype if precise else kind
             memory = torch.empty(parameter.shape, dtype=kind, device=device)
             module.register_parameter(name, nn.Parameter(memory, requires_grad=False))
 

@@ -33,6 +33,7 @@ class DeltaNet(nn.Module):
         self.conv = nn.Parameter(torch.empty(shape), requires_grad=False)
         self.step_bias = nn.Parameter(torch.empty(heads), requires_grad=False)
         self.log_decay = nn.Parameter(torch.empty(heads), requires_grad=False)
+        self.precise = True  # decays near one need more digits than bfloat16 has
         self.norm = RMSNorm(kernels, config.value_dim, eps)
         self.out = Linear(kernels, value_dim, hidden)
 
