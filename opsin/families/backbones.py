@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from opsin.checkpoint.safetensors import StoredTensor
 from opsin.checkpoint.weights import renamed
-from opsin.decoder.config import DecoderConfig
+from opsin.decoder.config import AttentionConfig, DecoderConfig
 from opsin.errors import CheckpointError
 from opsin.families.base import Family
-from opsin.families.llama_shape import llama_decoder
+from opsin.families.llama_shape import expert_config, llama_decoder, with_experts
 
 # What published configs leave out, because it is the default of the text model's own config.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -45,12 +46,28 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "max_window_layers": 28,
     },
 }
-DEFAULTS = {**DEFAULTS, "qwen3": {**DEFAULTS["qwen2"], "head_dim": 128}}
+DEFAULTS = {
+    **DEFAULTS,
+    "granite": {**DEFAULTS["llama"], "attention_multiplier": 1.0},
+    "qwen3": {**DEFAULTS["qwen2"], "head_dim": 128},
+    "qwen3_moe": {
+        **DEFAULTS["qwen2"],
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": False,
+    },
+}
 
 # Facts that no key of the text config states.
 FACTS: Mapping[str, Mapping[str, Any]] = {
     "qwen2": {"qkv_bias": True, "out_bias": False},
     "qwen3": {"qk_norm": "rms"},
+    "qwen3_moe": {"qk_norm": "rms"},
 }
 
 
@@ -67,7 +84,34 @@ def backbone(text: Mapping[str, Any], *, tied: bool) -> DecoderConfig:
             remedy="Choose a checkpoint of this family with one of those",
         )
     filled = {**DEFAULTS[kind], **text}
-    return llama_decoder(filled, tied=tied, **FACTS.get(kind, {}))
+    decoder = llama_decoder(filled, tied=tied, **FACTS.get(kind, {}))
+    if "num_experts" in filled:
+        moe = dataclasses.replace(expert_config(filled), normalise=filled["norm_topk_prob"])
+        decoder = with_experts(decoder, moe, expert_layers(filled))
+    if "attention_multiplier" in filled:
+        decoder = multiplied(decoder, filled)
+    return decoder
+
+
+def expert_layers(text: Mapping[str, Any]) -> set[int]:
+    """The layers of a Qwen text config that have experts."""
+    step, dense = text.get("decoder_sparse_step", 1), text.get("mlp_only_layers") or ()
+    return {i for i in range(text["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0}
+
+
+def multiplied(decoder: DecoderConfig, text: Mapping[str, Any]) -> DecoderConfig:
+    """A decoder with Granite's factors, but the last: models with a tower leave the logits be."""
+    layers = []
+    for layer in decoder.layers:
+        assert isinstance(layer.attention, AttentionConfig)
+        attention = dataclasses.replace(layer.attention, scale=text["attention_multiplier"])
+        factor = float(text.get("residual_multiplier", 1.0))
+        layers.append(dataclasses.replace(layer, attention=attention, residual_scale=factor))
+    return dataclasses.replace(
+        decoder,
+        layers=tuple(layers),
+        embedding_scale=float(text.get("embedding_multiplier", 1.0)),
+    )
 
 
 class BackboneFamily(Family):
@@ -78,7 +122,7 @@ class BackboneFamily(Family):
     """
 
     tied_default: ClassVar[bool] = False
-    stores_head = False
+    stores_head: bool | None = None
 
     def inspect(self, tensors: Sequence[StoredTensor]) -> None:
         names = (renamed(tensor.name, self.rename) for tensor in tensors)
@@ -89,7 +133,14 @@ class BackboneFamily(Family):
         outer = self.config.get("tie_word_embeddings")
         inner = self.text_config.get("tie_word_embeddings")
         stated = [bool(value) for value in (outer, inner) if value is not None]
+        if not stated and self.stores_head is not None:
+            return not self.stores_head
         return (any(stated) if stated else self.tied_default) and not self.stores_head
 
     def decoder(self) -> DecoderConfig:
         return backbone(self.text_config, tied=self.tied())
+
+    @property
+    def media_scale(self) -> float:
+        """The factor on a medium's embeddings, where the decoder scales whatever comes in."""
+        return float(self.text_config.get("embedding_multiplier", 1.0))

@@ -15,7 +15,7 @@ from opsin.errors import InputError
 from opsin.families.backbones import BackboneFamily
 from opsin.families.base import Encoded, MediaInput
 from opsin.families.clip_shape import later_layers, layer_counts, one_side, tile_features
-from opsin.families.llama_shape import ACTIVATIONS, LLAMA_RENAME
+from opsin.families.llama_shape import ACTIVATIONS, EXPERT_RENAME, LLAMA_RENAME
 from opsin.kernels import Kernels
 from opsin.media.sampling import Chooser, Video, VideoInfo
 from opsin.towers import pixels
@@ -59,6 +59,7 @@ class InternVL(BackboneFamily):
         (r"^(model\.)?multi_modal_projector\.layer_norm\.", "towers.projector.norm."),
         (r"^(model\.)?multi_modal_projector\.linear_1\.", "towers.projector.up."),
         (r"^(model\.)?multi_modal_projector\.linear_2\.", "towers.projector.down."),
+        *EXPERT_RENAME,
         *LLAMA_RENAME,
     )
 

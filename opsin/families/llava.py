@@ -107,7 +107,7 @@ class Llava(BackboneFamily):
 
     def encode(self, towers: nn.ModuleDict, items: Sequence[MediaInput]) -> list[Encoded]:
         tiles = torch.cat([item.features["pixel_values"] for item in items])
-        return [Encoded(embeds) for embeds in self.project(towers, tiles)]
+        return [Encoded(embeds * self.media_scale) for embeds in self.project(towers, tiles)]
 
 
 FAMILY = Llava

@@ -82,7 +82,8 @@ class LlavaNext(Llava):
             picture = torch.stack(parts).view(grid_rows, grid_columns, across, across, -1)
             picture = picture.transpose(1, 2).reshape(rows, columns, -1)
             kept = picture[top : rows - top, left : columns - left]
-            encoded.append(Encoded(torch.cat((base, towers["newline"](kept).flatten(0, 1)))))
+            embeds = torch.cat((base, towers["newline"](kept).flatten(0, 1)))
+            encoded.append(Encoded(embeds * self.media_scale))
         return encoded
 
 

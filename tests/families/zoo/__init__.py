@@ -15,6 +15,7 @@ from . import (
     phi,
     qwen,
     qwen_more,
+    vlm_backbones,
     vlm_more,
     voxtral,
 )
@@ -25,6 +26,7 @@ CASES: tuple[Case, ...] = (
     *llava.CASES,
     *qwen_more.CASES,
     *vlm_more.CASES,
+    *vlm_backbones.CASES,
     *gemma.CASES,
     *gemma_more.CASES,
     *llama.CASES,
