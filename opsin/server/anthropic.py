@@ -63,13 +63,15 @@ class CountBody(SamplingFields, PromptFields):
 
 
 class MessageBody(CountBody):
-    """The body of a message request; metadata and service_tier change no answer."""
+    """The body of a message request; metadata, service_tier and ids change no answer."""
 
     max_tokens: Count
     stop_sequences: Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     metadata: JsonObject | None = None
     service_tier: str | None = None
+    user_profile_id: str | None = None
+    workspace_id: str | None = None
 
 
 def parse(body: bytes, bounds: Bounds) -> Request:

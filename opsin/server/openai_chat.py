@@ -41,7 +41,9 @@ class StreamOptions(Body):
 
 
 class HarmlessFields(Body):
-    """Fields that clients send for their vendor's own book-keeping; they change no answer."""
+    """Fields that clients send for their vendor's own book-keeping, and hints that only models
+    trained for them heed; they change no answer.
+    """
 
     user: str | None = None
     metadata: JsonObject | None = None
@@ -50,6 +52,8 @@ class HarmlessFields(Body):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    prompt_cache_options: JsonObject | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
 
 
 class ChatBody(SamplingFields, PromptFields, FormFields, HarmlessFields):
