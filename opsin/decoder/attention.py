@@ -28,6 +28,7 @@ class StepContext:
     source: SourceStep | None = None
     expert_groups: Tensor | None = None
     adapters: Mapping[int, Tensor] | None = None
+    layer_inputs: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -97,10 +98,10 @@ class Attention(nn.Module):
         return self.out(attended, context.adapters) if self.adapted else self.out(attended)
 
 
-def tempered(positions: Tensor, every: float, weight: float) -> Tensor:
+def tempered(positions: Tensor, every: float, weight: float, first: float) -> Tensor:
     """The factor on the queries at positions (tokens,): see `AttentionConfig.temperature`.
 
     Returns (tokens, 1, 1), float32.
     """
-    steps = torch.floor((positions.float() + 1.0) / every)
+    steps = torch.floor((positions.float() + first) / every)
     return (torch.log1p(steps) * weight + 1.0)[:, None, None]

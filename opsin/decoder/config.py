@@ -19,8 +19,8 @@ class AttentionConfig:
     key, before rope or (`qk_norm_last`) after it. `soft_cap` caps the scores. `output_gate`
     multiplies each head's result by the sigmoid of a gate that is projected beside its query.
     `chunk` lets a token see only the keys of its own run of so many positions. `temperature`
-    (every, weight) multiplies the query at position p by 1 + weight * ln(1 + floor((p + 1) /
-    every)) (arXiv:2501.19399).
+    (every, weight, first) multiplies the query at position p by 1 + weight * ln(1 + floor((p +
+    first) / every)) (arXiv:2501.19399).
     """
 
     heads: int
@@ -36,7 +36,22 @@ class AttentionConfig:
     output_gate: bool = False
     qk_norm_last: bool = False
     chunk: int | None = None
-    temperature: tuple[float, float] | None = None
+    temperature: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SharedAttentionConfig(AttentionConfig):
+    """Softmax attention whose keys and values may come from elsewhere.
+
+    `shared_from` is the layer whose cached keys and values are read, in place of own ones;
+    `values_are_keys` takes the projected keys, before their norm, for values. Values are normalised
+    without a weight. With `causal_only`, runs that are seen in both directions elsewhere are not
+    here.
+    """
+
+    shared_from: int | None = None
+    values_are_keys: bool = False
+    causal_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +162,33 @@ class LayerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class EnrichedLayerConfig(LayerConfig):
+    """A layer that also takes a token's own input for it, scales its result, or runs experts beside
+    its feed-forward block.
+
+    `input_dim` is the width of a token's input for the layer, 0 for none; `scaled` multiplies what
+    the layer returns by a learned number. `experts` read the stream through a norm of their own,
+    are chosen by the stream, and are added to the block after both have been normalised.
+    """
+
+    input_dim: int = 0
+    scaled: bool = False
+    experts: MoEConfig | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInputsConfig:
+    """Inputs of every layer for every token: from a table of their own and from its embedding.
+
+    The table has `rows` rows of `dim` features a layer; the tokens `media_ids` look up row 0.
+    """
+
+    rows: int
+    dim: int
+    media_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderConfig:
     """A whole decoder: embedding, layers, final norm and output head.
 
@@ -168,6 +210,7 @@ class DecoderConfig:
     extra_embeddings: int = 0
     spans_pass_windows: bool = False
     adapters: tuple[tuple[int, float], ...] = ()
+    layer_inputs: LayerInputsConfig | None = None
 
     @property
     def rope_configs(self) -> set[RopeConfig]:

@@ -49,6 +49,15 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 DEFAULTS = {
     **DEFAULTS,
     "granite": {**DEFAULTS["llama"], "attention_multiplier": 1.0},
+    "ministral3": {
+        **DEFAULTS["mistral"],
+        "vocab_size": 131072,
+        "num_hidden_layers": 34,
+        "head_dim": 128,
+        "max_position_embeddings": 262144,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": None,
+    },
     "qwen3": {**DEFAULTS["qwen2"], "head_dim": 128},
     "qwen3_moe": {
         **DEFAULTS["qwen2"],
@@ -90,6 +99,10 @@ def backbone(text: Mapping[str, Any], *, tied: bool) -> DecoderConfig:
         decoder = with_experts(decoder, moe, expert_layers(filled))
     if "attention_multiplier" in filled:
         decoder = multiplied(decoder, filled)
+    beta = (filled.get("rope_parameters") or {}).get("llama_4_scaling_beta")
+    if beta:
+        every = float(filled["rope_parameters"]["original_max_position_embeddings"])
+        decoder = with_attention(decoder, temperature=(every, float(beta), 0.0))
     return decoder
 
 
@@ -99,17 +112,23 @@ def expert_layers(text: Mapping[str, Any]) -> set[int]:
     return {i for i in range(text["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0}
 
 
-def multiplied(decoder: DecoderConfig, text: Mapping[str, Any]) -> DecoderConfig:
-    """A decoder with Granite's factors, but the last: models with a tower leave the logits be."""
+def with_attention(decoder: DecoderConfig, **changes: Any) -> DecoderConfig:
+    """A decoder with some facts about its attention changed."""
     layers = []
     for layer in decoder.layers:
         assert isinstance(layer.attention, AttentionConfig)
-        attention = dataclasses.replace(layer.attention, scale=text["attention_multiplier"])
-        factor = float(text.get("residual_multiplier", 1.0))
-        layers.append(dataclasses.replace(layer, attention=attention, residual_scale=factor))
+        attention = dataclasses.replace(layer.attention, **changes)
+        layers.append(dataclasses.replace(layer, attention=attention))
+    return dataclasses.replace(decoder, layers=tuple(layers))
+
+
+def multiplied(decoder: DecoderConfig, text: Mapping[str, Any]) -> DecoderConfig:
+    """A decoder with Granite's factors, but the last: models with a tower leave the logits be."""
+    factor = float(text.get("residual_multiplier", 1.0))
+    decoder = with_attention(decoder, scale=float(text["attention_multiplier"]))
     return dataclasses.replace(
         decoder,
-        layers=tuple(layers),
+        layers=tuple(dataclasses.replace(layer, residual_scale=factor) for layer in decoder.layers),
         embedding_scale=float(text.get("embedding_multiplier", 1.0)),
     )
 

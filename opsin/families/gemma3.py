@@ -26,9 +26,9 @@ from opsin.families.clip_shape import (
 )
 from opsin.families.gemma_shape import GEMMA_RENAME, gemma_decoder
 from opsin.kernels import Kernels
+from opsin.nn.linear import Linear
 from opsin.nn.norm import RMSNorm
 from opsin.towers import pixels
-from opsin.towers.projectors import TransposedLinear
 from opsin.towers.vit import VisionTransformer, grid_coordinates, vision_of
 
 PAN_AND_SCAN: Mapping[str, Any] = {
@@ -54,7 +54,7 @@ class Gemma3(BackboneFamily):
         (r"^(model\.)?multi_modal_projector\.mm_soft_emb_norm\.", "towers.norm."),
         (
             r"^(model\.)?multi_modal_projector\.mm_input_projection_weight$",
-            "towers.projector.weight[0]",
+            "towers.projector.weight^T",
         ),
         *GEMMA_RENAME,
     )
@@ -82,7 +82,7 @@ class Gemma3(BackboneFamily):
             {
                 "vision": VisionTransformer(kernels, vit),
                 "norm": RMSNorm(kernels, vit.hidden, vit.norm_eps, unit_offset=True),
-                "projector": TransposedLinear(kernels, vit.hidden, self.decoder().hidden),
+                "projector": Linear(kernels, vit.hidden, self.decoder().hidden),
             }
         )
 

@@ -107,7 +107,7 @@ class Llama4(Family):
         if not roped:
             every, weight = text.get("floor_scale", 8192), text.get("attn_scale", 0.1)
             tuned = text.get("attn_temperature_tuning", True)
-            temperature = (float(every), float(weight)) if tuned else None
+            temperature = (float(every), float(weight), 1.0) if tuned else None
             return dataclasses.replace(attention, rope=None, chunk=chunk, temperature=temperature)
         return dataclasses.replace(
             attention,

@@ -69,14 +69,6 @@ class GatedProjector(nn.Module):
         return self.down(self.kernels.gated(self.gate_up(x), self.activation))
 
 
-class TransposedLinear(Linear):
-    """A linear layer whose checkpoint stores the matrix as (in, out)."""
-
-    def part(self, name: str, index: tuple[int, ...]) -> Tensor:
-        """The whole parameter, turned."""
-        return super().part(name, index).T
-
-
 class LearnedVector(nn.Module):
     """One learned embedding, such as the one that ends a row of patches."""
 

@@ -78,4 +78,29 @@ def _qwen3_moe() -> Case:
     )
 
 
-CASES: tuple[Case, ...] = (_granite(), _qwen3_moe())
+def _ministral3() -> Case:
+    return _with_text(
+        _case("mistral3-untied"),
+        "ministral3",
+        text={
+            "model_type": "ministral3",
+            "rope_theta": None,
+            "rope_parameters": {
+                "type": "yarn",
+                "rope_type": "yarn",
+                "rope_theta": 1000000.0,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16,
+                "max_position_embeddings": 16384,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+        seed=44,
+    )
+
+
+CASES: tuple[Case, ...] = (_granite(), _qwen3_moe(), _ministral3())
