@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .seeds import SEEDS
 from .tiny_tokenizer import TokenizerFiles
 
 if TYPE_CHECKING:
@@ -28,7 +29,12 @@ class Case:
     how many a request may hold, up to three; `large` is the size of a picture that the family cuts
     up, where the usual ones are too small for it. A greedy answer holds `distinct` tokens at least.
     Without the packages in `needs` the reference cannot run. `encode` makes the reference's inputs
-    (from folder, messages, sounds) where Transformers' own processor cannot.
+    (from folder, messages, sounds) where Transformers' own processor cannot. `quiet` are tokens
+    that the model must not say, because the reference then looks for media.
+
+    Where the authors' layout is one that Transformers does not read, `publish` makes Opsin's folder
+    from the reference's, `served_type` is its model_type, and `merge` makes the reference's folder
+    with an adapter (by name) in its weights.
     """
 
     family: str
@@ -46,7 +52,12 @@ class Case:
     repack: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
     gains: Sequence[tuple[str, float]] = ()
     encode: Callable[..., dict[str, Any]] | None = None
-    seed: int = 0
+    quiet: Sequence[int] = ()
+    publish: Callable[[Path, Path], None] | None = None
+    merge: Callable[[Path, str, Path], None] | None = None
+    served_type: str | None = None
+    seed_of: str | None = None
+    seed: int | None = None
     images: int = 3
     text_only: bool = True
     two_turns: bool = True
@@ -104,7 +115,11 @@ def _write_weights(case: Case, folder: Path) -> None:
 
     config = transformers.AutoConfig.from_pretrained(folder)
     model = getattr(transformers, case.model_class)._from_config(config, dtype=torch.float32)
-    randomise(model, case.seed, case.gains)
+    seed = SEEDS.get(case.seed_of or case.name, 0) if case.seed is None else case.seed
+    randomise(model, seed, case.gains)
+    if case.quiet:
+        with torch.no_grad():
+            model.get_output_embeddings().weight[list(case.quiet)] = 0
     model.save_pretrained(folder)
     if not case.rename and case.repack is None:
         return
@@ -121,10 +136,11 @@ def _write_weights(case: Case, folder: Path) -> None:
     save_file(renamed, path, metadata={"format": "pt"})
 
 
-NORM = re.compile(r"(norm|ln_|layernorm|layrnorm|ln\d|_ln)[^.]*\.weight$", re.IGNORECASE)
-
 ATTENTION = re.compile(r"(q_proj|k_proj|qkv|qkv_proj|wq|wk|query|key)\.weight$")
 TOKEN_TABLE = re.compile(r"(embed_tokens|word_embeddings|wte|shared)\.weight$")
+NORM = re.compile(r"(norm|ln_|layernorm|layrnorm|ln\d|_ln)[^.]*\.weight$", re.IGNORECASE)
+LAYER_SCALE = re.compile(r"(lambda_\d|layer_scale\w*|gamma|ls\d)$")
+TABLE = re.compile(r"embed|pos|class|token|quer|latent|newline|separator|extensor")
 
 
 @torch.no_grad()
@@ -138,6 +154,11 @@ def randomise(model: PreTrainedModel, seed: int, gains: Sequence[tuple[str, floa
     settings = model.config.to_dict()
     inner = settings.get("text_config") or {}
     tied = settings.get("tie_word_embeddings", inner.get("tie_word_embeddings", False))
+    matrices = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, (torch.nn.Linear, torch.nn.modules.conv._ConvNd))
+    }
     done: set[int] = set()
     for name, parameter in model.named_parameters():
         if id(parameter) in done:
@@ -148,12 +169,14 @@ def randomise(model: PreTrainedModel, seed: int, gains: Sequence[tuple[str, floa
         if NORM.search(name) and parameter.ndim == 1:
             start = 0.0 if bool((parameter == 0).all()) else 1.0
             parameter.copy_(start + 0.2 * gain * noise)
+        elif LAYER_SCALE.search(name):
+            parameter.copy_(0.7 + 0.2 * gain * noise)
         elif parameter.ndim < 2:
             parameter.copy_(0.1 * gain * noise)
         elif TOKEN_TABLE.search(name):
             # Small beside what the layers add, or a tied model would only echo its last token.
             parameter.copy_((0.12 if tied else 0.3) * gain * noise)
-        elif "embed" in name or "position" in name or "pos_emb" in name:
+        elif id(parameter) not in matrices and TABLE.search(name) and "experts" not in name:
             parameter.copy_(0.5 * gain * noise)
         else:
             experts = parameter.ndim == 3 and "experts" in name

@@ -26,6 +26,7 @@ class Lab:
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     logits: dict[str, torch.Tensor] = field(default_factory=dict)
     greedy: dict[str, list[int]] = field(default_factory=dict)
+    merged: dict[str, Reference] = field(default_factory=dict)
 
     @cached_property
     def reference(self) -> Reference:
@@ -33,9 +34,29 @@ class Lab:
         return Reference(self.folder, self.case.encode)
 
     @cached_property
+    def published(self) -> Path:
+        """The folder that Opsin reads: the same, or its authors' form of it."""
+        if self.case.publish is None:
+            return self.folder
+        target = self.folder / "published"
+        self.case.publish(self.folder, target)
+        return target
+
+    def reference_for(self, scene: Scene) -> Reference:
+        """The reference with the adapter that the scene's media call for."""
+        adapter = "vision" if scene.images else "speech" if scene.audio else None
+        if self.case.merge is None or adapter is None:
+            return self.reference
+        if adapter not in self.merged:
+            target = self.folder / adapter
+            self.case.merge(self.folder, adapter, target)
+            self.merged[adapter] = Reference(target, self.case.encode)
+        return self.merged[adapter]
+
+    @cached_property
     def ours(self) -> Ours:
         """The folder as Opsin loads it."""
-        return Ours(self.case, self.folder)
+        return Ours(self.case, self.published)
 
     @cached_property
     def scenes(self) -> dict[str, Scene]:
@@ -57,13 +78,15 @@ class Lab:
     def reference_logits(self, name: str) -> torch.Tensor:
         """The reference's logits of a whole scene.  # (tokens, vocab)"""
         if name not in self.logits:
-            self.logits[name] = self.reference.logits(self.reference_inputs(name))
+            reference = self.reference_for(self.scenes[name])
+            self.logits[name] = reference.logits(self.reference_inputs(name))
         return self.logits[name]
 
     def reference_greedy(self, name: str) -> list[int]:
         """The reference's next 64 tokens."""
         if name not in self.greedy:
-            self.greedy[name] = self.reference.greedy(self.reference_inputs(name))
+            reference = self.reference_for(self.scenes[name])
+            self.greedy[name] = reference.greedy(self.reference_inputs(name))
         return self.greedy[name]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ def authors_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str | None, Path]]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, Path]:
     """The checkpoint as its authors write it, under None, and with each adapter merged."""
     from safetensors.torch import load_file, save_file
 
@@ -99,7 +98,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str | Non
             (folder / "config.json").write_text(json.dumps(config))
         save_file(weights, path, metadata={"format": "pt"})
         made[name] = folder
-    yield made
+    return made
 
 
 @pytest.fixture(scope="module")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from ..checkpoints import Case
 from . import (
+    authors,
     deepseek,
     ernie,
     florence,
     gemma,
+    gemma3n,
     gemma_more,
     idefics,
     llama,
     llava,
     phi,
+    phi_adapters,
     qwen,
     qwen_more,
     vlm_backbones,
@@ -29,10 +32,13 @@ CASES: tuple[Case, ...] = (
     *vlm_backbones.CASES,
     *gemma.CASES,
     *gemma_more.CASES,
+    *gemma3n.CASES,
     *llama.CASES,
     *deepseek.CASES,
     *ernie.CASES,
     *phi.CASES,
     *florence.CASES,
     *voxtral.CASES,
+    *authors.CASES,
+    *phi_adapters.CASES,
 )

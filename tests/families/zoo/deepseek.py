@@ -130,13 +130,12 @@ def _deepseek_vl() -> tuple[Case, Case]:
 
     narrow = {"image_size": 60, "patch_size": 10, "num_hidden_layers": 3}
     return (
-        case("untied", 16, config=config(False, {}, {}), seed=60),
+        case("untied", 16, config=config(False, {}, {})),
         case(
             "tied",
             36,
             config=config(True, {"num_key_value_heads": 2, "hidden_size": 40}, narrow),
             manner="saved",
-            seed=61,
         ),
     )
 
@@ -197,13 +196,12 @@ def _deepseek_vl_hybrid() -> tuple[Case, Case]:
 
     other = {"image_size": 80, "patch_size": 8, "global_attn_indexes": [2], "window_size": 4}
     return (
-        case("untied", 96, config=config(False, {}, {}), seed=62),
+        case("untied", 96, config=config(False, {}, {})),
         case(
             "tied",
             80,
             config=config(True, {"hidden_size": 40, "num_key_value_heads": 2}, other),
             manner="saved",
-            seed=63,
         ),
     )
 
@@ -287,13 +285,12 @@ def _janus() -> tuple[Case, Case]:
         "patch_size": 10,
     }
     return (
-        case("untied", 16, config=config(False, {}, {}), seed=64),
+        case("untied", 16, config=config(False, {}, {})),
         case(
             "tied",
             25,
             config=config(True, {"hidden_size": 40, "num_key_value_heads": 2}, second),
             manner="saved",
-            seed=65,
         ),
     )
 
@@ -415,12 +412,11 @@ def _deepseek_ocr2() -> tuple[Case, Case]:
 
     grouped = {"num_key_value_heads": 2, "n_shared_experts": 1, "num_experts_per_tok": 3}
     return (
-        case("published", config=config({}, {}), seed=66),
+        case("published", config=config({}, {})),
         case(
             "grouped",
             config=config(grouped, {"hidden_size": 24, "num_key_value_heads": 1}),
             manner="saved",
-            seed=67,
         ),
     )
 

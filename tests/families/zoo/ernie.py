@@ -135,13 +135,12 @@ def _ernie() -> tuple[Case, Case]:
         "use_bias": True,
     }
     return (
-        case("tied", 14, config=config(True, {}, {}), seed=70),
+        case("tied", 14, config=config(True, {}, {})),
         case(
             "untied_bias",
             10,
             config=config(False, wide, {"depth": 3, "patch_size": 10}),
             manner="saved",
-            seed=71,
         ),
     )
 

@@ -150,14 +150,13 @@ def _florence2() -> tuple[Case, Case]:
         "scale_embedding": True,
     }
     return (
-        case("base", 96, 10, config=config({}, {}), seed=82),
+        case("base", 96, 10, config=config({}, {})),
         case(
             "large",
             128,
             17,
             config=config(large, {"depths": [1, 1, 1, 1], "qkv_bias": False, "window_size": 5}),
             manner="saved",
-            seed=83,
         ),
     )
 

@@ -155,7 +155,6 @@ def _gemma3() -> tuple[Case, Case]:
                 (r"^model\.language_model\.", "language_model.model."),
             ),
             gains=((r"embed_tokens", 0.2),),
-            seed=100,
         ),
         Case(
             "gemma3",
@@ -179,7 +178,6 @@ def _gemma3() -> tuple[Case, Case]:
                 "pan_and_scan_min_crop_size": 24,
                 "pan_and_scan_min_ratio_to_activate": 1.2,
             },
-            seed=41,
         ),
     )
 
@@ -291,7 +289,6 @@ def _paligemma() -> tuple[Case, Case]:
             text_only=False,
             two_turns=False,
             gains=((r"embed_tokens", 0.2),),
-            seed=42,
         ),
         Case(
             "paligemma",
@@ -305,7 +302,6 @@ def _paligemma() -> tuple[Case, Case]:
             text_only=False,
             two_turns=False,
             gains=((r"embed_tokens", 0.2),),
-            seed=43,
         ),
     )
 

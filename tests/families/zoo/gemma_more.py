@@ -194,7 +194,6 @@ def _gemma4() -> tuple[Case, Case]:
             generation=generation,
             gains=gains,
             audio=True,
-            seed=72,
         ),
         Case(
             "gemma4",
@@ -207,7 +206,6 @@ def _gemma4() -> tuple[Case, Case]:
             generation=generation,
             gains=gains,
             manner="saved",
-            seed=73,
         ),
     )
 

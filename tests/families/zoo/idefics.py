@@ -173,7 +173,6 @@ def _idefics3() -> tuple[Case, Case]:
                 },
             },
             _generation(LLAMA3, "<|begin_of_text|>"),
-            seed=6,
         ),
         Case(
             "idefics3",
@@ -193,7 +192,6 @@ def _idefics3() -> tuple[Case, Case]:
                 },
             },
             _generation(SMOL, "<|im_start|>"),
-            seed=100,
         ),
     )
 
@@ -257,7 +255,6 @@ def _smolvlm() -> tuple[Case, Case]:
                 },
             },
             generation=_generation(SMOL, "<|im_start|>"),
-            seed=100,
         ),
         Case(
             "smolvlm",
@@ -278,7 +275,6 @@ def _smolvlm() -> tuple[Case, Case]:
             },
             generation=_generation(SMOL, "<|im_start|>"),
             manner="saved",
-            seed=9,
         ),
     )
 

@@ -147,7 +147,6 @@ def _mllama() -> tuple[Case, Case]:
             {"preprocessor_config.json": preprocessor(28)},
             generation,
             gains=gains,
-            seed=50,
         ),
         Case(
             "mllama",
@@ -160,7 +159,6 @@ def _mllama() -> tuple[Case, Case]:
             generation=generation,
             manner="saved",
             gains=gains,
-            seed=51,
         ),
     )
 
@@ -325,7 +323,6 @@ def _llama4() -> tuple[Case, Case]:
             },
             generation,
             needs=("torchvision",),
-            seed=52,
         ),
         Case(
             "llama4",
@@ -341,7 +338,6 @@ def _llama4() -> tuple[Case, Case]:
             generation=generation,
             manner="saved",
             needs=("torchvision",),
-            seed=53,
         ),
     )
 

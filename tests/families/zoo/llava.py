@@ -157,7 +157,6 @@ def _llava() -> tuple[Case, Case]:
                 (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
                 (r"^vision_tower\.", "vision_tower.vision_model."),
             ),
-            seed=10,
         ),
         Case(
             "llava",
@@ -191,7 +190,6 @@ def _llava() -> tuple[Case, Case]:
             generation=GENERATION,
             manner="saved",
             rename=NEW_NAMES,
-            seed=100,
         ),
     )
 

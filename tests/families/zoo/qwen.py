@@ -162,7 +162,6 @@ def _qwen2_vl() -> tuple[Case, Case]:
             "chat_template.json",
             {"preprocessor_config.json": preprocessor("Qwen2VLImageProcessor", 14, 3136, 12544)},
             GENERATION,
-            seed=100,
         ),
         Case(
             "qwen2_vl",
@@ -176,7 +175,6 @@ def _qwen2_vl() -> tuple[Case, Case]:
             },
             generation=GENERATION,
             manner="saved",
-            seed=1,
         ),
     )
 
@@ -244,7 +242,6 @@ def _qwen2_5_vl() -> tuple[Case, Case]:
             "chat_template.json",
             {"preprocessor_config.json": preprocessor("Qwen2VLImageProcessor", 14, 3136, 15680)},
             GENERATION,
-            seed=2,
         ),
         Case(
             "qwen2_5_vl",
@@ -268,7 +265,6 @@ def _qwen2_5_vl() -> tuple[Case, Case]:
             generation=GENERATION,
             manner="saved",
             rename=NEW_NAMES,
-            seed=3,
         ),
     )
 
@@ -392,7 +388,6 @@ def _qwen3_vl() -> tuple[Case, Case]:
             "chat_template.json",
             {"preprocessor_config.json": qwen3_preprocessor(16384)},
             GENERATION,
-            seed=102,
         ),
         Case(
             "qwen3_vl",
@@ -404,7 +399,6 @@ def _qwen3_vl() -> tuple[Case, Case]:
             files={"preprocessor_config.json": qwen3_preprocessor(12288)},
             generation=GENERATION,
             manner="saved",
-            seed=5,
         ),
     )
 

@@ -85,7 +85,6 @@ def _llava_next() -> tuple[Case, Case]:
             },
             LLAVA_GENERATION,
             rename=LLAVA_OLD_NAMES,
-            seed=30,
         ),
         Case(
             "llava_next",
@@ -101,7 +100,6 @@ def _llava_next() -> tuple[Case, Case]:
             generation=LLAVA_GENERATION,
             manner="saved",
             rename=(*NEW_NAMES, (r"^image_newline", "model.image_newline")),
-            seed=31,
         ),
     )
 
@@ -259,7 +257,6 @@ def _mistral3() -> tuple[Case, Case]:
                 "processor_config.json": _pixtral_processor(14, 2),
             },
             generation=MISTRAL_GENERATION,
-            seed=32,
         ),
         Case(
             "mistral3",
@@ -276,7 +273,6 @@ def _mistral3() -> tuple[Case, Case]:
             MISTRAL_GENERATION,
             manner="saved",
             rename=NEW_NAMES,
-            seed=33,
         ),
     )
 
@@ -317,7 +313,6 @@ def _pixtral() -> tuple[Case, Case]:
                 "processor_config.json": _pixtral_processor(14, None),
             },
             MISTRAL_GENERATION,
-            seed=34,
         ),
         Case(
             "pixtral",
@@ -332,7 +327,6 @@ def _pixtral() -> tuple[Case, Case]:
             },
             generation=MISTRAL_GENERATION,
             manner="saved",
-            seed=35,
         ),
     )
 
@@ -441,7 +435,6 @@ def _idefics2() -> tuple[Case, Case]:
                 },
             },
             generation,
-            seed=36,
         ),
         Case(
             "idefics2",
@@ -459,7 +452,6 @@ def _idefics2() -> tuple[Case, Case]:
             },
             generation=generation,
             manner="saved",
-            seed=37,
         ),
     )
 
@@ -616,7 +608,6 @@ def _internvl() -> tuple[Case, Case]:
                 },
             },
             generation=generation,
-            seed=100,
         ),
         Case(
             "internvl",
@@ -636,7 +627,6 @@ def _internvl() -> tuple[Case, Case]:
             generation,
             manner="saved",
             rename=NEW_NAMES,
-            seed=100,
         ),
     )
 
