@@ -88,36 +88,29 @@ def renamed(name: str, rules: Iterable[Rename]) -> str:
     return name
 
 
-def allocate(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Give the parameters of a model that was built on the meta device their memory, unset.
-
-    They take `dtype` if they are floating-point and their module does not ask for precision.
-    """
-    for module in model.modules():
-        precise = isinstance(module, HasPrecision) and module.precise
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            kind = dtype if parameter.dtype.is_floating_point else parameter.dtype
-            kind = parameter.dtype if precise else kind
-            memory = torch.empty(parameter.shape, dtype=kind, device=device)
-            module.register_parameter(name, nn.Parameter(memory, requires_grad=False))
-
-
 def assign(
     model: nn.Module,
     tensors: Iterable[StoredTensor],
     rules: Sequence[Rename],
     ignored: Sequence[str] = (),
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_filled: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Read every tensor into the parameter that its renamed name stands for.
 
+    The model's parameters are on the meta device and get their memory when their first tensor
+    comes: in `dtype`, if they are floating-point and their module does not ask for precision, on
+    `device`. `on_filled` is called with each module once its own parameters are all filled; it may
+    put something smaller in their place. Memory never holds more than the model and one tensor.
+
     A target may end in an index, `qkv.weight[1]`, which names a part of a fused parameter, and in
     `^T` if the checkpoint stores it with its last two axes swapped (`^T?`: if its shape says so).
-    Memory never holds more than the model and one tensor. Raises CheckpointError unless every
-    tensor is used (or matches a pattern of `ignored`) and every parameter is filled, whole and
-    once.
+    Raises CheckpointError unless every tensor is used (or matches a pattern of `ignored`) and every
+    parameter is filled, whole and once.
     """
-    parameters = dict(model.named_parameters())
-    filled = dict.fromkeys(parameters, 0)
+    missing = {name: parameter.numel() for name, parameter in model.named_parameters()}
     unused: list[tuple[str, str]] = []
     for tensor in tensors:
         if any(re.search(pattern, tensor.name) for pattern in ignored):
@@ -126,27 +119,39 @@ def assign(
         match = _TARGET.match(target)
         assert match is not None
         base, index, transposed = match.groups()
-        if base not in parameters:
+        if base not in missing:
             unused.append((tensor.name, target))
             continue
-        out = parameters[base].data
+        owner_name, _, name = base.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        out = _memory(owner, name, dtype, device)
         if index:
-            out = _part(model, base, tuple(map(int, index.split(","))))
+            assert isinstance(owner, HasParts), f"{owner_name} has no parts to fill"
+            out = owner.part(name, tuple(map(int, index.split(","))))
         if transposed == "^T" or (transposed and tensor.shape != tuple(out.shape)):
             out = out.mT
         _check_shape(tensor, target, out)
         tensor.read_into(out)
-        filled[base] += out.numel()
-    missing = [name for name, count in filled.items() if count != parameters[name].numel()]
-    if unused or missing:
-        raise _mismatch(unused, missing)
+        missing[base] -= out.numel()
+        if on_filled is not None and missing[base] == 0:
+            own = [f"{owner_name}.{name}" for name, _ in owner.named_parameters(recurse=False)]
+            if not any(missing[name] for name in own):
+                on_filled(owner)
+    unfilled = [name for name, count in missing.items() if count]
+    if unused or unfilled:
+        raise _mismatch(unused, unfilled)
 
 
-def _part(model: nn.Module, base: str, index: tuple[int, ...]) -> Tensor:
-    owner_name, _, name = base.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    assert isinstance(owner, HasParts), f"{owner_name} has no parts to fill"
-    return owner.part(name, index)
+def _memory(owner: nn.Module, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A parameter's memory, made now if it has none yet."""
+    parameter = owner.get_parameter(name)
+    if parameter.is_meta:
+        precise = isinstance(owner, HasPrecision) and owner.precise
+        kind = dtype if parameter.dtype.is_floating_point and not precise else parameter.dtype
+        memory = torch.empty(parameter.shape, dtype=kind, device=device)
+        parameter = nn.Parameter(memory, requires_grad=False)
+        owner.register_parameter(name, parameter)
+    return parameter.data
 
 
 def _check_shape(tensor: StoredTensor, target: str, out: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +15,19 @@ from opsin.decoder.config import (
     CrossAttentionConfig,
     DecoderConfig,
     DeltaNetConfig,
+    EnrichedLayerConfig,
     GroupedMoEConfig,
     LayerConfig,
+    LayerInputsConfig,
     MLPConfig,
     MoEConfig,
+    SharedAttentionConfig,
 )
 from opsin.decoder.cross_attention import CrossLayer
 from opsin.decoder.delta_net import DeltaNet
 from opsin.decoder.mlp import GatedMLP
 from opsin.decoder.moe import GroupedExperts, MixtureOfExperts
+from opsin.decoder.shared_attention import SharedAttention
 from opsin.decoder.source import SourceStep
 from opsin.kernels import AttentionBatch, Kernels
 from opsin.nn.linear import Embedding, Linear
@@ -39,7 +44,8 @@ class Step:
     stream after layer i. `logit_rows` (n,) are the rows whose logits are wanted. `source` is what
     cross-attention layers read. `expert_groups` (tokens,) sends each token to a group of experts
     where a decoder has several; None is group 0 for all. adapters[i] (n,) are the rows that use
-    adapter i, None where no row uses any.
+    adapter i, None where no row uses any. `token_ids` (tokens,) are for decoders whose layers have
+    inputs of their own.
     """
 
     embeds: Tensor
@@ -50,6 +56,15 @@ class Step:
     source: SourceStep | None = None
     expert_groups: Tensor | None = None
     adapters: dict[int, Tensor] | None = None
+    token_ids: Tensor | None = None
+
+
+class NativeLayers(Protocol):
+    """All layers, final norm and head in one call."""
+
+    def run(self, step: Step, cache: PagedCache, angles: RotaryAngles) -> Tensor:
+        """What `Decoder.forward` returns."""
+        ...
 
 
 class Layer(nn.Module):
@@ -67,9 +82,10 @@ class Layer(nn.Module):
             self.attention = DeltaNet(kernels, config.attention, index, hidden, eps)
         else:
             assert isinstance(config.attention, AttentionConfig)
-            self.attention = Attention(
-                kernels, config.attention, index, hidden, eps, decoder.adapters
-            )
+            kind = Attention
+            if isinstance(config.attention, SharedAttentionConfig):
+                kind = SharedAttention
+            self.attention = kind(kernels, config.attention, index, hidden, eps, decoder.adapters)
         self.mlp_norm = norm(kernels, decoder.norm, hidden, eps)
         self.adapted = bool(decoder.adapters)
         self.mlp: nn.Module
@@ -99,6 +115,84 @@ class Layer(nn.Module):
         return torch.add(x, mixed, alpha=self.residual_scale)
 
 
+class StreamExperts(MixtureOfExperts):
+    """Experts chosen by the stream, normalised and scaled; each has a learned weight of its own."""
+
+    def __init__(self, kernels: Kernels, config: MoEConfig, decoder: DecoderConfig) -> None:
+        super().__init__(kernels, config, decoder.hidden)
+        self.choice_norm = norm(kernels, "rms_plain", decoder.hidden, decoder.norm_eps)
+        self.choice_scale = nn.Parameter(torch.empty(decoder.hidden), requires_grad=False)
+        self.expert_scale = nn.Parameter(torch.empty(config.experts), requires_grad=False)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights and numbers of the experts of x (tokens, hidden)."""
+        scaled = self.choice_norm(x) * self.choice_scale * x.shape[1] ** -0.5
+        weights, experts = super().route(scaled)
+        return weights * self.expert_scale[experts].to(weights.dtype), experts
+
+
+class EnrichedLayer(Layer):
+    """See `EnrichedLayerConfig`."""
+
+    def __init__(
+        self, kernels: Kernels, config: EnrichedLayerConfig, index: int, decoder: DecoderConfig
+    ) -> None:
+        super().__init__(kernels, config, index, decoder)
+        hidden, eps = decoder.hidden, decoder.norm_eps
+        self.kernels, self.index = kernels, index
+        assert isinstance(config.mlp, MLPConfig)
+        self.activation = config.mlp.activation
+        self.experts = None
+        if config.experts is not None:
+            self.experts = StreamExperts(kernels, config.experts, decoder)
+            self.dense_post_norm = norm(kernels, decoder.norm, hidden, eps)
+            self.experts_norm = norm(kernels, decoder.norm, hidden, eps)
+            self.experts_post_norm = norm(kernels, decoder.norm, hidden, eps)
+        self.input_gate = None
+        if config.input_dim:
+            self.input_gate = Linear(kernels, hidden, config.input_dim)
+            self.input_out = Linear(kernels, config.input_dim, hidden)
+            self.input_norm = norm(kernels, decoder.norm, hidden, eps)
+        self.scalar = None
+        if config.scaled:
+            self.scalar = nn.Parameter(torch.empty(1), requires_grad=False)
+
+    def forward(self, x: Tensor, context: StepContext) -> Tensor:
+        """x (tokens, hidden) to the same shape."""
+        x = x + self.attention_post_norm(self.attention(self.attention_norm(x), context))
+        mixed = self.mlp(self.mlp_norm(x))
+        if self.experts is not None:
+            routed = self.experts.routed(self.experts_norm(x), x)
+            mixed = self.dense_post_norm(mixed) + self.experts_post_norm(routed)
+        x = x + self.mlp_post_norm(mixed)
+        if self.input_gate is not None:
+            assert context.layer_inputs is not None
+            gate = self.kernels.activation(self.input_gate(x), self.activation)
+            own = self.input_out(gate * context.layer_inputs[:, self.index])
+            x = x + self.input_norm(own)
+        return x if self.scalar is None else x * self.scalar
+
+
+class LayerInputs(nn.Module):
+    """See `LayerInputsConfig`."""
+
+    def __init__(self, kernels: Kernels, config: LayerInputsConfig, decoder: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = len(decoder.layers) * config.dim
+        self.table = Embedding(config.rows, width, config.dim**0.5)
+        self.project = Linear(kernels, decoder.hidden, width)
+        self.norm = norm(kernels, decoder.norm, config.dim, decoder.norm_eps)
+
+    def forward(self, token_ids: Tensor, embeds: Tensor) -> Tensor:
+        """token_ids (tokens,) and embeds (tokens, hidden) to (tokens, layers, dim)."""
+        media = torch.tensor(self.config.media_ids, device=token_ids.device)
+        ids = token_ids.masked_fill(torch.isin(token_ids, media), 0)
+        shape = (-1, self.config.dim)
+        projected = (self.project(embeds) * embeds.shape[1] ** -0.5).unflatten(1, shape)
+        return (self.norm(projected) + self.table(ids).unflatten(1, shape)) * 2.0**-0.5
+
+
 def _layer(
     kernels: Kernels, config: LayerConfig, index: int, decoder: DecoderConfig
 ) -> Layer | CrossLayer:
@@ -108,6 +202,8 @@ def _layer(
         assert isinstance(mlp, MLPConfig)
         hidden, eps = decoder.hidden, decoder.norm_eps
         return CrossLayer(kernels, attention, mlp, index, hidden, decoder.norm, eps)
+    if isinstance(config, EnrichedLayerConfig):
+        return EnrichedLayer(kernels, config, index, decoder)
     return Layer(kernels, config, index, decoder)
 
 
@@ -124,8 +220,12 @@ class Decoder(nn.Module):
             _layer(kernels, layer, i, config) for i, layer in enumerate(config.layers)
         )
         self.norm = norm(kernels, config.norm, config.hidden, config.norm_eps)
+        self.layer_inputs = None
+        if config.layer_inputs is not None:
+            self.layer_inputs = LayerInputs(kernels, config.layer_inputs, config)
         self.head = None if config.tied_head else Linear(kernels, config.hidden, config.vocab_size)
         self.angles: RotaryAngles | None = None
+        self.native: NativeLayers | None = None  # takes the layers over where it is there
 
     def finish_loading(self) -> None:
         """Build what depends on the device; called once, when every weight is in place."""
@@ -135,9 +235,19 @@ class Decoder(nn.Module):
         """Token ids (tokens,) to embeddings (tokens, hidden)."""
         return self.embedding(token_ids)
 
+    def inputs(self, step: Step) -> Tensor | None:
+        """Every layer's own inputs of a step's tokens, (tokens, layers, dim), if it has any."""
+        if self.layer_inputs is None:
+            return None
+        assert step.token_ids is not None
+        inputs: Tensor = self.layer_inputs(step.token_ids, step.embeds)
+        return inputs
+
     def forward(self, step: Step, cache: PagedCache) -> Tensor:
         """Run one step and return the logits of `step.logit_rows`, (rows, vocab), float32."""
         assert self.angles is not None, "finish_loading() comes before the first step"
+        if self.native is not None:
+            return self.native.run(step, cache, self.angles)
         angles = self.angles.at(step.positions)
         context = StepContext(
             cache,
@@ -147,6 +257,7 @@ class Decoder(nn.Module):
             step.source,
             step.expert_groups,
             step.adapters,
+            self.inputs(step),
         )
         x = step.embeds
         for i, layer in enumerate(self.layers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -13,10 +14,14 @@ from opsin import families, kernels
 from opsin.checkpoint import weights
 from opsin.checkpoint.config import Config, read_config, read_processor_config
 from opsin.checkpoint.safetensors import StoredTensor
+from opsin.config import settings
 from opsin.decoder.decoder import Decoder
+from opsin.decoder.native import NativePacker, NativeStack, why_not
 from opsin.errors import InputError, MissingDependency
 from opsin.families.base import Family
+from opsin.kernels import cpu
 
+LOG = logging.getLogger("opsin")
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -45,6 +50,7 @@ class Model(nn.Module):
         self.config = config
         self.decoder = Decoder(arithmetic, family.decoder())
         self.towers = family.towers(arithmetic)
+        self.num_parameters = sum(parameter.numel() for parameter in self.parameters())
         self.engine: Any = None  # the one that serves `opsin.generate`, made on first use
         self.processor: Any = None  # the one that was loaded with it
 
@@ -57,16 +63,6 @@ class Model(nn.Module):
     def dtype(self) -> torch.dtype:
         """The type of the weights that are not quantised."""
         return self.decoder.embedding.weight.dtype
-
-    @property
-    def num_parameters(self) -> int:
-        """How many numbers the model has learned."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory that the weights take."""
-        return sum(parameter.nbytes for parameter in self.parameters())
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -142,12 +138,38 @@ def load_model(
     family.inspect(tensors)
     with torch.device("meta"):
         model = Model(family, config, kernels.select(place))
-    weights.allocate(model, pick_dtype(dtype, config, tensors), place)
-    weights.assign(model, counted(tensors, on_progress), family.rename, family.ignored)
+    kind = pick_dtype(dtype, config, tensors)
+    packer = native_packer(model.decoder, place, kind)
+    weights.assign(
+        model,
+        counted(tensors, on_progress),
+        family.rename,
+        family.ignored,
+        dtype=kind,
+        device=place,
+        on_filled=None if packer is None else packer.filled,
+    )
     for module in model.modules():
         if isinstance(module, FinishesLoading):
             module.finish_loading()
+    if packer is not None:
+        model.decoder.native = NativeStack(packer.library, model.decoder)
     return model.eval()
+
+
+def native_packer(
+    decoder: Decoder, device: torch.device, dtype: torch.dtype
+) -> NativePacker | None:
+    """What packs a decoder for the native CPU stack; None where that does not cover it."""
+    if device.type != "cpu" or dtype != torch.bfloat16 or why_not(decoder.config):
+        return None
+    library = cpu.load(settings().cpu_isa or "auto", settings().num_threads)
+    if library is None:
+        LOG.warning(
+            "no native CPU kernels (%s): decoding is several times slower", cpu.why_missing()
+        )
+        return None
+    return NativePacker(library, decoder)
 
 
 def counted(

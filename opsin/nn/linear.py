@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from opsin.kernels import Kernels
+from opsin.kernels.cpu.matrix import PackedMatrix
 
 
 class Linear(nn.Module):
@@ -32,6 +33,14 @@ class Linear(nn.Module):
         self.bias = (
             nn.Parameter(torch.empty(sum(self.splits)), requires_grad=False) if bias else None
         )
+        self.packed: PackedMatrix | None = None
+
+    def pack(self, packed: PackedMatrix) -> None:
+        """Let `packed`, which holds weight and bias for native kernels, take their place."""
+        self.packed = packed
+        self.weight.data = self.weight.data.new_empty(0)
+        if self.bias is not None:
+            self.bias.data = self.bias.data.new_empty(0)
 
     def part(self, name: str, index: tuple[int, ...]) -> Tensor:
         """The rows of parameter `name` that output number index[0] owns, as a view to fill."""
@@ -112,6 +121,12 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, dim), requires_grad=False)
         self.scale = scale
+        self.packed: PackedMatrix | None = None
+
+    def pack(self, packed: PackedMatrix) -> None:
+        """Let `packed`, which holds the table for native kernels, take its place."""
+        self.packed = packed
+        self.weight.data = self.weight.data.new_empty(0)
 
     def finish_loading(self) -> None:
         """Round the scale to the weights' precision, as models that have one were trained."""
@@ -119,5 +134,8 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (tokens,) to (tokens, dim)."""
-        rows = self.weight[ids]
+        if self.packed is None:
+            rows = self.weight[ids]
+        else:
+            rows = self.packed.rows(ids, self.weight.dtype)
         return rows if self.scale == 1.0 else rows * self.scale

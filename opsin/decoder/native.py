@@ -1,0 +1,207 @@
+"""The whole layer stack in one native call, for decoders that the CPU library covers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opsin.decoder.attention import Attention
+from opsin.decoder.cache import PagedCache
+from opsin.decoder.config import AttentionConfig, DecoderConfig, MLPConfig
+from opsin.decoder.decoder import Decoder, Layer, Step
+from opsin.decoder.mlp import GatedMLP
+from opsin.kernels.cpu.library import Library
+from opsin.kernels.cpu.matrix import PackedMatrix
+from opsin.kernels.cpu.stack import LayerSpec, LayerStack, NormWeights, StackStep
+from opsin.nn.linear import Embedding, Linear
+from opsin.nn.norm import LayerNorm, RMSNorm
+from opsin.nn.rope import RopeConfig, RotaryAngles
+
+# What a config may state for the native stack to cover it; every other field is at its default.
+DECODER_FIELDS = frozenset(
+    (
+        "vocab_size",
+        "hidden",
+        "layers",
+        "max_positions",
+        "norm",
+        "norm_eps",
+        "tied_head",
+        "embedding_scale",
+        "logit_scale",
+        "logit_soft_cap",
+    )
+)
+LAYER_FIELDS = frozenset(("attention", "mlp", "post_norms", "residual_scale"))
+ATTENTION_FIELDS = frozenset(
+    (
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "rope",
+        "qkv_bias",
+        "out_bias",
+        "qk_norm",
+        "window",
+        "scale",
+        "soft_cap",
+    )
+)
+ROWS = 16  # rows of one packed block
+
+
+def why_not(config: DecoderConfig) -> str:
+    """Why the native stack does not cover a decoder, as a clause; empty if it does."""
+    unknown = _stated(config, DECODER_FIELDS)
+    for layer in config.layers:
+        if not isinstance(layer.attention, AttentionConfig):
+            return f"it has layers of kind {type(layer.attention).__name__}"
+        if not isinstance(layer.mlp, MLPConfig):
+            return f"it has layers of kind {type(layer.mlp).__name__}"
+        unknown |= _stated(layer, LAYER_FIELDS) | _stated(layer.attention, ATTENTION_FIELDS)
+        if layer.mlp.hidden % ROWS:
+            return f"{layer.mlp.hidden} features are no multiple of {ROWS}"
+        if layer.attention.qk_norm == "layer":
+            return "queries and keys have layer norms"
+    return f"it has {', '.join(sorted(unknown))}" if unknown else ""
+
+
+def _stated(config: Any, known: frozenset[str]) -> set[str]:
+    """Fields outside `known` that are not at their default."""
+    values = dataclasses.asdict(config)
+    fields = dataclasses.fields(config)
+    return {f.name for f in fields if f.name not in known and values[f.name] != f.default}
+
+
+class NativePacker:
+    """Packs a decoder's weights as they are loaded, each in place of the loaded tensor."""
+
+    def __init__(self, library: Library, decoder: Decoder) -> None:
+        self.library = library
+        self.decoder = decoder
+        self.linears = {module for module in decoder.layers.modules() if isinstance(module, Linear)}
+        if decoder.head is not None:
+            self.linears.add(decoder.head)
+        self.interleaved = {
+            layer.mlp.gate_up
+            for layer in decoder.layers
+            if isinstance(layer, Layer) and isinstance(layer.mlp, GatedMLP)
+        }
+
+    def filled(self, module: nn.Module) -> None:
+        """Take over a module whose weights are all loaded, if it is one of the stack's."""
+        if isinstance(module, Linear) and module in self.linears:
+            spread = 2 if module in self.interleaved else 1
+            module.pack(packed(self.library, module.weight, module.bias, spread))
+        elif module is self.decoder.embedding and self.decoder.head is None:
+            self.decoder.embedding.pack(packed(self.library, self.decoder.embedding.weight))
+
+
+def packed(
+    library: Library, weight: Tensor, bias: Tensor | None = None, spread: int = 1
+) -> PackedMatrix:
+    """A weight (out, in) packed; with spread 2 its halves alternate by sixteen rows."""
+    matrix = PackedMatrix(library, "bf16", *weight.shape)
+    for i, part in enumerate(weight.data.chunk(spread)):
+        matrix.fill(part, ROWS * i, spread=spread)
+    if bias is not None:
+        for i, part in enumerate(bias.data.chunk(spread)):
+            matrix.fill_bias(part, ROWS * i, spread=spread)
+    return matrix
+
+
+class NativeStack:
+    """A decoder's packed layers, bound to whichever cache a step comes with."""
+
+    def __init__(self, library: Library, decoder: Decoder) -> None:
+        config = decoder.config
+        self.ropes = sorted(config.rope_configs, key=repr)
+        self.cache: PagedCache | None = None
+        head = decoder.embedding if decoder.head is None else decoder.head
+        self.stack = LayerStack(
+            library,
+            [self._spec(layer) for layer in decoder.layers],
+            dim=config.hidden,
+            final_norm=_norm(decoder.norm) or NormWeights(),
+            head=_matrix(head),
+            norm_eps=config.norm_eps,
+            layer_norm=config.norm == "layer",
+            logit_scale=config.logit_scale,
+            logit_softcap=config.logit_soft_cap,
+        )
+
+    def _spec(self, layer: nn.Module) -> LayerSpec:
+        assert isinstance(layer, Layer)
+        attention, mlp = layer.attention, layer.mlp
+        assert isinstance(attention, Attention)
+        assert isinstance(mlp, GatedMLP)
+        facts, rope = attention.config, attention.config.rope
+        return LayerSpec(
+            qkv=_matrix(attention.qkv),
+            out=_matrix(attention.out),
+            gate_up=_matrix(mlp.gate_up),
+            down=_matrix(mlp.down),
+            heads=facts.heads,
+            kv_heads=facts.kv_heads,
+            head_dim=facts.head_dim,
+            attention_norm=_norm(layer.attention_norm),
+            mlp_norm=_norm(layer.mlp_norm),
+            query_norm=None if attention.q_norm is None else attention.q_norm.weight,
+            key_norm=None if attention.k_norm is None else attention.k_norm.weight,
+            after_attention_norm=_norm(layer.attention_post_norm),
+            after_mlp_norm=_norm(layer.mlp_post_norm),
+            rope=None if rope is None else self.ropes.index(rope),
+            rotary_dim=0 if rope is None else rope.dim,
+            rope_interleaved=rope is not None and rope.pairs == "adjacent",
+            window=facts.window,
+            activation=mlp.activation,
+            attention_scale=attention.scale,
+            attention_softcap=facts.soft_cap,
+            residual_scale=layer.residual_scale,
+        )
+
+    def run(self, step: Step, cache: PagedCache, angles: RotaryAngles) -> Tensor:
+        """One step; the logits of `step.logit_rows`, (rows, vocab), float32."""
+        if self.cache is not cache:
+            self.stack.bind(cache.keys, cache.values)
+            self.cache = cache
+        batch = step.batch
+        starts, contexts = batch.query_start, batch.context_lens
+        places = [
+            torch.arange(context - (end - start), context)
+            for start, end, context in zip(starts, starts[1:], contexts, strict=False)
+        ]
+        positions = torch.cat(places)
+        until = positions + 1 if batch.visible_until is None else batch.visible_until
+        tables: dict[RopeConfig, tuple[Tensor, Tensor]] = angles.at(step.positions)
+        return self.stack.run(
+            StackStep(
+                hidden=step.embeds.float().contiguous(),
+                query_start=torch.tensor(starts),
+                num_keys=torch.tensor(contexts),
+                block_tables=batch.block_tables,
+                block_size=batch.block_size,
+                slots=batch.slot_mapping,
+                positions=positions,
+                visible_until=until,
+                rope=[tables[config] for config in self.ropes],
+                logit_rows=step.logit_rows,
+                adds=step.layer_adds,
+            )
+        )
+
+
+def _matrix(module: Linear | Embedding) -> PackedMatrix:
+    assert module.packed is not None, "the stack is built from packed weights"
+    return module.packed
+
+
+def _norm(module: nn.Module) -> NormWeights | None:
+    if isinstance(module, RMSNorm):
+        return NormWeights(module.weight)
+    if isinstance(module, LayerNorm):
+        return NormWeights(module.weight, module.bias)
+    return None
