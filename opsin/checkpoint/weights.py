@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -130,6 +131,7 @@ def assign(
             out = owner.part(name, tuple(map(int, index.split(","))))
         if transposed == "^T" or (transposed and tensor.shape != tuple(out.shape)):
             out = out.mT
+        out = _as_stored(tensor.shape, out)
         _check_shape(tensor, target, out)
         tensor.read_into(out)
         missing[base] -= out.numel()
@@ -152,6 +154,14 @@ def _memory(owner: nn.Module, name: str, dtype: torch.dtype, device: torch.devic
         parameter = nn.Parameter(memory, requires_grad=False)
         owner.register_parameter(name, parameter)
     return parameter.data
+
+
+def _as_stored(shape: tuple[int, ...], out: Tensor) -> Tensor:
+    """A matrix over patches as MLX stores its convolution: the three colours last, not first."""
+    colours_last = out.ndim == 2 and len(shape) > 3 and shape[-1] == 3 and shape[1] != 3
+    if not colours_last or math.prod(shape) != out.numel():
+        return out
+    return out.unflatten(1, (3, *shape[1:-1])).movedim(1, -1)
 
 
 def _check_shape(tensor: StoredTensor, target: str, out: Tensor) -> None:

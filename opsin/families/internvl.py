@@ -77,6 +77,9 @@ class InternVL(BackboneFamily):
         later = later_layers(self.counts[0], self.layers) if self.counts else ()
         self.ignored = (r"\.embeddings\.mask_token$", *later)
 
+    def extra_eos(self) -> tuple[str, ...]:
+        return ("<|im_end|>",)
+
     def vit_config(self) -> ViTConfig:
         """The vision transformer's shape."""
         vision = self.vision
