@@ -13,6 +13,7 @@ from opsin.decoder.config import (
     CrossAttentionConfig,
     DecoderConfig,
     DeltaNetConfig,
+    SharedAttentionConfig,
 )
 
 
@@ -47,6 +48,13 @@ class PagedCache:
         self.states: list[tuple[Tensor, ...]] = []
         for layer in config.layers:
             shape: tuple[int, ...] = (0,)
+            if isinstance(layer.attention, SharedAttentionConfig):
+                source = layer.attention.shared_from
+                if source is not None:
+                    self.keys.append(self.keys[source])
+                    self.values.append(self.values[source])
+                    self.states.append(())
+                    continue
             if isinstance(layer.attention, AttentionConfig | CrossAttentionConfig):
                 kind = layer.attention
                 own = isinstance(kind, AttentionConfig)
@@ -78,7 +86,8 @@ class PagedCache:
     @staticmethod
     def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
         """Cache memory that one token takes over all layers."""
-        return sum(2 * a.kv_heads * a.head_dim for a in config.attentions) * dtype.itemsize
+        own = [a for a in config.attentions if not _reads_another(a)]
+        return sum(2 * a.kv_heads * a.head_dim for a in own) * dtype.itemsize
 
     @staticmethod
     def bytes_per_source_token(config: DecoderConfig, dtype: torch.dtype) -> int:
@@ -107,6 +116,11 @@ def cache_slots(
     blocks = torch.tensor(table[:used], device=device)
     slots = blocks[:, None] * block_size + torch.arange(block_size, device=device)
     return slots.flatten()[:count]
+
+
+def _reads_another(config: AttentionConfig) -> bool:
+    """Whether a layer keeps nothing, because it reads another one's keys and values."""
+    return isinstance(config, SharedAttentionConfig) and config.shared_from is not None
 
 
 def _state_shapes(

@@ -59,10 +59,13 @@ class MixtureOfExperts(nn.Module):
             shared = shared * torch.sigmoid(self.shared_gate(x))
         return mixed + shared
 
-    def routed(self, x: Tensor) -> Tensor:
-        """What the chosen experts make of x (tokens, hidden), rows grouped by expert."""
+    def routed(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        """What the chosen experts make of x (tokens, hidden), rows grouped by expert.
+
+        The router chooses by `seen`, of x's shape, where it does not choose by x itself.
+        """
         config = self.config
-        weights, experts = self.route(x)
+        weights, experts = self.route(x if seen is None else seen)
         expert_ids, order = experts.flatten().sort(stable=True)
         rows = x[order // config.top_k]  # (tokens * top_k, hidden)
         if config.weigh_input:

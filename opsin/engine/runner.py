@@ -57,7 +57,8 @@ class Runner:
         device = self.model.device
         token_ids = [t for s in step for t in s.sequence.token_ids[s.start : s.end]]
         positions = torch.cat([_positions(s) for s in step], dim=1).to(device)
-        embeds = self.model.decoder.embed(torch.tensor(token_ids, device=device))
+        ids = torch.tensor(token_ids, device=device)
+        embeds = self.model.decoder.embed(ids)
         layer_adds = self._inject(step, embeds)
         ends = [0]
         for scheduled in step:
@@ -71,6 +72,7 @@ class Runner:
             layer_adds=layer_adds,
             expert_groups=_expert_groups(step, device),
             adapters=_adapters(step, ends, device),
+            token_ids=ids,
             source=source_step(step, self.cache.block_size, embeds.shape[1], device),
         )
 

@@ -68,6 +68,11 @@ def inverse_frequencies(config: RopeConfig, device: torch.device) -> tuple[Tenso
             return frequencies / rule["factor"], 1.0
         case "llama3":
             return _llama3(frequencies, rule), 1.0
+        case "proportional":
+            # Only the first part of the frequencies turns; the other features stand still.
+            turning = int(rule.get("partial_rotary_factor", 1.0) * config.dim // 2)
+            still = torch.arange(config.dim // 2, device=device) >= turning
+            return frequencies.masked_fill(still, 0.0) / rule.get("factor", 1.0), 1.0
         case "yarn":
             return _yarn(frequencies, rule, config)
         case "longrope" | "su":
