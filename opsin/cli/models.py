@@ -98,6 +98,7 @@ def inspect(
         f"  cache            {memory['cache'] / 1e9:.2f} GB for {context:,} tokens"
         f" ({memory['cache_per_token'] / 1e3:.1f} kB each)"
     )
+    typer.echo(f"  on a CPU         {facts['cpu']}")
     for size, tokens in facts["image_tokens"].items():
         typer.echo(f"  a picture        {size} costs {tokens} tokens")
 
@@ -140,6 +141,7 @@ def inspection(name: str, revision: str | None, sizes: list[str], context: int) 
 
     from opsin.checkpoint import hub, weights
     from opsin.decoder.cache import PagedCache
+    from opsin.decoder.native import why_not
     from opsin.engine.model import build, pick_dtype
 
     folder = hub.resolve(name, revision=revision)
@@ -147,6 +149,7 @@ def inspection(name: str, revision: str | None, sizes: list[str], context: int) 
     tensors = list(weights.all_tensors(weights.weight_files(folder)))
     dtype = pick_dtype(None, model.config, tensors)
     per_token = PagedCache.bytes_per_token(model.decoder.config, dtype)
+    reason = why_not(model.decoder.config)
     tokens = {}
     if "image" in model.family.modalities:
         for size in sizes:
@@ -159,6 +162,9 @@ def inspection(name: str, revision: str | None, sizes: list[str], context: int) 
         "dtype": str(dtype).removeprefix("torch."),
         "max_positions": model.decoder.config.max_positions,
         "image_tokens": tokens,
+        "cpu": f"layer by layer in torch: {reason}"
+        if reason
+        else "one native call a step (bfloat16)",
         "memory_bytes": {
             "weights": model.num_parameters * dtype.itemsize,
             "on_disk": sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors),

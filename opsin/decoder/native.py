@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from typing import Any
 
 import torch
@@ -120,6 +121,7 @@ class NativeStack:
         config = decoder.config
         self.ropes = sorted(config.rope_configs, key=repr)
         self.cache: PagedCache | None = None
+        self.lock = threading.Lock()  # several engines may share a model
         head = decoder.embedding if decoder.head is None else decoder.head
         self.stack = LayerStack(
             library,
@@ -165,9 +167,6 @@ class NativeStack:
 
     def run(self, step: Step, cache: PagedCache, angles: RotaryAngles) -> Tensor:
         """One step; the logits of `step.logit_rows`, (rows, vocab), float32."""
-        if self.cache is not cache:
-            self.stack.bind(cache.keys, cache.values)
-            self.cache = cache
         batch = step.batch
         starts, contexts = batch.query_start, batch.context_lens
         places = [
@@ -177,21 +176,24 @@ class NativeStack:
         positions = torch.cat(places)
         until = positions + 1 if batch.visible_until is None else batch.visible_until
         tables: dict[RopeConfig, tuple[Tensor, Tensor]] = angles.at(step.positions)
-        return self.stack.run(
-            StackStep(
-                hidden=step.embeds.float().contiguous(),
-                query_start=torch.tensor(starts),
-                num_keys=torch.tensor(contexts),
-                block_tables=batch.block_tables,
-                block_size=batch.block_size,
-                slots=batch.slot_mapping,
-                positions=positions,
-                visible_until=until,
-                rope=[tables[config] for config in self.ropes],
-                logit_rows=step.logit_rows,
-                adds=step.layer_adds,
-            )
+        native_step = StackStep(
+            hidden=step.embeds.float().contiguous(),
+            query_start=torch.tensor(starts),
+            num_keys=torch.tensor(contexts),
+            block_tables=batch.block_tables,
+            block_size=batch.block_size,
+            slots=batch.slot_mapping,
+            positions=positions,
+            visible_until=until,
+            rope=[tables[config] for config in self.ropes],
+            logit_rows=step.logit_rows,
+            adds=step.layer_adds,
         )
+        with self.lock:
+            if self.cache is not cache:
+                self.stack.bind(cache.keys, cache.values)
+                self.cache = cache
+            return self.stack.run(native_step)
 
 
 def _matrix(module: Linear | Embedding) -> PackedMatrix:
