@@ -13,7 +13,7 @@ from typing import TypeVar
 from opsin.engine.processor import Processor
 from opsin.errors import InputError, OpsinError
 from opsin.families.base import Prompt
-from opsin.prompt.stream import THINK
+from opsin.server.replies import reasoning_tags
 from opsin.server.request import Request
 
 T = TypeVar("T")
@@ -147,9 +147,8 @@ def _check_thinking(processor: Processor, request: Request) -> None:
     effort = variables.get("reasoning_effort")
     asked = request.template.get("enable_thinking") or request.thinking_budget is not None
     template = processor.chat_template
-    can = template is not None and (
-        any(template.mentions(word) for word in THINKING_SWITCHES)
-        or any(THINK.end in source for source in template.sources.values())
+    can = bool(reasoning_tags(processor)) or (
+        template is not None and any(template.mentions(word) for word in THINKING_SWITCHES)
     )
     if can or not (asked or effort not in (None, "none")):
         return

@@ -15,7 +15,8 @@ def reasoning_tags(processor: Processor) -> tuple[Tag, ...]:
     """The tags around a model's reasoning, none where its vocabulary has no such tokens."""
     known = processor.tokenizer.token_to_id(THINK.start) is not None
     mentions = processor.chat_template is not None and any(
-        THINK.end in source for source in processor.chat_template.sources.values()
+        THINK.start in source or THINK.end in source
+        for source in processor.chat_template.sources.values()
     )
     return (THINK,) if known or mentions else ()
 
