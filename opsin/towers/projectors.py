@@ -47,6 +47,43 @@ class MLPProjector(nn.Module):
         return self.down(self.kernels.activation(self.up(merged), self.activation))
 
 
+class DeepProjector(nn.Module):
+    """Any number of linear layers with activations between."""
+
+    def __init__(
+        self, kernels: Kernels, in_features: int, out_features: int, depth: int, kind: Activation
+    ) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.activation: Activation = kind
+        self.layers = nn.ModuleList(
+            Linear(kernels, out_features if i else in_features, out_features, bias=True)
+            for i in range(depth)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) to (..., out_features)."""
+        for i, layer in enumerate(self.layers):
+            x = layer(self.kernels.activation(x, self.activation) if i else x)
+        return x
+
+
+class PairedProjector(nn.Module):
+    """Two towers' features of one patch, each to half the width, then mixed."""
+
+    def __init__(self, kernels: Kernels, widths: tuple[int, int], out_features: int) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.first = Linear(kernels, widths[0], out_features // 2, bias=True)
+        self.second = Linear(kernels, widths[1], out_features // 2, bias=True)
+        self.out = Linear(kernels, out_features, out_features, bias=True)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """Features (..., widths[0]) and (..., widths[1]) to (..., out_features)."""
+        both = torch.cat((self.first(first), self.second(second)), dim=-1)
+        return self.out(self.kernels.activation(both, "gelu"))
+
+
 class GatedProjector(nn.Module):
     """down(activation(gate x) * up x), to another width."""
 

@@ -165,11 +165,27 @@ def _together(windows: Tensor, grid: tuple[int, int]) -> Tensor:
     return cut.flatten(3, 4).flatten(1, 2)
 
 
-class SamEncoder(nn.Module):
+class SamNeck(nn.Module):
+    """To another width: a projection and a convolution, each normalised."""
+
+    def __init__(self, kernels: Kernels, hidden: int, width: int) -> None:
+        super().__init__()
+        self.neck = Linear(kernels, hidden, width)
+        self.neck_norm = LayerNorm(kernels, width, 1e-6)
+        self.mix = Convolution(width, width, 3)
+        self.mix_norm = LayerNorm(kernels, width, 1e-6)
+
+    def narrowed(self, x: Tensor) -> Tensor:
+        """x (images, rows, columns, hidden) to a map (images, width, rows, columns)."""
+        mixed = self.mix(self.neck_norm(self.neck(x)).permute(0, 3, 1, 2))
+        return self.mix_norm(mixed.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
+
+
+class SamEncoder(SamNeck):
     """Pictures to a map of features."""
 
     def __init__(self, kernels: Kernels, config: SamConfig) -> None:
-        super().__init__()
+        super().__init__(kernels, config.hidden, config.neck)
         self.config = config
         self.patch = Linear(kernels, 3 * config.patch**2, config.hidden, bias=True)
         shape = (config.grid, config.grid, config.hidden)
@@ -178,14 +194,7 @@ class SamEncoder(nn.Module):
             SamLayer(kernels, config, None if i in config.whole else config.window)
             for i in range(config.layers)
         )
-        self.neck = Linear(kernels, config.hidden, config.neck)
-        self.neck_norm = LayerNorm(kernels, config.neck, 1e-6)
-        self.mix = Convolution(config.neck, config.neck, 3)
-        self.mix_norm = LayerNorm(kernels, config.neck, 1e-6)
-        widths = (config.neck, *config.reductions)
-        self.reductions = nn.ModuleList(
-            Convolution(before, after, 3, stride=2) for before, after in pairwise(widths)
-        )
+        self.reductions = halvings((config.neck, *config.reductions))
 
     def states(self, values: Tensor, taps: Sequence[int]) -> list[Tensor]:
         """What comes out of the layers `taps`, in rising order, each (images, rows, columns,
@@ -205,11 +214,44 @@ class SamEncoder(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """Pixels (images, 3, height, width) to a map (images, channels, rows, columns)."""
         (last,) = self.states(values, (self.config.layers - 1,))
-        x = self.mix(self.neck_norm(self.neck(last)).permute(0, 3, 1, 2))
-        x = self.mix_norm(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
+        x = self.narrowed(last)
         for reduction in self.reductions:
             x = reduction(x)
         return x
+
+
+class SamDetail(SamNeck):
+    """An earlier state of the encoder added to its result, both at the size of another tower's map.
+
+    DeepSeek-VL's (arXiv:2403.05525): the state goes through a neck of its own; two convolutions of
+    stride 2 widen both maps, and the earlier one counts `early_scale` times.
+    """
+
+    def __init__(self, kernels: Kernels, config: SamConfig) -> None:
+        super().__init__(kernels, config.hidden, config.neck)
+        self.reductions = halvings((config.neck, 2 * config.neck, 4 * config.neck))
+        self.early_scale = nn.Parameter(torch.empty(1), requires_grad=False)
+
+    def reduced(self, x: Tensor, side: int) -> Tensor:
+        """A map (images, channels, rows, columns) to (images, side * side, 4 * channels)."""
+        x = F.interpolate(x, size=(4 * side, 4 * side), mode="bilinear", align_corners=False)
+        for reduction in self.reductions:
+            x = reduction(x)
+        return x.flatten(2).transpose(1, 2)
+
+    def forward(self, encoder: SamEncoder, values: Tensor, early: int, side: int) -> Tensor:
+        """Pixels (images, 3, height, width) to features (images, side * side, 4 * channels)."""
+        last = encoder.config.layers - 1
+        states = encoder.states(values, (early, last))
+        result = self.reduced(encoder.narrowed(states[-1]), side)
+        return result + self.reduced(self.narrowed(states[0]), side) * self.early_scale
+
+
+def halvings(widths: Sequence[int]) -> nn.ModuleList:
+    """Convolutions of stride 2 from each of the widths to the next."""
+    return nn.ModuleList(
+        Convolution(before, after, 3, stride=2) for before, after in pairwise(widths)
+    )
 
 
 def resized_table(table: Tensor, rows: int, columns: int) -> Tensor:
