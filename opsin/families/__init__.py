@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opsin.errors import UnknownFamily
-from opsin.families.index import ALIASES, BY_TOWER, MODULES
+from opsin.families.index import ALIASES, BY_ARCHITECTURE, BY_TOWER, MODULES
 
 if TYPE_CHECKING:
     from opsin.families.base import Family
@@ -48,6 +48,8 @@ def load(config: dict[str, Any], processor_config: dict[str, Any]) -> Family:
     """The family of a checkpoint, holding its configs."""
     model_type = config["model_type"]
     tower = (config.get("vision_config") or {}).get("model_type", "")
+    for architecture in config.get("architectures") or ():
+        model_type = BY_ARCHITECTURE.get(architecture, model_type)
     return find(BY_TOWER.get((model_type, tower), model_type))(config, processor_config)
 
 

@@ -2,10 +2,15 @@
 
 # model_type -> the file in this folder whose FAMILY serves it
 MODULES = {
+    "deepseek_vl": "deepseek_vl",
+    "deepseek_vl_hybrid": "deepseek_vl_hybrid",
+    "deepseekocr_2": "deepseekocr_2",
     "ernie4_5_moe_vl": "ernie4_5_moe_vl",
     "gemma3": "gemma3",
+    "gemma4": "gemma4",
     "idefics2": "idefics2",
     "idefics3": "idefics3",
+    "janus": "janus",
     "llama4": "llama4",
     "internvl": "internvl",
     "internvl_chat": "internvl_chat",
@@ -30,6 +35,12 @@ MODULES = {
 ALIASES: dict[str, str] = {
     "phi4_multimodal": "phi4mm",
     "ernie4_5_vl_moe": "ernie4_5_moe_vl",
+    "deepseek_ocr2": "deepseekocr_2",
+}
+
+# an architecture that makes a checkpoint another family than its `model_type` says
+BY_ARCHITECTURE = {
+    "DeepseekOCR2ForCausalLM": "deepseekocr_2",
 }
 
 # a `model_type` whose tower, by its own `model_type`, makes it another family
