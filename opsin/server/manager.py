@@ -289,6 +289,8 @@ def engine_limits(settings: ServeSettings) -> EngineLimits:
         prefill_step_size=settings.prefill_step_size,
         memory=settings.memory,
         max_context=settings.max_context,
+        prefix_cache=settings.prefix_cache,
+        media_cache=settings.media_cache,
     )
 
 

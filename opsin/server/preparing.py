@@ -44,6 +44,12 @@ class Pools:
 
 def prepare(processor: Processor, request: Request, vocabulary: int) -> Prompt:
     """The prompt of a request, ready for the engine; `vocabulary` is how many tokens there are."""
+    prompt = _prepare(processor, request, vocabulary)
+    prompt.cache_salt = request.salt.encode()
+    return prompt
+
+
+def _prepare(processor: Processor, request: Request, vocabulary: int) -> Prompt:
     _refuse_unsupported(request)
     _check_tokens(request, vocabulary)
     if isinstance(request.prompt, str):

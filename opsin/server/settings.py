@@ -76,6 +76,10 @@ class ServeSettings:
     memory: int | None = _flag(
         None, "bytes", ENGINE, "Memory of the key-value cache, such as 8GB.", low=1
     )
+    prefix_cache: bool = _flag(
+        True, "switch", ENGINE, "Keep what prompts computed, for those that begin the same."
+    )
+    media_cache: int = _flag(2**28, "bytes", ENGINE, "Memory for pictures already encoded.")
     prefill_step_size: int = _flag(2048, "count", ENGINE, "Prompt tokens computed at once.", low=1)
     max_context: int | None = _flag(
         None, "count", ENGINE, "Tokens of prompt and answer; the model's by default.", low=2

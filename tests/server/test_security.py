@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from ..families.pictures import picture
+from .conftest import KEY
 from .running import Running, serving, wait_for
 
 
@@ -84,6 +85,22 @@ def test_row_03_text_is_never_searched_for_urls(server: Running) -> None:
         assert server.chat(text).status_code == 200
         with pytest.raises(TimeoutError):
             listener.accept()
+
+
+def test_row_05_a_prompts_cache_is_its_keys_own(keyed: Running) -> None:
+    text = "The same long words again and again. " * 8
+
+    def cached(key: str, **fields: Any) -> int:
+        body = {"messages": [{"role": "user", "content": text}], "max_tokens": 1, **fields}
+        headers = {"authorization": f"Bearer {key}"}
+        reply = keyed.post("/v1/chat/completions", body, headers=headers)
+        return reply.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    assert cached(KEY) == 0
+    assert cached(KEY) > 0
+    assert cached("another-key") == 0
+    assert cached(KEY, cache_salt="mine") == 0
+    assert cached(KEY, cache_salt="mine") > 0
 
 
 def test_row_08_bombs_are_refused_by_their_headers(server: Running) -> None:
