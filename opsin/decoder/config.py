@@ -114,10 +114,11 @@ class MoEConfig:
 
     `router` makes the scores that weigh the chosen experts; `normalise` divides them by their sum,
     which counts as at least `min_total`; `scale` multiplies them. `precise_router` scores in
-    float32 whatever the model computes in. `selection_bias` is a learned
-    bias that only the choice sees. `weigh_input` applies the weights to what the experts read
-    rather than to what they return. `shared` is a block that every token goes through,
-    `shared_gate` puts a sigmoid gate on it.
+    float32 whatever the model computes in. `limits` (groups, kept) allows a token experts of only
+    so many of as many equal groups, those with the best experts. `selection_bias` is a learned bias
+    that only the choice sees. `weigh_input` applies the weights to what the experts read rather
+    than to what they return. `shared` is a block that every token goes through, `shared_gate` puts
+    a sigmoid gate on it.
     """
 
     experts: int
@@ -129,6 +130,7 @@ class MoEConfig:
     normalise: bool = True
     min_total: float = 0.0
     scale: float = 1.0
+    limits: tuple[int, int] | None = None
     selection_bias: bool = False
     weigh_input: bool = False
     shared: MLPConfig | None = None
@@ -180,12 +182,11 @@ class EnrichedLayerConfig(LayerConfig):
 class LayerInputsConfig:
     """Inputs of every layer for every token: from a table of their own and from its embedding.
 
-    The table has `rows` rows of `dim` features a layer; the tokens `media_ids` look up row 0.
+    The table has `rows` rows of `dim` features a layer.
     """
 
     rows: int
     dim: int
-    media_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +195,8 @@ class DecoderConfig:
 
     With `spans_pass_windows`, tokens of one run that is seen in both directions see each other
     however short a layer's window is. `adapters` are the rank and scale of each low-rank adapter
-    that a token's linear layers may use.
+    that a token's linear layers may use. The tokens `blank_ids` are looked up as token 0: they
+    stand for media, and mean nothing where a model writes them itself.
     """
 
     vocab_size: int
@@ -211,6 +213,7 @@ class DecoderConfig:
     spans_pass_windows: bool = False
     adapters: tuple[tuple[int, float], ...] = ()
     layer_inputs: LayerInputsConfig | None = None
+    blank_ids: tuple[int, ...] = ()
 
     @property
     def rope_configs(self) -> set[RopeConfig]:

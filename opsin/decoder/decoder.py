@@ -186,11 +186,9 @@ class LayerInputs(nn.Module):
 
     def forward(self, token_ids: Tensor, embeds: Tensor) -> Tensor:
         """token_ids (tokens,) and embeds (tokens, hidden) to (tokens, layers, dim)."""
-        media = torch.tensor(self.config.media_ids, device=token_ids.device)
-        ids = token_ids.masked_fill(torch.isin(token_ids, media), 0)
         shape = (-1, self.config.dim)
         projected = (self.project(embeds) * embeds.shape[1] ** -0.5).unflatten(1, shape)
-        return (self.norm(projected) + self.table(ids).unflatten(1, shape)) * 2.0**-0.5
+        return (self.norm(projected) + self.table(token_ids).unflatten(1, shape)) * 2.0**-0.5
 
 
 def _layer(
@@ -233,14 +231,21 @@ class Decoder(nn.Module):
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Token ids (tokens,) to embeddings (tokens, hidden)."""
-        return self.embedding(token_ids)
+        return self.embedding(self.looked_up(token_ids))
+
+    def looked_up(self, token_ids: Tensor) -> Tensor:
+        """The ids whose rows stand for these tokens."""
+        if not self.config.blank_ids:
+            return token_ids
+        blank = torch.tensor(self.config.blank_ids, device=token_ids.device)
+        return token_ids.masked_fill(torch.isin(token_ids, blank), 0)
 
     def inputs(self, step: Step) -> Tensor | None:
         """Every layer's own inputs of a step's tokens, (tokens, layers, dim), if it has any."""
         if self.layer_inputs is None:
             return None
         assert step.token_ids is not None
-        inputs: Tensor = self.layer_inputs(step.token_ids, step.embeds)
+        inputs: Tensor = self.layer_inputs(self.looked_up(step.token_ids), step.embeds)
         return inputs
 
     def forward(self, step: Step, cache: PagedCache) -> Tensor:

@@ -25,7 +25,7 @@ from opsin.kernels import Kernels
 from opsin.towers import pixels
 from opsin.towers.conformer import Conformer, ConformerConfig
 from opsin.towers.crops import crop_grid, crop_masks, crops_and_whole, fitted, joined
-from opsin.towers.mel import speech_features
+from opsin.towers.mel import speech_features, too_short
 from opsin.towers.projectors import LearnedVector, MLPProjector
 from opsin.towers.vit import VisionLayout, VisionTransformer, bucketed_positions, vision_of
 
@@ -193,12 +193,7 @@ class Phi4Multimodal(Family):
     def prepare_audio(self, samples: np.ndarray, options: Mapping[str, Any]) -> MediaInput:
         del options
         if len(samples) < 400:
-            raise MediaError(
-                "The sound is too short",
-                why="this model takes at least 25 milliseconds",
-                remedy="Send a longer one",
-                param="audio",
-            )
+            raise too_short("25 milliseconds")
         features = speech_features(samples, mels=self.speech.get("input_size", 80))
         tokens = -(-len(features) // self.speech.get("time_reduction", 8))
         return MediaInput(

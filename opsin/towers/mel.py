@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opsin.errors import MediaError
+
 MelScale = Literal["htk", "kaldi", "slaney"]
 # Slaney's scale is linear up to here, 3 mels in 200 Hz, and logarithmic above.
 _BREAK_HERTZ, _BREAK_MEL, _LOG_STEP = 1000.0, 15.0, math.log(6.4) / 27.0
@@ -105,6 +107,16 @@ def speech_features(
     power = torch.fft.rfft(window * frames, n=fft).to(torch.complex64).abs() ** 2
     filters = mel_filters(fft, mels, 0.0, high, rate, "kaldi", in_mels=True)
     return (power @ torch.from_numpy(filters).float()).clamp(min=1.0).log()
+
+
+def too_short(least: str) -> MediaError:
+    """The refusal of a sound that is shorter than one frame."""
+    return MediaError(
+        "The sound is too short",
+        why=f"this model takes at least {least}",
+        remedy="Send a longer one",
+        param="audio",
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,9 +87,7 @@ class USMAttention(nn.Module):
         self.v = ClippedLinear(kernels, hidden, hidden, clipped=clip)
         self.o = ClippedLinear(kernels, hidden, hidden, clipped=clip)
         self.distance = Linear(kernels, hidden, hidden)
-        self.per_dim_scale = nn.Parameter(
-            torch.empty(hidden // config.heads), requires_grad=False
-        )
+        self.per_dim_scale = nn.Parameter(torch.empty(hidden // config.heads), requires_grad=False)
 
     def forward(self, x: Tensor, waves: Tensor) -> Tensor:
         """x (time, hidden) to the same shape; waves (past, hidden) stand for the distances."""
