@@ -65,7 +65,8 @@ class PaliGemma(BackboneFamily):
     def decoder(self) -> DecoderConfig:
         text = {"model_type": "gemma", **self.text_config}
         decoder = gemma_decoder(text, tied=self.tied())
-        return dataclasses.replace(decoder, spans_pass_windows=True)
+        windows = [attention.window for attention in decoder.attentions]
+        return dataclasses.replace(decoder, spans_pass_windows=any(windows))
 
     def towers(self, kernels: Kernels) -> nn.ModuleDict:
         vit = clip_config(self.vision, post_norm=True)
