@@ -29,7 +29,9 @@ def opsin_answers(args: argparse.Namespace) -> Answer:
     """Answers through Opsin itself."""
     import opsin
 
-    model, processor = opsin.load(args.model, quantize=args.quant, device=args.device)
+    chosen = {"quantize": args.quant, "device": args.device}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    model, processor = opsin.load(args.model, **given)
 
     def answer(images: list[list[Image.Image]], questions: list[str]) -> list[str]:
         results = opsin.batch_generate(
@@ -72,11 +74,16 @@ def measure(answer: Answer, args: argparse.Namespace) -> dict[str, Any]:
             for turn, text in zip(turns, got, strict=True):
                 part, whole = scoring.tally(turn, text)
                 above, below = above + part, below + whole
-                if turn.metric in ("exact", "cer") and part != (whole if turn.metric == "exact" else 0):
+                if turn.metric in ("exact", "cer") and part != (
+                    whole if turn.metric == "exact" else 0
+                ):
                     wrong.append((turn.question, turn.answer, text))
         scores[suite] = round(above / below, 4)
         seconds = time.monotonic() - begun
-        print(f"{suite:24} {scores[suite]:.4f}   target {scoring.TARGETS[suite]}   {seconds:.0f} s", flush=True)
+        print(
+            f"{suite:24} {scores[suite]:.4f}   target {scoring.TARGETS[suite]}   {seconds:.0f} s",
+            flush=True,
+        )
         for question, truth, text in wrong[: args.show]:
             print(f"    {question!r}: {text!r}, should be {truth!r}")
     return scores
@@ -86,14 +93,16 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="bundled", help="'bundled', a folder or a hub name")
-    parser.add_argument("--quant", default=None, help="bits to quantise to while loading")
+    parser.add_argument("--quant", type=int, default=None, help="bits to quantise to while loading")
     parser.add_argument("--device", default=None)
     parser.add_argument("--engine", choices=("opsin", "transformers"), default="opsin")
     parser.add_argument("--samples", type=int, default=200, help="pictures for each score")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=2026)
     parser.add_argument("--max-tokens", type=int, default=640)
-    parser.add_argument("--suites", nargs="+", default=list(scoring.SUITES), choices=list(scoring.SUITES))
+    parser.add_argument(
+        "--suites", nargs="+", default=list(scoring.SUITES), choices=list(scoring.SUITES)
+    )
     parser.add_argument("--show", type=int, default=0, help="wrong answers to print for each score")
     args = parser.parse_args()
     faces = fonts.faces("heldout")

@@ -44,7 +44,7 @@ SKELETON = (
     "user\n",
     "assistant\n",
 )
-WORDS = """
+WORDS_TEXT = """
 What How Where Which Is are is the The in of and a an there text image picture Read Locate Describe
 Find Detect many much does say on this that to all every shapes shape circle circles square squares
 triangle triangles rectangle rectangles star stars diamond diamonds pentagon pentagons oval ovals
@@ -54,7 +54,8 @@ Total TOTAL Subtotal SUBTOTAL Tax TAX Cash CASH Change CHANGE Card CARD price co
 Markdown line lines first last second word row rows columns column shows at left right top bottom
 center items item from was paid you do see see Please please Transcribe Convert Write it one images
 Thank Thanks for or by be as not Yes No says says: Image contains value bar bars chart words
-""".split()
+"""
+WORDS = WORDS_TEXT.split()
 MROPE_SECTION = (12, 10, 10)
 
 CHAT_TEMPLATE = """\
@@ -64,7 +65,7 @@ CHAT_TEMPLATE = """\
 {{- message.content -}}
 {%- else -%}
 {%- for part in message.content -%}
-{%- if part.type in ('image', 'image_url', 'input_image') or 'image' in part or 'image_url' in part -%}
+{%- if part.type in ('image', 'image_url', 'input_image') or 'image' in part -%}
 {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
 {%- elif part.type in ('video', 'video_url', 'input_video') or 'video' in part -%}
 {{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
@@ -201,9 +202,7 @@ def _preprocessor(kind: dict[str, object]) -> dict[str, object]:
     }
 
 
-def save_folder(
-    folder: Path, model: Qwen3VLForConditionalGeneration, tokenizer: Tokenizer
-) -> None:
+def save_folder(folder: Path, model: Qwen3VLForConditionalGeneration, tokenizer: Tokenizer) -> None:
     """Writes an ordinary checkpoint folder with bfloat16 weights."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
@@ -231,8 +230,16 @@ def save_folder(
         },
     )
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    _write(folder / "preprocessor_config.json", _preprocessor({"image_processor_type": "Qwen2VLImageProcessor"}))
-    video = {"video_processor_type": "Qwen3VLVideoProcessor", "fps": 2, "min_frames": 4, "max_frames": 16}
+    _write(
+        folder / "preprocessor_config.json",
+        _preprocessor({"image_processor_type": "Qwen2VLImageProcessor"}),
+    )
+    video = {
+        "video_processor_type": "Qwen3VLVideoProcessor",
+        "fps": 2,
+        "min_frames": 4,
+        "max_frames": 16,
+    }
     _write(folder / "video_preprocessor_config.json", _preprocessor(video))
     _write(
         folder / "generation_config.json",

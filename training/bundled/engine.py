@@ -27,7 +27,9 @@ def preprocess(image: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
 class TransformersEngine:
     """Greedy answers, several at a time."""
 
-    def __init__(self, folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
         self.tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
         self.model = model.to(device).eval()
@@ -38,7 +40,8 @@ class TransformersEngine:
 
     def _prompt(self, question: str, grids: list[tuple[int, int]]) -> list[int]:
         images = "".join(
-            f"<|vision_start|>{'<|image_pad|>' * (high * wide)}<|vision_end|>" for high, wide in grids
+            f"<|vision_start|>{'<|image_pad|>' * (high * wide)}<|vision_end|>"
+            for high, wide in grids
         )
         text = f"<|im_start|>user\n{images}{question}<|im_end|>\n<|im_start|>assistant\n"
         return self.tokenizer.encode(text, add_special_tokens=False).ids

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, spans: Spans, causal: bool
         return out[0]
     edges = cumulative.tolist()
     parts = []
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in pairwise(edges):
         some = [part[start:end].transpose(0, 1)[None] for part in (query, key, value)]
         parts.append(functional.scaled_dot_product_attention(*some, is_causal=causal)[0])
     return torch.cat([part.transpose(0, 1) for part in parts])
@@ -81,7 +82,9 @@ def _root_norm(states: Tensor, weight: Tensor) -> Tensor:
     return (scaled * weight.float()).to(torch.bfloat16 if states.is_cuda else states.dtype)
 
 
-def vision_block(block: nn.Module, states: Tensor, cosine: Tensor, sine: Tensor, spans: Spans) -> Tensor:
+def vision_block(
+    block: nn.Module, states: Tensor, cosine: Tensor, sine: Tensor, spans: Spans
+) -> Tensor:
     """One layer of the image tower."""
     attention, mlp = block.attn, block.mlp
     heads = attention.num_heads
@@ -95,7 +98,9 @@ def vision_block(block: nn.Module, states: Tensor, cosine: Tensor, sine: Tensor,
     return states + mlp.linear_fc2(wide)
 
 
-def text_layer(layer: nn.Module, states: Tensor, cosine: Tensor, sine: Tensor, spans: Spans) -> Tensor:
+def text_layer(
+    layer: nn.Module, states: Tensor, cosine: Tensor, sine: Tensor, spans: Spans
+) -> Tensor:
     """One layer of the decoder."""
     attention, mlp = layer.self_attn, layer.mlp
     normed = _root_norm(states, layer.input_layernorm.weight)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Nearly orthogonal matrices by Newton-Schulz (Jordan et al. 2024), # (count, rows, columns)."""
+    """Nearly orthogonal matrices by Newton-Schulz (Jordan 2024), # (count, rows, columns)."""
     states = matrices.bfloat16()
     tall = states.shape[1] > states.shape[2]
     if tall:

@@ -115,7 +115,9 @@ def pack(samples: list[Sample], encoder: Encoder) -> Arrays:
             _, height, width = planes.shape
             step = height * width if len(planes) == 3 else 0
             image = len(images)
-            images.append((offset, offset + step, offset + 2 * step, width, height // PATCH, width // PATCH))
+            images.append(
+                (offset, offset + step, offset + 2 * step, width, height // PATCH, width // PATCH)
+            )
             offset += planes.size
             pixels.append(planes.ravel())
             tables.append(picture.table())
@@ -142,7 +144,9 @@ def pack(samples: list[Sample], encoder: Encoder) -> Arrays:
 class Factory:
     """Worker processes that write packs into shared memory slots."""
 
-    def __init__(self, tokenizer: Tokenizer, workers: int, samples: int, seed: int, slots: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, workers: int, samples: int, seed: int, slots: int
+    ) -> None:
         context = multiprocessing.get_context("fork")
         self.memory = mmap.mmap(-1, SLOT_BYTES * slots)
         self.free: Any = context.Queue()

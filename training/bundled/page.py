@@ -151,9 +151,7 @@ class Picture:
         """A rectangle of the drawn page as x1, y1, x2, y2 of this picture in thousandths."""
         width, height = self.size
         x1, y1, x2, y2 = rectangle
-        xs, ys = turn(
-            np.array([x1, x2, x1, x2]), np.array([y1, y1, y2, y2]), self.angle, self.size
-        )
+        xs, ys = turn(np.array([x1, x2, x1, x2]), np.array([y1, y1, y2, y2]), self.angle, self.size)
         corners = (xs.min() / width, ys.min() / height, xs.max() / width, ys.max() / height)
         return [int(min(1000, max(0, round(float(value) * 1000)))) for value in corners]
 

@@ -34,12 +34,69 @@ TO_MARKDOWN = (
     "Read the table and output Markdown.",
     "Transcribe the table in Markdown format.",
 )
-_GOODS = (
-    "Coffee Tea Latte Bagel Muffin Milk Bread Butter Eggs Cheese Apples Bananas Rice Pasta Soup Salad "
-    "Burger Fries Juice Water Soda Cookie Cake Pizza Sandwich Yogurt Honey Sugar Salt Flour Oil Soap "
-    "Candle Notebook Pencil Battery Lamp Towel Brush Glue Tape Socks Scarf Umbrella Mug Plate Spoon"
-).split()
-_SHOPS = "Market Cafe Store Bakery Grocery Diner Deli Books Hardware Pharmacy Kitchen Garden".split()
+_GOODS = [
+    "Coffee",
+    "Tea",
+    "Latte",
+    "Bagel",
+    "Muffin",
+    "Milk",
+    "Bread",
+    "Butter",
+    "Eggs",
+    "Cheese",
+    "Apples",
+    "Bananas",
+    "Rice",
+    "Pasta",
+    "Soup",
+    "Salad",
+    "Burger",
+    "Fries",
+    "Juice",
+    "Water",
+    "Soda",
+    "Cookie",
+    "Cake",
+    "Pizza",
+    "Sandwich",
+    "Yogurt",
+    "Honey",
+    "Sugar",
+    "Salt",
+    "Flour",
+    "Oil",
+    "Soap",
+    "Candle",
+    "Notebook",
+    "Pencil",
+    "Battery",
+    "Lamp",
+    "Towel",
+    "Brush",
+    "Glue",
+    "Tape",
+    "Socks",
+    "Scarf",
+    "Umbrella",
+    "Mug",
+    "Plate",
+    "Spoon",
+]
+_SHOPS = [
+    "Market",
+    "Cafe",
+    "Store",
+    "Bakery",
+    "Grocery",
+    "Diner",
+    "Deli",
+    "Books",
+    "Hardware",
+    "Pharmacy",
+    "Kitchen",
+    "Garden",
+]
 
 
 def _receipt_rows(rng: Random, split: str) -> tuple[list[tuple[str, str]], dict[str, str]]:
@@ -80,7 +137,9 @@ def _receipt_rows(rng: Random, split: str) -> tuple[list[tuple[str, str]], dict[
 def _item_names(rng: Random, split: str, count: int) -> list[str]:
     names: list[str] = []
     while len(names) < count:
-        name = rng.choice(_GOODS) if rng.random() < 0.5 else words.title(rng, split, rng.randint(1, 2))
+        name = (
+            rng.choice(_GOODS) if rng.random() < 0.5 else words.title(rng, split, rng.randint(1, 2))
+        )
         if name not in names:
             names.append(name)
     return names
@@ -106,17 +165,27 @@ def _add_totals(
     sign: str,
     tail: list[str],
 ) -> None:
-    tax = round(subtotal * rng.choice((0.05, 0.07, 0.08, 0.1, 0.19, 0.2)), 2) if "tax" in tail else 0
+    tax = (
+        round(subtotal * rng.choice((0.05, 0.07, 0.08, 0.1, 0.19, 0.2)), 2) if "tax" in tail else 0
+    )
     total = round(subtotal + tax, 2)
     cash = float(-(-int(total + 1) // 5) * 5) if rng.random() < 0.7 else total
     style = rng.choice((str.upper, str.title, str.title))
     mark = rng.choice(("", "", ":"))
-    values = {"subtotal": subtotal, "tax": tax, "total": total, "cash": cash, "change": cash - total}
+    values = {
+        "subtotal": subtotal,
+        "tax": tax,
+        "total": total,
+        "cash": cash,
+        "change": cash - total,
+    }
     values["card"] = total
     label = {"total": rng.choice(("total", "total", "total", "grand total", "amount due"))}
     for key in tail:
         if key == "thanks":
-            rows.append((rng.choice(("Thank you!", "THANK YOU", "Thank you for visiting", "Bye")), ""))
+            rows.append(
+                (rng.choice(("Thank you!", "THANK YOU", "Thank you for visiting", "Bye")), "")
+            )
             continue
         amount = f"{sign}{abs(values[key]):.2f}"
         facts[key] = amount
@@ -168,7 +237,9 @@ def receipt_sample(rng: Random, split: str) -> Sample:
     total_key = next((key for key in ("total", "grand", "amount") if key in boxes), None)
     if total_key:
         answer = boxes_answer([(picture.box(boxes[total_key]), "total")])
-        question = ask(rng, ("Locate the total in the image.", "Where is the total? Give a box in JSON."))
+        question = ask(
+            rng, ("Locate the total in the image.", "Where is the total? Give a box in JSON.")
+        )
         turns.append(Turn(question, answer, "iou"))
     total = Turn(ask(rng, TOTAL), facts["total"])
     if split == "heldout":
@@ -190,16 +261,23 @@ def _receipt_turns(rng: Random, facts: dict[str, str]) -> list[Turn]:
         "date": ("What is the date?", "When was it?", "What is the date on the receipt?"),
         "tax": ("How much is the tax?", "What is the tax?", "How much tax was paid?"),
         "subtotal": ("What is the subtotal?", "How much is the subtotal?"),
-        "store": ("What is the name of the store?", "Which store is it?", "What is the store name?"),
+        "store": (
+            "What is the name of the store?",
+            "Which store is it?",
+            "What is the store name?",
+        ),
         "cash": ("How much cash was given?", "How much cash was paid?"),
         "change": ("How much change was given?", "What is the change?"),
         "count": ("How many items were bought?", "How many items are on the receipt?"),
     }
     for key, phrasings in asked.items():
         if key in facts:
-            turns.append(Turn(ask(rng, phrasings), facts[key], "cer" if key == "store" else "exact"))
-    summary = f"The image shows a receipt from {facts['store']} with {plural(int(facts['count']), 'item')}"
-    turns.append(Turn(ask(rng, DESCRIBE), f"{summary}. The total is {facts['total']}.", "cer"))
+            turns.append(
+                Turn(ask(rng, phrasings), facts[key], "cer" if key == "store" else "exact")
+            )
+    bought = plural(int(facts["count"]), "item")
+    summary = f"The image shows a receipt from {facts['store']} with {bought}."
+    turns.append(Turn(ask(rng, DESCRIBE), f"{summary} The total is {facts['total']}.", "cer"))
     return turns
 
 
@@ -248,7 +326,8 @@ def _table_turns(rng: Random, cells: list[list[str]]) -> list[Turn]:
         f"What is the {cells[0][column]} of {cells[row][0]}?",
         f'What is in the column "{cells[0][column]}" for "{cells[row][0]}"?',
     )
-    size = f"The image shows a table with {plural(len(cells[0]), 'column')} and {plural(len(cells), 'row')}. "
+    across, down = plural(len(cells[0]), "column"), plural(len(cells), "row")
+    size = f"The image shows a table with {across} and {down}. "
     turns = [
         Turn(ask(rng, DESCRIBE), size + "The columns are " + ", ".join(cells[0]) + ".", "cer"),
         Turn(ask(rng, ("How many columns does the table have?",)), str(len(cells[0]))),
@@ -327,7 +406,13 @@ def chart_sample(rng: Random, split: str) -> Sample:
         page.draw.rectangle(
             (middle - slot * 0.3, top, middle + slot * 0.3, base), fill=rng.randint(100, 190)
         )
-        page.text(middle - sum(widths[c] for c in str(value)) / 2, top - size * 1.4, str(value), face, size)
+        page.text(
+            middle - sum(widths[c] for c in str(value)) / 2,
+            top - size * 1.4,
+            str(value),
+            face,
+            size,
+        )
         page.text(middle - sum(widths[c] for c in name) / 2, base + 4, name, face, size)
     page.draw.line((10, base, page.width - 10, base), fill=INK_LEVEL)
     picture = page.finish(draw_wear(rng, size, 0.0), rng)
@@ -335,10 +420,17 @@ def chart_sample(rng: Random, split: str) -> Sample:
     pairs = [f"{name} {value}" for name, value in zip(names, values, strict=True)]
     high, low = names[values.index(max(values))], names[values.index(min(values))]
     turns = [
-        Turn(ask(rng, ("What is the value of {n}?", "How high is {n}?"), n=names[pick]), str(values[pick])),
+        Turn(
+            ask(rng, ("What is the value of {n}?", "How high is {n}?"), n=names[pick]),
+            str(values[pick]),
+        ),
         Turn(ask(rng, ("Which bar is the highest?", "What has the highest value?")), high),
         Turn(ask(rng, ("Which bar is the lowest?", "What has the lowest value?")), low),
         Turn(ask(rng, ("How many bars are there?",)), str(count)),
-        Turn(ask(rng, DESCRIBE), f"The image shows a bar chart with {count} bars: {', '.join(pairs)}.", "cer"),
+        Turn(
+            ask(rng, DESCRIBE),
+            f"The image shows a bar chart with {count} bars: {', '.join(pairs)}.",
+            "cer",
+        ),
     ]
     return Sample("chart", [picture], pick_turns(rng, turns))

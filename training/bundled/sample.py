@@ -51,7 +51,9 @@ def ask(rng: Random, phrasings: tuple[str, ...], **slots: str) -> str:
     elif draw < 0.12 and question[-1] in ".?":
         question = question[:-1]
     elif draw < 0.16:
-        question = "Please " + question[0].lower() + question[1:] if question[-1] == "." else question
+        question = (
+            "Please " + question[0].lower() + question[1:] if question[-1] == "." else question
+        )
     return question
 
 

@@ -11,7 +11,17 @@ from training.bundled.page import Colour, Page, Picture, Rectangle, Wear, draw_w
 from training.bundled.sample import Sample, Turn, ask, boxes_answer, pick_turns
 from training.bundled.text_tasks import DESCRIBE, ORDINALS, draw_lines, fit, plural
 
-SHAPES = ("circle", "square", "triangle", "rectangle", "star", "diamond", "pentagon", "oval", "cross")
+SHAPES = (
+    "circle",
+    "square",
+    "triangle",
+    "rectangle",
+    "star",
+    "diamond",
+    "pentagon",
+    "oval",
+    "cross",
+)
 COLOURS: dict[str, Colour] = {
     "red": (220, 35, 40),
     "green": (40, 160, 60),
@@ -146,11 +156,15 @@ def scene(rng: Random, most: int = 8, small: bool = False) -> tuple[Page, list[I
     low, high = (120, 300) if small else (180, 640)
     if not small and rng.random() < 0.05:
         low, high = 600, 1280
-    page = Page(rng.randint(low, high), rng.randint(low, int(high * 0.85)), PAPERS[paper], colour=True)
+    page = Page(
+        rng.randint(low, high), rng.randint(low, int(high * 0.85)), PAPERS[paper], colour=True
+    )
     palette = [name for name in COLOURS if (name, paper) not in _CLASHES]
     if rng.random() < 0.5:
         palette = rng.sample(palette, 3)
     kinds = list(SHAPES) if rng.random() < 0.5 else rng.sample(SHAPES, 3)
+    if rng.random() < 0.35:  # several alike, so that counting a colour and a shape means something
+        palette, kinds = rng.sample(palette, 2), rng.sample(SHAPES, 2)
     items: list[Item] = []
     edge = (0, 0, 0) if rng.random() < 0.2 else None
     wanted = rng.randint(1, most)
@@ -214,7 +228,7 @@ def describe_turn(rng: Random, items: list[Item], paper: str, page: Page) -> Tur
 
 def locate_shape_sample(rng: Random, split: str) -> Sample:
     """A scene whose shapes are asked for by box."""
-    page, items, paper = scene(rng)
+    page, items, _ = scene(rng)
     picture = page.finish(draw_wear(rng, 40, 0.0), rng)
     found = {item.name: [] for item in items}
     for item in items:
@@ -265,7 +279,11 @@ def _fact_turns(rng: Random, items: list[Item], paper: str, page: Page) -> list[
     item = rng.choice(items)
     turns = []
     if shapes.count(item.shape) == 1:
-        asked = ("What color is the {s}?", "Which color is the {s}?", "What is the color of the {s}?")
+        asked = (
+            "What color is the {s}?",
+            "Which color is the {s}?",
+            "What is the color of the {s}?",
+        )
         turns.append(Turn(ask(rng, asked, s=item.shape), item.colour))
         where = ("Where is the {s}?", "In which part of the image is the {s}?")
         turns.append(Turn(ask(rng, where, s=item.shape), place(item.box, page.width, page.height)))
@@ -283,7 +301,12 @@ def _fact_turns(rng: Random, items: list[Item], paper: str, page: Page) -> list[
     areas = sorted(items, key=lambda one: (one.box[2] - one.box[0]) * (one.box[3] - one.box[1]))
     sizes = [(one.box[2] - one.box[0]) * (one.box[3] - one.box[1]) for one in areas]
     if len(items) > 1 and sizes[-1] > 1.3 * sizes[-2]:
-        turns.append(Turn(ask(rng, ("Which shape is the largest?", "What is the biggest shape?")), areas[-1].name))
+        turns.append(
+            Turn(
+                ask(rng, ("Which shape is the largest?", "What is the biggest shape?")),
+                areas[-1].name,
+            )
+        )
     return turns
 
 
@@ -307,19 +330,38 @@ def several_sample(rng: Random, split: str) -> Sample:
         else:
             picture, lines[index] = _small_text(rng, split)
             pictures.append(picture)
-    turns = [Turn(ask(rng, ("How many images are there?", "How many pictures do you see?")), str(count))]
+    turns = [
+        Turn(ask(rng, ("How many images are there?", "How many pictures do you see?")), str(count))
+    ]
     for index, (items, told) in scenes.items():
-        turns.append(Turn(ask(rng, (f"Describe image {index + 1}.", f"Describe the {ORDINALS[index]} image.")), told, "cer"))
+        turns.append(
+            Turn(
+                ask(
+                    rng, (f"Describe image {index + 1}.", f"Describe the {ORDINALS[index]} image.")
+                ),
+                told,
+                "cer",
+            )
+        )
         for key in ("shape", "colour", "name"):
             value = getattr(rng.choice(items), key)
-            holders = [i for i, (some, _) in scenes.items() if value in [getattr(one, key) for one in some]]
+            holders = [
+                i for i, (some, _) in scenes.items() if value in [getattr(one, key) for one in some]
+            ]
             noun = f"{value} shape" if key == "colour" else value
             if len(holders) == 1:
-                asked = ("Which image has the {n}?", "Which image contains {a}?", "In which picture is the {n}?")
+                asked = (
+                    "Which image has the {n}?",
+                    "Which image contains {a}?",
+                    "In which picture is the {n}?",
+                )
                 question = ask(rng, asked, n=noun, a=article(noun))
                 turns.append(Turn(question, f"Image {index + 1}"))
     for index, line in lines.items():
-        read = (f"Read the text in image {index + 1}.", f"What does the {ORDINALS[index]} image say?")
+        read = (
+            f"Read the text in image {index + 1}.",
+            f"What does the {ORDINALS[index]} image say?",
+        )
         turns.append(Turn(ask(rng, read), line, "cer"))
         asked = ('Which image contains the text "{t}"?', 'Which image says "{t}"?')
         if list(lines.values()).count(line) == 1:
@@ -340,8 +382,14 @@ _TALK = (
     (("Thank you!", "Thanks", "Thank you very much."), "You are welcome."),
     (("Goodbye", "Bye", "See you"), "Goodbye!"),
     (
-        ("Tell me a joke.", "Write a poem about the sea.", "What is the capital of France?",
-         "Who won the game?", "Translate this to German.", "Write a Python function."),
+        (
+            "Tell me a joke.",
+            "Write a poem about the sea.",
+            "What is the capital of France?",
+            "Who won the game?",
+            "Translate this to German.",
+            "Write a Python function.",
+        ),
         "I cannot help with that. I only read text and describe simple shapes in images.",
     ),
 )
@@ -364,7 +412,10 @@ def talk_sample(rng: Random, split: str) -> Sample:
     picture = page.finish(Wear(noise=rng.choice((0.0, 0.0, 6.0))), rng)
     turns = [
         Turn(ask(rng, DESCRIBE), f"The image is empty, with a {paper} background."),
-        Turn(ask(rng, ("Read the text.", "What does it say?", "OCR this image.")), "There is no text."),
+        Turn(
+            ask(rng, ("Read the text.", "What does it say?", "OCR this image.")),
+            "There is no text.",
+        ),
         Turn(ask(rng, COUNT, things=rng.choice(("shapes", "circles", "red squares"))), "0"),
     ]
     return Sample("talk", [picture], pick_turns(rng, turns, 2))

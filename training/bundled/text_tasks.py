@@ -123,14 +123,16 @@ def paragraph_sample(rng: Random, split: str) -> Sample:
     size = rng.randint(16, 24) if rng.random() < 0.75 else rng.randint(16, 34)
     count = rng.randint(2, 12)
     width = rng.uniform(180, 620)
-    lines = [fit(words.phrase(rng, split, rng.randint(1, 9)), face, size, width) for _ in range(count)]
+    lines = [
+        fit(words.phrase(rng, split, rng.randint(1, 9)), face, size, width) for _ in range(count)
+    ]
     align = rng.choice(("left", "left", "left", "center", "right"))
     page, boxes, margin = draw_lines(rng, lines, face, size, rng.uniform(1.0, 1.5), align)
     angle = safe_angle(page.width, page.height, margin, 2.0)
     picture = page.finish(draw_wear(rng, size, angle), rng)
     read = Turn(ask(rng, READ), "\n".join(lines), "cer")
     extra = _line_turns(rng, picture, lines, boxes)
-    if rng.random() < 0.25:
+    if split == "train" and rng.random() < 0.25:
         return Sample("paragraph", [picture], pick_turns(rng, extra, 3))
     return Sample("paragraph", [picture], [read, *rng.sample(extra, rng.choice((0, 1, 2)))])
 

@@ -21,6 +21,8 @@ from training.bundled.forward import Packed
 from training.bundled.optimizer import Optimizer
 from training.bundled.packing import Factory
 
+FRESH = {"elapsed": 0.0, "step": 0, "samples": 0, "piece": 0}
+
 
 def rate_at(progress: float, peak: float) -> float:
     """Warm-up over 1.5 %, a plateau, then a cosine to zero over the last 60 %."""
@@ -31,7 +33,9 @@ def rate_at(progress: float, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - 0.4) / 0.6)))
 
 
-def _save(args: argparse.Namespace, packed: Packed, optimizer: Optimizer, facts: dict[str, Any]) -> None:
+def _save(
+    args: argparse.Namespace, packed: Packed, optimizer: Optimizer, facts: dict[str, Any]
+) -> None:
     state = {"model": packed.state_dict(), "optimizer": optimizer.state(), "facts": facts}
     torch.save(state, args.state)
     if args.out is None:
@@ -54,6 +58,22 @@ def _save(args: argparse.Namespace, packed: Packed, optimizer: Optimizer, facts:
     (target / "facts.json").write_text(json.dumps(facts) + "\n")
 
 
+def _restore_weights(folder: Path, packed: Packed) -> dict[str, Any]:
+    """An --out folder, or a checkpoint folder that has the weights alone."""
+    weights = {
+        name: value.float() for name, value in load_file(folder / "model.safetensors").items()
+    }
+    if (folder / "rest.safetensors").exists():
+        for name, value in load_file(folder / "rest.safetensors").items():
+            weights[name] += value.float()
+    packed.model.load_state_dict(weights, strict=False)
+    if (folder / "cell_head.safetensors").exists():
+        packed.cell_head.load_state_dict(load_file(folder / "cell_head.safetensors"))
+    if (folder / "facts.json").exists():
+        return json.loads((folder / "facts.json").read_text())
+    return dict(FRESH)
+
+
 def _restore(args: argparse.Namespace, packed: Packed, optimizer: Optimizer) -> dict[str, Any]:
     if Path(args.state).exists():
         state = torch.load(args.state, weights_only=True, map_location=args.device)
@@ -61,21 +81,16 @@ def _restore(args: argparse.Namespace, packed: Packed, optimizer: Optimizer) -> 
         optimizer.restore(state["optimizer"])
         return state["facts"]
     if args.resume_from is not None:
-        folder = Path(args.resume_from)
-        coarse, rest = load_file(folder / "model.safetensors"), load_file(folder / "rest.safetensors")
-        weights = {name: coarse[name].float() + rest[name].float() for name in coarse}
-        packed.model.load_state_dict(weights, strict=False)
-        packed.cell_head.load_state_dict(load_file(folder / "cell_head.safetensors"))
-        return json.loads((folder / "facts.json").read_text())
-    return {"elapsed": 0.0, "step": 0, "samples": 0, "piece": 0}
+        return _restore_weights(Path(args.resume_from), packed)
+    return dict(FRESH)
 
 
 def _report(window: list[Tensor], facts: dict[str, Any], rate: float, fresh: int) -> None:
     loss, cell, right = torch.stack(window).mean(0).tolist()
+    speed = facts["samples"] / max(1.0, facts["elapsed"])
     print(
         f"step {facts['step']} time {facts['elapsed']:.0f}s loss {loss:.4f} cell {cell:.4f} "
-        f"right {right:.4f} rate {rate:.2e} {facts['samples'] / max(1.0, facts['elapsed']):.0f} samples/s "
-        f"{fresh} packs fresh",
+        f"right {right:.4f} rate {rate:.2e} {speed:.0f} samples/s {fresh} packs fresh",
         flush=True,
     )
 
@@ -102,8 +117,11 @@ def train(args: argparse.Namespace) -> Qwen3VLForConditionalGeneration:
     window: list[Tensor] = []
     while time.monotonic() - begun < args.seconds:
         batch = join(feed.take(args.packs))
-        rate = rate_at(facts["elapsed"] / args.total_seconds, args.rate)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        if args.anneal:
+            rate = args.rate * max(0.0, 1 - (time.monotonic() - begun) / args.seconds)
+        else:
+            rate = rate_at(facts["elapsed"] / args.total_seconds, args.rate)
+        with torch.autocast(device.type, torch.bfloat16):
             loss, cell, right = packed.losses(batch)
         share = max(0.05, args.cell_weight * (1 - facts["elapsed"] / (0.7 * args.total_seconds)))
         (loss + share * cell).backward()
@@ -145,6 +163,9 @@ def main() -> None:
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--no-muon", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument(
+        "--anneal", action="store_true", help="fall from --rate to zero over this piece alone"
+    )
     args = parser.parse_args()
     Path(args.state).parent.mkdir(parents=True, exist_ok=True)
     train(args)
