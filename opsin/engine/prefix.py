@@ -37,8 +37,11 @@ def extend_keys(sequence: Sequence, block_size: int, num_tokens: int) -> list[by
 
 
 def is_cacheable(sequence: Sequence) -> bool:
-    """Whether every medium of a sequence says what it contains."""
-    return all(item.key for item in sequence.prompt.media)
+    """Whether blocks may be known by their tokens and media: every medium says what it contains.
+
+    Where layers read encoded media, even tokens before a medium depend on it.
+    """
+    return sequence.num_source == 0 and all(item.key for item in sequence.prompt.media)
 
 
 def usable_tokens(sequence: Sequence, matched: int, block_size: int) -> int:
