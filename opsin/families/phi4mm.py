@@ -45,6 +45,7 @@ VISION_DEFAULTS = {
 SPEECH_NAMES = {
     "attention_dim": "hidden_size",
     "attention_heads": "num_attention_heads",
+    "depthwise_seperable_out_channel": "depthwise_separable_out_channel",
     "linear_units": "intermediate_size",
     "conv_channels": "nemo_conv_channels",
     "t5_bias_max_distance": "bias_max_distance",
