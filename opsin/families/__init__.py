@@ -47,7 +47,8 @@ def find(model_type: str) -> type[Family]:
 def load(config: dict[str, Any], processor_config: dict[str, Any]) -> Family:
     """The family of a checkpoint, holding its configs."""
     model_type = config["model_type"]
-    tower = (config.get("vision_config") or {}).get("model_type", "")
+    vision = config.get("vision_config") or {}
+    tower = vision.get("cls") or vision.get("model_type", "")
     for architecture in config.get("architectures") or ():
         model_type = BY_ARCHITECTURE.get(architecture, model_type)
     return find(BY_TOWER.get((model_type, tower), model_type))(config, processor_config)

@@ -41,7 +41,7 @@ class DeepseekVL(BackboneFamily):
         (r"^(model\.)?aligner\.linear2\.", "towers.projector.layers.1."),
         *LLAMA_RENAME,
     )
-    ignored = CLIP_IGNORED
+    ignored: tuple[str, ...] = CLIP_IGNORED
 
     def __init__(self, config: dict[str, Any], processor_config: dict[str, Any]) -> None:
         super().__init__(config, processor_config)

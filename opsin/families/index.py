@@ -14,6 +14,8 @@ MODULES = {
     "llama4": "llama4",
     "internvl": "internvl",
     "internvl_chat": "internvl_chat",
+    "multi_modality": "multi_modality",
+    "multi_modality_hybrid": "multi_modality_hybrid",
     "llava": "llava",
     "llava_next": "llava_next",
     "mistral3": "mistral3",
@@ -43,8 +45,9 @@ BY_ARCHITECTURE = {
     "DeepseekOCR2ForCausalLM": "deepseekocr_2",
 }
 
-# a `model_type` whose tower, by its own `model_type`, makes it another family
+# a `model_type` whose tower, by its own class or `model_type`, makes it another family
 BY_TOWER = {
+    ("multi_modality", "HybridVisionTower"): "multi_modality_hybrid",
     ("llava", "pixtral"): "pixtral",
 }
 
