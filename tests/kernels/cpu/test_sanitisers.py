@@ -1,11 +1,13 @@
 """The kernel tests pass under the address and undefined-behaviour sanitisers."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -27,11 +29,10 @@ def runtime(compiler: str) -> str | None:
 
 def flags_by_file() -> dict[str, list[str]]:
     """The instruction-set flags that setup.py gives each source."""
-    script = (ROOT / "setup.py").read_text().split("setup(\n")[0]
-    scope: dict = {"__name__": "flags"}
-    exec(compile(script, "setup.py", "exec"), scope)
-    sources = sorted((ROOT / scope["SOURCE"]).glob("*.cpp"))
-    return {str(path): scope["flags_of"](path.stem) for path in sources}
+    with patch("setuptools.setup"):
+        script = runpy.run_path(str(ROOT / "setup.py"))
+    sources = sorted((ROOT / script["SOURCE"]).glob("*.cpp"))
+    return {str(path): script["flags_of"](path.stem) for path in sources}
 
 
 def build(compiler: str, folder: Path) -> None:

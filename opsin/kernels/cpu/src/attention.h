@@ -21,8 +21,8 @@ struct Scratch {
   uint16_t* keys;    // (64, dim)
   uint16_t* values;  // (value_dim / 16, 32 pairs, 16, 2)
   uint16_t* query;   // (tiles, dim / 32, 16 pairs, 16, 2), tiles only
-  float* scores;     // (64, 16)
-  uint16_t* weights; // (16, 64)
+  float* scores;     // (tiles, 64, 16)
+  uint16_t* weights; // (tiles, 16, 64)
   float* part;       // (rows, value_dim) of the current segment
   uint16_t* zero;    // (dim)
 };
@@ -44,9 +44,9 @@ static Scratch carve(uint8_t* p, int dim, int value_dim) {
   s.query = (uint16_t*)p;
   p += kAttentionRows * dim * 2;
   s.scores = (float*)p;
-  p += kKeyBlock * 16 * 4;
+  p += kKeyBlock * kAttentionRows * 4;
   s.weights = (uint16_t*)p;
-  p += 16 * kKeyBlock * 2;
+  p += kAttentionRows * kKeyBlock * 2;
   s.part = (float*)p;
   p += kAttentionRows * value_dim * 4;
   s.zero = (uint16_t*)p;
@@ -113,37 +113,58 @@ static void pack_values(const AttentionShape* s, const AttentionUnit* u, const S
 
 static void copy_keys(const AttentionShape* s, const AttentionUnit* u, uint16_t* out,
                       const int64_t* slots, int count, int wanted) {
-  const int dim = padded(s->head_dim);
-  for (int key = 0; key < wanted; key++) {
-    uint16_t* o = out + key * dim;
-    __builtin_memset(o, 0, 2 * dim);
-    if (key >= count) continue;
-    __builtin_memcpy(o, u->keys + slots[key] * s->key_stride, 2 * s->head_dim);
+  const int dim = padded(s->head_dim), whole = s->head_dim / 32 * 32;
+  alignas(64) uint16_t tail[32];
+  __builtin_memset(tail, 0, sizeof tail);
+  for (int key = 0; key < wanted; key++, out += dim) {
+    const uint16_t* row = key < count ? u->keys + slots[key] * s->key_stride : nullptr;
+    if (!row) {
+      __builtin_memset(out, 0, 2 * dim);
+      continue;
+    }
+    for (int d = 0; d < whole; d += 32) vstore(out + d, vload(row + d));
+    if (whole == dim) continue;
+    __builtin_memcpy(tail, row + whole, 2 * (s->head_dim - whole));
+    vstore(out + whole, vload(tail));
   }
 }
 
-OPSIN_INLINE F finish_scores(const AttentionShape* s, F raw) {
-  F a = mul(raw, set1(s->scale));
-  if (s->softcap > 0.0f) a = mul(tanh(div(a, set1(s->softcap))), set1(s->softcap));
-  return a;
+constexpr float kLog2E = 1.44269504088896341f;
+
+// What a score is multiplied by to be an exponent of two; capped scores are scaled already.
+OPSIN_INLINE float exponent_unit(const AttentionShape* s) {
+  return s->softcap > 0.0f ? kLog2E : s->scale * kLog2E;
+}
+
+OPSIN_INLINE F cap_scores(const AttentionShape* s, F raw) {
+  return mul(tanh(div(mul(raw, set1(s->scale)), set1(s->softcap))), set1(s->softcap));
 }
 
 // Adds a finished segment to what came before it.
 static void merge(const AttentionUnit* u, const Scratch* scratch, Running* run, int dim) {
+  alignas(64) float before[kAttentionRows], now[kAttentionRows], seen[kAttentionRows];
+  const F none = set1(-__builtin_inff()), least = set1(-3.0e38f);
+  for (int r = 0; r < u->rows; r += 16) {
+    const F old = load(run->all_top + r), own = load(run->top + r);
+    const F top = max(old, own), base = max(top, least);  // -inf less -inf would not be a number
+    const F kept = exp2(sub(old, base)), added = exp2(sub(own, base));
+    store(before + r, kept);
+    store(now + r, added);
+    store(seen + r, own);
+    store(run->all_sum + r, fma(load(run->sum + r), added, mul(load(run->all_sum + r), kept)));
+    store(run->all_top + r, top);
+    store(run->top + r, none);
+    store(run->sum + r, set1(0.0f));
+  }
   for (int r = 0; r < u->rows; r++) {
-    if (run->top[r] == -__builtin_inff()) continue;
-    const float top = run->all_top[r] > run->top[r] ? run->all_top[r] : run->top[r];
-    const float before = exp1(run->all_top[r] - top), now = exp1(run->top[r] - top);
-    run->all_sum[r] = run->all_sum[r] * before + run->sum[r] * now;
-    run->all_top[r] = top;
+    if (seen[r] == -__builtin_inff()) continue;
     float* out = u->out + r * dim;
     float* part = scratch->part + r * dim;
+    const F kept = set1(before[r]), added = set1(now[r]);
     for (int d = 0; d < dim; d += 16) {
-      store(out + d, add(mul(load(out + d), set1(before)), mul(load(part + d), set1(now))));
+      store(out + d, fma(load(part + d), added, mul(load(out + d), kept)));
       store(part + d, set1(0.0f));
     }
-    run->top[r] = -__builtin_inff();
-    run->sum[r] = 0.0f;
   }
 }
 
@@ -201,44 +222,77 @@ static void pack_queries(const AttentionUnit* u, const Scratch* scratch, int dim
 // scores (64 keys, 16 queries) of one tile of queries
 static void tile_scores(const uint16_t* const* keys, const int64_t* stride, const uint16_t* query,
                         int dim, float* scores) {
-  for (int kt = 0; kt < 4; kt++) {
-    _tile_zero(0);
-    for (int c = 0; c < dim / 32; c++) {
-      TILE_LOAD(5, keys[kt] + 32 * c, stride[kt]);
-      TILE_LOAD(4, query + 512 * c, 64);
-      _tile_dpbf16ps(0, 5, 4);
-    }
-    TILE_STORE(0, scores + 256 * kt, 64);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int c = 0; c < dim / 32; c++) {
+    TILE_LOAD(4, query + 512 * c, 64);
+    TILE_LOAD(5, keys[0] + 32 * c, stride[0]);
+    _tile_dpbf16ps(0, 5, 4);
+    TILE_LOAD(6, keys[1] + 32 * c, stride[1]);
+    _tile_dpbf16ps(1, 6, 4);
+    TILE_LOAD(7, keys[2] + 32 * c, stride[2]);
+    _tile_dpbf16ps(2, 7, 4);
+    TILE_LOAD(5, keys[3] + 32 * c, stride[3]);
+    _tile_dpbf16ps(3, 5, 4);
   }
+  TILE_STORE(0, scores, 64);
+  TILE_STORE(1, scores + 256, 64);
+  TILE_STORE(2, scores + 512, 64);
+  TILE_STORE(3, scores + 768, 64);
+}
+
+// Caps the scores and hides the keys that a query does not see; lanes are queries.
+static void tile_mask(const AttentionShape* s, float* scores, int from, I lo, I hi) {
+  const __mmask16 all = _mm512_cmple_epi32_mask(lo.v, _mm512_set1_epi32(from)) &
+                        _mm512_cmpge_epi32_mask(hi.v, _mm512_set1_epi32(from + kKeyBlock));
+  if (s->softcap > 0.0f) {
+    for (int k = 0; k < kKeyBlock; k++) store(scores + 16 * k, cap_scores(s, load(scores + 16 * k)));
+  }
+  if (all == 0xffff) return;
+  const F none = set1(-__builtin_inff());
+  for (int k = 0; k < kKeyBlock; k++) {
+    store(scores + 16 * k, select_range(load(scores + 16 * k), none, iset1(from + k), lo, hi));
+  }
+}
+
+// Exponents of 64 keys as pairs of bfloat16 (32 pairs, 16 queries); returns the sum added to total.
+static F tile_exponents(const float* scores, F unit, F base, F total, uint32_t* pairs) {
+  static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = _mm512_loadu_si512(order);
+  const F down = sub(set1(0.0f), base);
+  for (int k = 0; k < kKeyBlock; k += 2) {
+    const F a = exp2(fma(load(scores + 16 * k), unit, down));
+    const F b = exp2(fma(load(scores + 16 * k + 16), unit, down));
+    total = add(total, add(a, b));
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v);
+    vstore(pairs + 8 * k, {_mm512_permutexvar_epi16(both, halves)});
+  }
+  return total;
 }
 
 // One step of the online softmax; lanes are queries. False when no query sees any of the keys.
 static bool tile_softmax(const AttentionShape* s, float* scores, uint16_t* weights, int from,
                          I lo, I hi, float* top, float* sum, float* part, int dim) {
-  const float none = -__builtin_inff();
   alignas(64) uint32_t pairs[32 * 16];
-  F best = set1(none);
-  for (int k = 0; k < kKeyBlock; k++) {
-    F a = finish_scores(s, load(scores + 16 * k));
-    a = select_range(a, set1(none), iset1(from + k), lo, hi);
-    best = max(best, a);
-    store(scores + 16 * k, a);
-  }
-  if (hmax(best) == none) return false;
-  const F old = load(top);
-  F now = max(old, best);
-  // A query that has seen nothing yet keeps -inf; its exponents are taken from 0 instead.
-  const F base = {_mm512_mask_mov_ps(
-      now.v, _mm512_cmp_ps_mask(now.v, _mm512_set1_ps(none), _CMP_EQ_OQ), _mm512_setzero_ps())};
-  const F alpha = exp(sub(old, base));
-  F total = mul(load(sum), alpha);
+  const __m512 none = _mm512_set1_ps(-__builtin_inff());
+  tile_mask(s, scores, from, lo, hi);
+  F best = {none}, other = {none};
   for (int k = 0; k < kKeyBlock; k += 2) {
-    F a = exp(sub(load(scores + 16 * k), base)), b = exp(sub(load(scores + 16 * k + 16), base));
-    total = add(add(total, a), b);
-    __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(a.v));
-    __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(b.v));
-    vstore(pairs + 8 * k, {_mm512_or_si512(low, _mm512_slli_epi32(high, 16))});
+    best = max(best, load(scores + 16 * k));
+    other = max(other, load(scores + 16 * k + 16));
   }
+  best = max(best, other);
+  if (_mm512_cmp_ps_mask(best.v, none, _CMP_NEQ_UQ) == 0) return false;
+  const F unit = set1(exponent_unit(s));
+  const F old = load(top), now = max(old, mul(best, unit));
+  // A query that has seen nothing yet keeps -inf; its exponents are taken from 0 instead.
+  const F base = {_mm512_mask_mov_ps(now.v, _mm512_cmp_ps_mask(now.v, none, _CMP_EQ_OQ),
+                                     _mm512_setzero_ps())};
+  const F alpha = exp2(sub(old, base));
+  const F total = tile_exponents(scores, unit, base, mul(load(sum), alpha), pairs);
   transpose16(pairs, 16, (uint32_t*)weights, 32);
   transpose16(pairs + 256, 16, (uint32_t*)weights + 16, 32);
   store(top, now);
@@ -254,16 +308,23 @@ static bool tile_softmax(const AttentionShape* s, float* scores, uint16_t* weigh
   return true;
 }
 
+// part (16, dim) += weights (16, 64) times values
 static void tile_values(const uint16_t* weights, const uint16_t* values, float* part, int dim) {
-  TILE_LOAD(5, weights, 128);
-  TILE_LOAD(6, weights + 32, 128);
-  for (int d = 0; d < dim / 16; d++) {
+  TILE_LOAD(6, weights, 128);
+  TILE_LOAD(7, weights + 32, 128);
+  for (int d = 0; d < dim / 16; d += 2) {
     TILE_LOAD(0, part + 16 * d, dim * 4);
+    TILE_LOAD(1, part + 16 * d + 16, dim * 4);
     TILE_LOAD(4, values + 1024 * d, 64);
-    _tile_dpbf16ps(0, 5, 4);
-    TILE_LOAD(4, values + 1024 * d + 512, 64);
     _tile_dpbf16ps(0, 6, 4);
+    TILE_LOAD(5, values + 1024 * d + 1024, 64);
+    _tile_dpbf16ps(1, 6, 5);
+    TILE_LOAD(4, values + 1024 * d + 512, 64);
+    _tile_dpbf16ps(0, 7, 4);
+    TILE_LOAD(5, values + 1024 * d + 1536, 64);
+    _tile_dpbf16ps(1, 7, 5);
     TILE_STORE(0, part + 16 * d, dim * 4);
+    TILE_STORE(1, part + 16 * d + 16, dim * 4);
   }
 }
 
@@ -271,7 +332,8 @@ static void attend_block(const AttentionShape* s, const AttentionUnit* u, const 
                          Running* run, const int32_t* lo, const int32_t* hi, int from, int count,
                          const int64_t* slots) {
   const int dim = padded(s->head_dim), value_dim = padded(s->value_dim);
-  const bool direct = dim == s->head_dim && s->block_size % 16 == 0;
+  // More rows than a tile's read the keys again: then they are worth copying side by side.
+  const bool direct = dim == s->head_dim && s->block_size % 16 == 0 && u->rows <= 16;
   const uint16_t* keys[4];
   int64_t stride[4];
   for (int kt = 0; kt < 4; kt++) {
@@ -286,15 +348,21 @@ static void attend_block(const AttentionShape* s, const AttentionUnit* u, const 
     }
   }
   pack_values(s, u, scratch, slots, count);
-  for (int tile = 0; tile * 16 < u->rows; tile++) {
-    const uint16_t* query = scratch->query + tile * 16 * dim;
-    float* part = scratch->part + tile * 16 * value_dim;
-    tile_scores(keys, stride, query, dim, scratch->scores);
-    if (tile_softmax(s, scratch->scores, scratch->weights, from, iload(lo + 16 * tile),
-                     iload(hi + 16 * tile), run->top + 16 * tile, run->sum + 16 * tile, part,
-                     value_dim)) {
-      tile_values(scratch->weights, scratch->values, part, value_dim);
-    }
+  // Each stage for all tiles before the next, so that none waits for what it has just stored.
+  const int tiles = (u->rows + 15) / 16;
+  bool seen[kAttentionRows / 16];
+  for (int t = 0; t < tiles; t++) {
+    tile_scores(keys, stride, scratch->query + t * 16 * dim, dim, scratch->scores + t * 1024);
+  }
+  for (int t = 0; t < tiles; t++) {
+    seen[t] = tile_softmax(s, scratch->scores + t * 1024, scratch->weights + t * 1024, from,
+                           iload(lo + 16 * t), iload(hi + 16 * t), run->top + 16 * t,
+                           run->sum + 16 * t, scratch->part + t * 16 * value_dim, value_dim);
+  }
+  for (int t = 0; t < tiles; t++) {
+    if (!seen[t]) continue;
+    tile_values(scratch->weights + t * 1024, scratch->values, scratch->part + t * 16 * value_dim,
+                value_dim);
   }
 }
 
@@ -311,20 +379,21 @@ static float row_softmax(const AttentionShape* s, F* score, uint16_t* weights, i
                          int hi, float* top, float* sum) {
   const float none = -__builtin_inff();
   static const int32_t lane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const F unit = set1(exponent_unit(s));
   F best = set1(none);
   for (int kt = 0; kt < 4; kt++) {
     const I position = iadd(iload(lane), iset1(from + 16 * kt));
-    score[kt] = select_range(finish_scores(s, score[kt]), set1(none), position, iset1(lo),
-                             iset1(hi));
+    if (s->softcap > 0.0f) score[kt] = cap_scores(s, score[kt]);
+    score[kt] = select_range(mul(score[kt], unit), set1(none), position, iset1(lo), iset1(hi));
     best = max(best, score[kt]);
   }
   const float most = hmax(best);
   if (most == none) return -1.0f;
   const float now = most > *top ? most : *top;
-  const float alpha = exp1(*top - now);
+  const float alpha = exp2_of(*top - now);
   F total = set1(0.0f);
   for (int kt = 0; kt < 4; kt++) {
-    F p = exp(sub(score[kt], set1(now)));
+    F p = exp2(sub(score[kt], set1(now)));
     total = add(total, p);
     store_bf16(weights + 16 * kt, p);
   }
@@ -407,11 +476,13 @@ static void attention(const AttentionShape* s, const AttentionUnit* u) {
   const int dim = padded(s->head_dim), value_dim = padded(s->value_dim);
   const Scratch scratch = carve(u->scratch, dim, value_dim);
   alignas(64) Running run;
-  alignas(64) int32_t lo[kAttentionRows] = {0}, hi[kAttentionRows] = {0};
+  alignas(64) int32_t lo[kAttentionRows], hi[kAttentionRows];
   int first = u->num_keys, last = 0;
   for (int r = 0; r < kAttentionRows; r++) {
     run.top[r] = run.all_top[r] = -__builtin_inff();
     run.sum[r] = run.all_sum[r] = 0.0f;
+    lo[r] = 0;  // rows that only fill a tile see everything: nothing to hide
+    hi[r] = 0x7fffffff;
     if (r >= u->rows) continue;
     lo[r] = u->lo[r] > 0 ? u->lo[r] : 0;
     hi[r] = u->hi[r] < u->num_keys ? u->hi[r] : u->num_keys;
@@ -419,7 +490,7 @@ static void attention(const AttentionShape* s, const AttentionUnit* u) {
     first = lo[r] < first ? lo[r] : first;
     last = hi[r] > last ? hi[r] : last;
   }
-  __builtin_memset(scratch.part, 0, sizeof(float) * kAttentionRows * value_dim);
+  __builtin_memset(scratch.part, 0, sizeof(float) * ((u->rows + 15) / 16 * 16) * value_dim);
   __builtin_memset(u->out, 0, sizeof(float) * u->rows * value_dim);
   attention_begin(u, &scratch, dim);
   int64_t slots[2][kKeyBlock];
@@ -442,9 +513,9 @@ static void attention(const AttentionShape* s, const AttentionUnit* u) {
   for (int r = 0; r < u->rows; r++) {
     float inverse = run.all_sum[r] > 0.0f ? 1.0f / run.all_sum[r] : 0.0f;
     if (u->sinks && run.all_sum[r] > 0.0f) {
-      const float sink = u->sinks[r], top = run.all_top[r] > sink ? run.all_top[r] : sink;
-      const float kept = exp1(run.all_top[r] - top);
-      inverse = kept / (run.all_sum[r] * kept + exp1(sink - top));
+      const float sink = u->sinks[r] * kLog2E, top = run.all_top[r] > sink ? run.all_top[r] : sink;
+      const float kept = exp2_of(run.all_top[r] - top);
+      inverse = kept / (run.all_sum[r] * kept + exp2_of(sink - top));
     }
     float* out = u->out + r * value_dim;
     // Adding 0 turns -0 into 0, the one bit that empty steps could change.

@@ -405,6 +405,28 @@ OPSIN_INLINE F exp(F x) {
   return zero_below(scale2(p, n), x, -87.0f);
 }
 
+// 2^x within 2 units in the last place; 2^0 is exactly 1, far below zero it is exactly 0.
+OPSIN_INLINE F exp2(F x) {
+#if defined(__AVX512F__)
+  const F y = max(x, set1(-200.0f));
+#else
+  const F y = max(x, set1(-126.0f));
+#endif
+  const F n = round_even(y), r = sub(y, n);
+  F p = set1(1.535336188319500e-4f);
+  p = fma(p, r, set1(1.339887440266574e-3f));
+  p = fma(p, r, set1(9.618437357674640e-3f));
+  p = fma(p, r, set1(5.550332471162809e-2f));
+  p = fma(p, r, set1(2.402264791363012e-1f));
+  p = fma(p, r, set1(6.931472028550421e-1f));
+  p = fma(p, r, set1(1.0f));
+#if defined(__AVX512F__)
+  return {_mm512_scalef_ps(p.v, n.v)};
+#else
+  return zero_below(scale2(p, n), x, -126.0f);
+#endif
+}
+
 OPSIN_INLINE F sigmoid(F x) {
   return div(set1(1.0f), add(set1(1.0f), exp(sub(set1(0.0f), x))));
 }
@@ -413,9 +435,9 @@ OPSIN_INLINE F tanh(F x) {  // 2 sigmoid(2x) - 1
   return sub(mul(set1(2.0f), sigmoid(mul(set1(2.0f), x))), set1(1.0f));
 }
 
-OPSIN_INLINE float exp1(float x) {
+OPSIN_INLINE float exp2_of(float x) {
   float t[16];
-  store(t, exp(set1(x)));
+  store(t, exp2(set1(x)));
   return t[0];
 }
 
