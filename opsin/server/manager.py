@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -77,7 +78,7 @@ class Manager:
         self._on_load = on_load
         self._changing = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, "opsin-load")
-        self._retiring: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()  # loading and freeing
         self.closed = False
 
     # Names.
@@ -164,7 +165,21 @@ class Manager:
     # Loading and unloading.
 
     async def load(self, name: str, *, download: bool = False) -> Loaded:
-        """Load a model; those that serve go on serving, and stay if this fails."""
+        """Load a model; those that serve go on serving, and stay if this fails.
+
+        A caller that goes away leaves the loading to end by itself: what it loads is not lost.
+        """
+        task = asyncio.get_running_loop().create_task(self._load(name, download=download))
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return await asyncio.shield(task)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            _log.debug("A model was not loaded or freed.", exc_info=task.exception())
+
+    async def _load(self, name: str, *, download: bool) -> Loaded:
         async with self._changing:
             found = self.find(name)
             if found is not None:
@@ -258,8 +273,8 @@ class Manager:
             model.expiry.cancel()
             model.expiry = None
         task = asyncio.get_running_loop().create_task(self._free(model))
-        self._retiring.add(task)
-        task.add_done_callback(self._retiring.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
         return task
 
     async def _free(self, model: Loaded) -> None:
@@ -272,11 +287,11 @@ class Manager:
         """End every engine; requests that still run get their last event."""
         self.closed = True
         loop = asyncio.get_running_loop()
-        for model in list(self.loaded):
-            await loop.run_in_executor(None, model.engine.close)
-            self._retire(model)
-        while self._retiring:
-            await asyncio.wait(self._retiring)
+        while self.loaded or self._tasks:
+            for model in list(self.loaded):
+                await loop.run_in_executor(None, model.engine.close)
+                self._retire(model)
+            await asyncio.wait(self._tasks)
         self._thread.shutdown(wait=False)
 
 

@@ -49,7 +49,9 @@ def test_a_stream_says_what_the_whole_reply_says(client: openai.OpenAI, data_url
         assert whole.usage.completion_tokens == 6
 
 
-def test_a_picture_is_seen_and_its_size_stated(client: openai.OpenAI, data_url: str) -> None:
+def test_row_27_the_size_that_a_picture_is_seen_at_is_stated(
+    client: openai.OpenAI, data_url: str
+) -> None:
     asked = {"model": "default", **LIMITED, "logprobs": True}
     one = client.chat.completions.create(messages=question("?", data_url), **asked)
     other = client.chat.completions.create(

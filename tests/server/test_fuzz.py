@@ -92,7 +92,7 @@ OTHERS = st.one_of(
     st.tuples(st.just("/detokenize"), st.fixed_dictionaries({"tokens": JSON})),
 )
 QUICK = settings(
-    max_examples=250,
+    max_examples=150,
     deadline=None,
     derandomize=True,
     database=None,

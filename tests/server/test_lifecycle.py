@@ -18,9 +18,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from opsin import api
 from opsin.cli.serve import serve
 from opsin.errors import CheckpointError, OpsinError
 from opsin.server.health import Heart
+from opsin.server.manager import Source
 
 from .running import Running, serving, wait_for
 
@@ -196,6 +198,34 @@ def test_an_idle_model_is_unloaded_after_its_time(checkpoint: Path) -> None:
         assert running.chat().status_code == 200
         wait_for(lambda: not running.service.manager.loaded)
         assert running.chat().status_code == 200
+
+
+def test_a_client_that_leaves_while_a_model_loads_loses_nothing(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def engines() -> int:
+        return sum(thread.name == "opsin-engine" for thread in threading.enumerate())
+
+    before = engines()
+    go = threading.Event()
+    original = api.load
+
+    def slow(*given: object, **options: object) -> object:
+        go.wait(20)
+        return original(*given, **options)
+
+    monkeypatch.setattr("opsin.server.manager.api.load", slow)
+    with serving(None) as running:
+        monkeypatch.setattr(running.service.manager, "_own", lambda: Source(str(checkpoint), "own"))
+        monkeypatch.setattr("opsin.server.manager._resolved", lambda source: checkpoint)
+        with pytest.raises(httpx.ReadTimeout):
+            running.client.post(
+                "/v1/chat/completions", json=chat_body(), timeout=httpx.Timeout(10, read=0.2)
+            )
+        go.set()
+        wait_for(lambda: len(running.service.manager.loaded) == 1)
+        assert running.chat().json()["model"] == "own"
+    assert engines() == before
 
 
 def test_a_failed_load_leaves_the_loaded_model_serving(

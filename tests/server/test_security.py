@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import concurrent.futures
 import contextlib
 import io
 import json
@@ -104,7 +105,7 @@ def test_row_05_a_prompts_cache_is_its_keys_own(keyed: Running) -> None:
 
 
 def test_row_08_bombs_are_refused_by_their_headers(server: Running) -> None:
-    huge = Image.new("1", (30_000, 30_000))
+    huge = Image.new("1", (20_000, 20_000))
     started = time.monotonic()
     reply = ask(server, image_part(as_url(huge)))
     assert reply.status_code == 413
@@ -310,6 +311,35 @@ def test_row_23_a_truncated_picture_is_a_clear_error(server: Running) -> None:
         reply = ask(server, image_part(f"data:image/png;base64,{data}"))
         assert reply.status_code in (400, 415)
         assert is_clean(reply.text)
+
+
+def test_row_24_many_pictures_fill_no_more_than_their_cache(checkpoint: Path) -> None:
+    with serving(checkpoint, media_cache=2**16) as running:
+        running.ready()
+        for i in range(40):
+            url = as_url(Image.new("RGB", (64, 64), (i, 0, 0)))
+            assert ask(running, image_part(url), max_tokens=1).status_code == 200
+        stats = running.service.manager.loaded[0].engine.stats()
+        assert stats["encoded_misses"] == 40
+        assert 0 < stats["encoded_bytes"] <= 2**16
+
+
+def test_row_25_a_neighbours_large_picture_does_not_stop_a_text(server: Running) -> None:
+    large = as_url(picture(7, 3840, 2160), "JPEG")
+    body = {"messages": [{"role": "user", "content": "go on"}], "stream": True}
+    body |= {"max_tokens": 100_000, "ignore_eos": True}
+    with (
+        server.client.stream("POST", "/v1/chat/completions", json=body) as stream,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        lines = stream.iter_lines()
+        next(lines)
+        asked = pool.submit(ask, server, image_part(large), max_tokens=1)
+        during = 0
+        while not asked.done():
+            during += bool(next(lines))
+        assert asked.result().status_code == 200
+    assert during > 10
 
 
 def test_row_28_a_modality_the_model_lacks_is_named(server: Running) -> None:
