@@ -7,7 +7,7 @@ from typing import Literal
 
 from opsin.kernels import Activation
 from opsin.nn.norm import NormKind
-from opsin.nn.rope import RopeConfig
+from opsin.nn.rope import RopeConfig, long_after
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +220,12 @@ class DecoderConfig:
         """Every distinct rotary embedding among the layers."""
         ropes = (attention.rope for attention in self.attentions)
         return {rope for rope in ropes if rope is not None}
+
+    @property
+    def long_after(self) -> int | None:
+        """The most tokens of a sequence that keeps the rope's short angles; None without such."""
+        limits = (long_after(rope) for rope in self.rope_configs)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def attentions(self) -> list[AttentionConfig]:

@@ -45,7 +45,8 @@ class Step:
     cross-attention layers read. `expert_groups` (tokens,) sends each token to a group of experts
     where a decoder has several; None is group 0 for all. adapters[i] (n,) are the rows that use
     adapter i, None where no row uses any. `token_ids` (tokens,) are for decoders whose layers have
-    inputs of their own.
+    inputs of their own. `long` (tokens, 1) is True for tokens of sequences that have outgrown the
+    rope's short angles, None where no sequence has.
     """
 
     embeds: Tensor
@@ -57,6 +58,7 @@ class Step:
     expert_groups: Tensor | None = None
     adapters: dict[int, Tensor] | None = None
     token_ids: Tensor | None = None
+    long: Tensor | None = None
 
 
 class NativeLayers(Protocol):
@@ -253,7 +255,7 @@ class Decoder(nn.Module):
         assert self.angles is not None, "finish_loading() comes before the first step"
         if self.native is not None:
             return self.native.run(step, cache, self.angles)
-        angles = self.angles.at(step.positions)
+        angles = self.angles.at(step.positions, step.long)
         context = StepContext(
             cache,
             step.batch,

@@ -175,7 +175,7 @@ class NativeStack:
         ]
         positions = torch.cat(places)
         until = positions + 1 if batch.visible_until is None else batch.visible_until
-        tables: dict[RopeConfig, tuple[Tensor, Tensor]] = angles.at(step.positions)
+        tables: dict[RopeConfig, tuple[Tensor, Tensor]] = angles.at(step.positions, step.long)
         native_step = StackStep(
             hidden=step.embeds.float().contiguous(),
             query_start=torch.tensor(starts),

@@ -145,6 +145,7 @@ class Engine:
             max_num_batched_tokens=self.limits.prefill_step_size,
             source_pool=BlockPool(plan.num_source_blocks),
             prefix_cache=self.limits.prefix_cache and not model.decoder.config.has_states,
+            long_after=model.decoder.config.long_after,
         )
         self.runner = Runner(model, self.cache, self.limits.media_cache)
         self.steps = 0

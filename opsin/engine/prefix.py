@@ -18,12 +18,13 @@ def extend_keys(sequence: Sequence, block_size: int, num_tokens: int) -> list[by
 
     A key is SHA-256 over the key before it, the block's token ids, and for each medium whose tokens
     lie in the block, its content key and which of its tokens they are. The chain starts from this
-    process's secret, the adapter that computes the tokens and the request's `cache_salt`.
+    process's secret, the adapter and rope angles that compute the tokens and the request's
+    `cache_salt`.
     """
     keys = sequence.block_keys
     for index in range(len(keys), num_tokens // block_size):
         start, end = index * block_size, (index + 1) * block_size
-        adapter = repr(sequence.prompt.adapter).encode()
+        adapter = repr((sequence.prompt.adapter, sequence.long)).encode()
         parent = keys[-1] if keys else _SECRET + adapter + b":" + sequence.prompt.cache_salt
         digest = hashlib.sha256(parent)
         digest.update(struct.pack(f"<{block_size}q", *sequence.token_ids[start:end]))

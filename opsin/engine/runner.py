@@ -73,6 +73,7 @@ class Runner:
             expert_groups=_expert_groups(step, device),
             adapters=_adapters(step, ends, device),
             token_ids=ids,
+            long=_long(step, ends, device),
             source=source_step(step, self.cache.block_size, embeds.shape[1], device),
         )
 
@@ -163,6 +164,16 @@ def _adapters(
         if scheduled.sequence.prompt.adapter is not None:
             rows[scheduled.sequence.prompt.adapter].extend(range(start, end))
     return {i: torch.tensor(own, device=device) for i, own in rows.items()} or None
+
+
+def _long(step: list[Scheduled], ends: list[int], device: torch.device) -> Tensor | None:
+    """Which tokens' sequences have outgrown the rope's short angles, (tokens, 1); None for none."""
+    if not any(scheduled.sequence.long for scheduled in step):
+        return None
+    long = torch.zeros(ends[-1], 1, dtype=torch.bool)
+    for scheduled, start, end in zip(step, ends, ends[1:], strict=False):
+        long[start:end] = scheduled.sequence.long
+    return long.to(device)
 
 
 def _is_needed(item: MediaInput, scheduled: Scheduled) -> bool:

@@ -33,7 +33,9 @@ class Scheduled:
 class Scheduler:
     """Continuous batching with chunked prefill over a pool of blocks.
 
-    `source_pool` hands out the blocks for encoded media, which a sequence holds while it runs.
+    `source_pool` hands out the blocks for encoded media, which a sequence holds while it runs. A
+    sequence of more than `long_after` tokens has other rope angles: when one grows past that, all
+    of it is computed again.
     """
 
     def __init__(
@@ -45,9 +47,11 @@ class Scheduler:
         max_num_batched_tokens: int,
         source_pool: BlockPool | None = None,
         prefix_cache: bool = True,
+        long_after: int | None = None,
     ) -> None:
         self.pool = pool
         self.prefix_cache = prefix_cache
+        self.long_after = long_after
         self.source_pool = source_pool or BlockPool(0)
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
@@ -79,12 +83,16 @@ class Scheduler:
                 break
             if sequence not in self.running:  # preempted by one before it
                 continue
+            if sequence.lengthen(self.long_after):
+                self._preempt(sequence)
+                continue
             scheduled = self._place(sequence, budget, step)
             if scheduled is not None:
                 step.append(scheduled)
                 budget -= scheduled.end - scheduled.start
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
+            sequence.lengthen(self.long_after)
             self._reuse(sequence)
             end = sequence.chunk_end(sequence.num_computed + budget)
             if not self._start(sequence, end):

@@ -14,9 +14,9 @@ from opsin.types import SamplingParams, Timings
 class Sequence:
     """A request's state.
 
-    Filled by: submit (prompt, sampling), scheduler (num_computed, block_table, source_table, and
-    while it runs state_slot), runner (encoded), sampler (token_ids). The next step computes tokens
-    num_computed up to len(token_ids); when those reach the end, a new token is sampled.
+    Filled by: submit (prompt, sampling), scheduler (num_computed, block_table, source_table, long,
+    and while it runs state_slot), runner (encoded), sampler (token_ids). The next step computes
+    tokens num_computed up to len(token_ids); when those reach the end, a new token is sampled.
     """
 
     request_id: int
@@ -36,6 +36,7 @@ class Sequence:
     started: float = 0.0
     first_token: float = 0.0
     num_preemptions: int = 0
+    long: bool = False
 
     @classmethod
     def start(cls, request_id: int, prompt: Prompt, sampling: SamplingParams) -> Sequence:
@@ -58,6 +59,17 @@ class Sequence:
     def output_ids(self) -> list[int]:
         """The sampled tokens."""
         return self.token_ids[self.num_prompt :]
+
+    def lengthen(self, long_after: int | None) -> bool:
+        """Go over to the long rope angles if it has more tokens than have the short ones.
+
+        True if that makes what is computed worthless.
+        """
+        if self.long or long_after is None or len(self.token_ids) <= long_after:
+            return False
+        self.long = True
+        self.block_keys.clear()
+        return True
 
     def chunk_end(self, limit: int) -> int:
         """The furthest token, at most `limit` exclusive, that the next step may compute up to.

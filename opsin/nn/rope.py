@@ -54,8 +54,13 @@ def interleaved_axes(sections: list[int]) -> tuple[int, ...]:
     return tuple(axes)
 
 
-def inverse_frequencies(config: RopeConfig, device: torch.device) -> tuple[Tensor, float]:
-    """The dim / 2 frequencies in radians per position, and the factor on cos and sin."""
+def inverse_frequencies(
+    config: RopeConfig, device: torch.device, *, long: bool = False
+) -> tuple[Tensor, float]:
+    """The dim / 2 frequencies in radians per position, and the factor on cos and sin.
+
+    `long` is for sequences longer than `long_after` says.
+    """
     exponents = (
         torch.arange(0, config.dim, 2, dtype=torch.int64, device=device).float() / config.dim
     )
@@ -76,7 +81,7 @@ def inverse_frequencies(config: RopeConfig, device: torch.device) -> tuple[Tenso
         case "yarn":
             return _yarn(frequencies, rule, config)
         case "longrope" | "su":
-            return _longrope(frequencies, rule, config)
+            return _longrope(frequencies, rule, config, long)
         case kind:
             raise ValueError(f"unknown rope scaling {kind!r}")
 
@@ -124,18 +129,26 @@ def _yarn_attention_factor(rule: dict[str, Any], factor: float) -> float:
 
 
 def _longrope(
-    frequencies: Tensor, rule: dict[str, Any], config: RopeConfig
+    frequencies: Tensor, rule: dict[str, Any], config: RopeConfig, long: bool
 ) -> tuple[Tensor, float]:
     """LongRoPE (arXiv:2402.13753): one divisor a frequency, the long set when the context is
     long.
     """
     original = rule.get("original_max_position_embeddings") or config.max_positions
     factor = config.max_positions / original
-    divisors = rule["long_factor"] if rule.get("use_long") else rule["short_factor"]
+    divisors = rule["long_factor"] if long else rule["short_factor"]
     scale = rule.get("attention_factor")
     if scale is None:
         scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     return frequencies / torch.tensor(divisors, device=frequencies.device), float(scale)
+
+
+def long_after(config: RopeConfig) -> int | None:
+    """The most tokens of a sequence whose angles are the short ones; None if all have the same."""
+    rule = dict(config.scaling)
+    if (rule.get("rope_type") or rule.get("type")) not in ("longrope", "su"):
+        return None
+    return int(rule.get("original_max_position_embeddings") or config.max_positions)
 
 
 class RotaryAngles:
@@ -143,6 +156,11 @@ class RotaryAngles:
 
     def __init__(self, configs: set[RopeConfig], device: torch.device) -> None:
         self.tables = {config: self._table(config, device) for config in configs}
+        self.long_tables = {
+            config: inverse_frequencies(config, device, long=True)[0]
+            for config in configs
+            if long_after(config) is not None
+        }
 
     @staticmethod
     def _table(config: RopeConfig, device: torch.device) -> tuple[Tensor, Tensor | None, float]:
@@ -150,11 +168,18 @@ class RotaryAngles:
         axes = torch.tensor(config.axes, device=device) if config.axes else None
         return frequencies, axes, factor
 
-    def at(self, positions: Tensor) -> dict[RopeConfig, tuple[Tensor, Tensor]]:
-        """positions (axes, tokens) to cos and sin, each (tokens, dim / 2), float32."""
+    def at(
+        self, positions: Tensor, long: Tensor | None = None
+    ) -> dict[RopeConfig, tuple[Tensor, Tensor]]:
+        """positions (axes, tokens) to cos and sin, each (tokens, dim / 2), float32.
+
+        long (tokens, 1) says which tokens' sequences have outgrown the short angles; None is none.
+        """
         angles = {}
         for config, (frequencies, axes, factor) in self.tables.items():
             rows = positions[0, :, None] if axes is None else positions[axes].T
+            if long is not None and config in self.long_tables:
+                frequencies = torch.where(long, self.long_tables[config], frequencies)
             angle = rows.float() * frequencies  # (tokens, dim / 2)
             angles[config] = (angle.cos() * factor, angle.sin() * factor)
         return angles
