@@ -140,7 +140,7 @@ class Family:
     tokenizer_frame: ClassVar[bool] = True
     processor_options: ClassVar[tuple[str, ...]] = ()
     sampling_rate: ClassVar[int] = 16000
-    default_template: ClassVar[str | None] = None
+    default_template: str | None = None
     grounding: tuple[Grounding, ...] = ()
     tasks: Mapping[str, Task] = MappingProxyType({})
     no_repeat_ngram: tuple[int, int, tuple[str, ...]] | None = None
