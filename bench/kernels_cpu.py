@@ -20,7 +20,7 @@ import torch
 from opsin.kernels.cpu import Library, PackedMatrix, load, why_missing
 
 N, K = 6144, 2048
-RING_BYTES = 256 << 20
+RING_BYTES = 128 << 20
 FEW = (1, 2, 4, 8, 16)
 MANY = (64, 512)
 
@@ -124,6 +124,8 @@ def measure(library: Library, rounds: int) -> dict[str, dict[str, float]]:
             limits.setdefault(kind, []).append(library.peak(kind, 10))
         for m, x in inputs.items():
             for name, run in rings.items():
+                if m > 64 and name in ("torch int8", "torch int4"):
+                    continue  # seconds a call
                 times.setdefault(f"{name} M={m}", []).append(clock(lambda r=run, x=x: r(x)))  # type: ignore[misc]
         for name, case in attention.items():
             times.setdefault(name, []).append(clock(case))
@@ -153,7 +155,7 @@ def measure(library: Library, rounds: int) -> dict[str, dict[str, float]]:
 def main() -> None:
     """Print a table and one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--isa", default="auto")
     options = parser.parse_args()
