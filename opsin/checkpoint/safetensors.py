@@ -60,7 +60,7 @@ class StoredTensor:
         """
         direct = out.is_contiguous() and out.device.type == "cpu" and out.dtype == self.dtype
         buffer = out if direct else torch.empty(self.shape, dtype=self.dtype)
-        view = memoryview(buffer.view(-1).view(torch.uint8).numpy()) if buffer.numel() else b""
+        view = buffer.view(-1).view(torch.uint8).numpy().data if buffer.numel() else b""
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start)
             done = 0

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 import opsin
-
 from tests.families.checkpoints import write_checkpoint
 from tests.families.zoo.qwen import CASES
 

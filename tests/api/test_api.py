@@ -15,7 +15,6 @@ from PIL import Image
 
 import opsin
 from opsin.errors import InputError, NotFoundError, PromptTooLong, UnsupportedMedia
-
 from tests.families.pictures import picture
 
 Loaded = tuple[Any, Any]

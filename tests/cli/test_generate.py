@@ -13,7 +13,6 @@ import pytest
 
 from opsin.cli.generate import split_words
 from opsin.errors import InputError
-
 from tests.families.checkpoints import write_checkpoint
 from tests.families.pictures import picture
 from tests.families.zoo.qwen import CASES
