@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from opsin.checkpoint.hub import resolve
+from opsin.engine.fallback import engine_of, load_fallback
 from opsin.engine.loop import Engine, EngineLimits
 from opsin.engine.memory import peak_memory
 from opsin.engine.model import Model, load_model
 from opsin.engine.processor import Processor
-from opsin.errors import InputError
+from opsin.errors import InputError, UnknownFamily
 from opsin.families.base import MediaInput, Prompt
 from opsin.grounding.drawing import as_png, draw_all
 from opsin.grounding.layout import Layout
@@ -119,11 +120,22 @@ def load(
     device: "cpu", "cuda", "cuda:N" or "mps"; None picks the best there is. dtype: "float32",
     "bfloat16" or "float16"; None takes the checkpoint's. revision: a branch, tag or commit of a hub
     name. chat_template: jinja text, a file, or the name of a bundled one, in place of the
-    checkpoint's. on_progress is called with the bytes read so far and all. Raises NotFoundError,
-    CheckpointError or UnknownFamily.
+    checkpoint's. on_progress is called with the bytes read so far and all. A model that has no
+    family here runs through Transformers, where that is installed, and says so on stderr. Raises
+    NotFoundError, CheckpointError, UnknownFamily or MissingDependency.
     """
     folder = resolve(path_or_hf_repo, revision=revision)
-    processor = Processor.from_folder(folder, chat_template=chat_template, limits=media_limits)
+    try:
+        processor = Processor.from_folder(folder, chat_template=chat_template, limits=media_limits)
+    except UnknownFamily as unknown:
+        return load_fallback(
+            folder,
+            unknown,
+            device=device,
+            dtype=dtype,
+            chat_template=chat_template,
+            limits=media_limits,
+        )
     model = load_model(folder, device=device, dtype=dtype, on_progress=on_progress)
     model.processor = processor
     return model, processor
@@ -137,7 +149,7 @@ def engine_for(model: Model, processor: Processor, limits: EngineLimits | None =
         return engine
     if isinstance(engine, Engine):
         engine.close()
-    fresh = Engine(model, processor, limits)
+    fresh = engine_of(model, processor, limits)
     model.engine = fresh
     return fresh
 
