@@ -110,9 +110,10 @@ class Ernie45MoEVL(Qwen2VL):
         text = {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, **self.text_config}
         text["attention_bias"] = text["mlp_bias"] = bool(text.get("use_bias"))
         rope = text.get("rope_parameters") or {}
-        height, width, time = rope.get("mrope_section", (22, 22, 20))
-        assert height == width
-        axes = (1, 2) * height + (0,) * time
+        # Published configs say how many frequencies turn by time; rows and columns share the rest.
+        pairs = (text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]) // 2
+        stated = rope.get("mrope_section", (0, 0, text.get("freq_allocation", 20)))
+        axes = (1, 2) * ((pairs - stated[2]) // 2) + (0,) * stated[2]
         plain = llama_decoder(text, tied=self.tied(), axes=axes)
         layers = tuple(
             self.layer(layer, sparse)
