@@ -11,25 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from opsin.decoder.config import (
     DecoderConfig,
-    EnrichedLayerConfig,
     LayerInputsConfig,
-    MLPConfig,
-    MoEConfig,
-    SharedAttentionConfig,
 )
 from opsin.errors import CheckpointError, MediaError, UnsupportedMedia
 from opsin.families.base import Encoded, Family, MediaInput
 from opsin.families.gemma4_names import GEMMA4_RENAME
-from opsin.families.gemma4_shape import ROPES, TEXT, audio_shape, fitted_size, vision_shape
-from opsin.families.llama_shape import ACTIVATIONS
+from opsin.families.gemma4_shape import TEXT, audio_shape, fitted_size, layer_shape, vision_shape
 from opsin.kernels import Kernels
+from opsin.media.sampling import Chooser, Video, VideoInfo
 from opsin.nn.linear import Linear
 from opsin.nn.norm import norm
-from opsin.nn.rope import RopeConfig, scaling_pairs
 from opsin.towers import pixels
 from opsin.towers.axial_vit import AxialTransformer
 from opsin.towers.mel import UniversalMel, too_short
@@ -37,21 +32,23 @@ from opsin.towers.usm import USMEncoder
 
 TOKENS = {"image_token_id": 258880, "audio_token_id": 258881, "video_token_id": 258884}
 LONGEST = 30 * 16000
+FRAMES = 768
 SOFT_TOKENS = (70, 140, 280, 560, 1120)
 
 
 class Gemma4(Family):
     """Both kinds of checkpoint: the small ones that hear, the large ones with experts."""
 
-    modalities = ("image", "audio")
+    modalities = ("image", "video", "audio")
     message_format = "list_with_image_type_text"
-    placeholders = {"image": "<|image|>", "audio": "<|audio|>"}
+    placeholders = {"image": "<|image|>", "video": "<|video|>", "audio": "<|audio|>"}
     processor_options = ("max_soft_tokens",)
     rename = GEMMA4_RENAME
 
     def __init__(self, config: dict[str, Any], processor_config: dict[str, Any]) -> None:
         super().__init__(config, processor_config)
         self.text = {**TEXT, **(config.get("text_config") or {})}
+        self.video = processor_config.get("video_processor") or {}
         count = self.text["num_hidden_layers"]
         kinds = self.text.get("layer_types") or [
             "full_attention" if i % 6 == 5 else "sliding_attention" for i in range(count)
@@ -81,7 +78,9 @@ class Gemma4(Family):
         return DecoderConfig(
             vocab_size=text["vocab_size"],
             hidden=text["hidden_size"],
-            layers=tuple(self.layer(i) for i in range(text["num_hidden_layers"])),
+            layers=tuple(
+                layer_shape(text, self.kinds, i, self.own_layers) for i in range(len(self.kinds))
+            ),
             max_positions=text["max_position_embeddings"],
             norm_eps=text["rms_norm_eps"],
             tied_head=bool(self.config.get("tie_word_embeddings", True)),
@@ -91,61 +90,6 @@ class Gemma4(Family):
             blank_ids=tuple(self.config.get(name) or value for name, value in TOKENS.items()),
         )
 
-    def layer(self, index: int) -> EnrichedLayerConfig:
-        """One layer; those at the end read the last own keys and values of their kind."""
-        text = self.text
-        activation = ACTIVATIONS[text["hidden_activation"]]
-        shared = index >= self.own_layers
-        wide = 2 if shared and text.get("use_double_wide_mlp") else 1
-        experts = None
-        if text.get("enable_moe_block"):
-            experts = MoEConfig(
-                experts=text["num_experts"],
-                top_k=text["top_k_experts"],
-                hidden=text["moe_intermediate_size"],
-                activation=activation,
-            )
-        return EnrichedLayerConfig(
-            attention=self.attention(index, shared=shared),
-            mlp=MLPConfig(text["intermediate_size"] * wide, activation),
-            post_norms=True,
-            input_dim=text["hidden_size_per_layer_input"] or 0,
-            scaled=True,
-            experts=experts,
-        )
-
-    def attention(self, index: int, *, shared: bool) -> SharedAttentionConfig:
-        """One layer's attention."""
-        text, kind = self.text, self.kinds[index]
-        full = kind == "full_attention"
-        same = full and bool(text.get("attention_k_eq_v"))
-        head_dim = text["global_head_dim"] if full else text["head_dim"]
-        kv_heads = text["num_key_value_heads"]
-        if same:
-            kv_heads = text.get("num_global_key_value_heads") or kv_heads
-        rope = (text.get("rope_parameters") or ROPES)[kind]
-        source = None
-        if shared:
-            source = max(i for i in range(self.own_layers) if self.kinds[i] == kind)
-        stated = (text.get("per_layer_config") or {}).get(str(index)) or {}
-        head_dim = stated.get("head_dim", head_dim)
-        kv_heads = stated.get("num_key_value_heads", kv_heads)
-        bias = bool(text.get("attention_bias", False))
-        return SharedAttentionConfig(
-            heads=text["num_attention_heads"],
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            rope=RopeConfig(head_dim, float(rope["rope_theta"]), scaling=scaling_pairs(rope)),
-            qkv_bias=bias,
-            out_bias=bias,
-            qk_norm="rms",
-            window=None if full else text["sliding_window"],
-            scale=1.0,
-            shared_from=source,
-            values_are_keys=same,
-            causal_only=full,
-        )
-
     def atomic_spans(
         self, token_ids: Sequence[int], media: Sequence[MediaInput]
     ) -> list[tuple[int, int]]:
@@ -153,35 +97,78 @@ class Gemma4(Family):
         del token_ids
         if self.text.get("use_bidirectional_attention") != "vision":
             return []
-        pictures = (item.indices for item in media if item.kind == "image")
-        return [(int(places[0]), int(places[-1]) + 1) for places in pictures]
+        frames = (
+            part
+            for item in media
+            if item.kind != "audio"
+            for part in item.indices.chunk(_frames(item))
+        )
+        return [(int(places[0]), int(places[-1]) + 1) for places in frames]
 
     # What goes in.
 
-    def prepare_image(self, image: Image.Image, options: Mapping[str, Any]) -> MediaInput:
-        config = self.processor_config
-        most = options.get("max_soft_tokens", config.get("max_soft_tokens", 280))
+    def cut(self, values: Tensor) -> Tensor:
+        """Pictures (..., 3, height, width) as patches (..., patches, patch * patch * 3)."""
+        patch = self.processor_config.get("patch_size", 16)
+        rows, columns = (side // patch for side in values.shape[-2:])
+        grid = values.unflatten(-1, (columns, patch)).unflatten(-3, (rows, patch))
+        return grid.movedim(-5, -1).transpose(-4, -3).flatten(-3).flatten(-3, -2)
+
+    def fitted(self, size: tuple[int, int], most: Any) -> tuple[tuple[int, int], int]:
+        """The size that a picture of (width, height) is cut at, and its tokens."""
         if most not in SOFT_TOKENS:
             raise MediaError(
                 f"max_soft_tokens cannot be {most!r}",
                 remedy=f"Use one of {', '.join(map(str, SOFT_TOKENS))}",
                 param="processor_kwargs",
             )
-        patch, pool = config.get("patch_size", 16), config.get("pooling_kernel_size", 3)
-        width, height = fitted_size(image.size, patch * pool, most)
-        resized = pixels.resize(image, width, height, config.get("resample", 3))
+        config = self.processor_config
+        step = config.get("patch_size", 16) * config.get("pooling_kernel_size", 3)
+        width, height = fitted_size(size, step, most)
+        return (width, height), width * height // step**2
+
+    def prepare_image(self, image: Image.Image, options: Mapping[str, Any]) -> MediaInput:
+        config = self.processor_config
+        most = options.get("max_soft_tokens", config.get("max_soft_tokens", 280))
+        size, tokens = self.fitted(image.size, most)
+        resized = pixels.resize(image, *size, config.get("resample", 3))
         values = pixels.normalised(resized, (0.0,) * 3, (1.0,) * 3)
-        rows, columns = height // patch, width // patch
-        cut = values.view(3, rows, patch, columns, patch).permute(1, 3, 2, 4, 0)
-        tokens = rows * columns // pool**2
         return MediaInput(
             kind="image",
-            features={"pixel_values": cut.flatten(2).flatten(0, 1)},
+            features={"pixel_values": self.cut(values)},
             text=f"<|image>{'<|image|>' * tokens}<image|>",
             num_tokens=tokens,
             size=image.size,
-            processed_size=(width, height),
-            details={"grid": (rows, columns)},
+            processed_size=size,
+        )
+
+    def frame_chooser(self, options: Mapping[str, Any]) -> Chooser:
+        """The first frames of equal parts of the video."""
+
+        def choose(info: VideoInfo) -> list[int]:
+            rate = options.get("fps")
+            wanted = self.video.get("num_frames", 32) if rate is None else info.duration * rate
+            count = max(1, min(int(wanted), options.get("max_frames", FRAMES), info.num_frames))
+            return [i * info.num_frames // count for i in range(count)]
+
+        return choose
+
+    def prepare_video(self, video: Video, options: Mapping[str, Any]) -> MediaInput:
+        """Small pictures, each after its minute and second."""
+        frames = torch.from_numpy(video.frames).permute(0, 3, 1, 2)
+        most = options.get("max_soft_tokens", self.video.get("max_soft_tokens", 70))
+        size, tokens = self.fitted((frames.shape[3], frames.shape[2]), most)
+        values = pixels.normalised_frames(
+            pixels.resize_frames(frames, *size), (0.0,) * 3, (1.0,) * 3
+        )
+        one = f"<|image>{'<|video|>' * tokens}<image|>"
+        times = (f"{int(time // 60):02d}:{int(time % 60):02d}" for time in video.timestamps)
+        return MediaInput(
+            kind="video",
+            features={"pixel_values": self.cut(values)},
+            text=" ".join(f"{time} {one}" for time in times),
+            num_tokens=len(frames) * tokens,
+            processed_size=size,
         )
 
     def prepare_audio(self, samples: np.ndarray, options: Mapping[str, Any]) -> MediaInput:
@@ -232,11 +219,24 @@ class Gemma4(Family):
         if items[0].kind == "audio":
             parts = [towers["audio"](item.features["input_features"]) for item in items]
         else:
-            patches = [item.features["pixel_values"] for item in items]
-            parts = towers["vision"](patches, [item.details["grid"] for item in items])
+            patch = self.processor_config.get("patch_size", 16)
+            patches: list[Tensor] = []
+            sizes: list[tuple[int, int]] = []
+            for item in items:
+                width, height = item.processed_size
+                frames = item.features["pixel_values"]
+                patches += frames if frames.ndim == 3 else [frames]
+                sizes += [(height // patch, width // patch)] * (len(patches) - len(sizes))
+            parts = towers["vision"](patches, sizes)
         kind = "audio" if items[0].kind == "audio" else "vision"
         embeds = towers[f"embed_{kind}"](towers[f"norm_{kind}"](torch.cat(parts)))
-        return [Encoded(part) for part in embeds.split([len(part) for part in parts])]
+        return [Encoded(part) for part in embeds.split([item.num_tokens for item in items])]
+
+
+def _frames(item: MediaInput) -> int:
+    """How many pictures a picture or a video is."""
+    values = item.features["pixel_values"]
+    return len(values) if values.ndim == 3 else 1
 
 
 FAMILY = Gemma4

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from opsin.decoder.config import (
+    EnrichedLayerConfig,
+    MLPConfig,
+    MoEConfig,
+    SharedAttentionConfig,
+)
 from opsin.errors import MediaError
 from opsin.families.llama_shape import ACTIVATIONS
+from opsin.nn.rope import RopeConfig, scaling_pairs
 from opsin.towers.axial_vit import AxialConfig
 from opsin.towers.usm import USMConfig
 
@@ -36,6 +43,65 @@ ROPES: Mapping[str, Mapping[str, Any]] = {
         "rope_theta": 1e6,
     },
 }
+
+
+def layer_shape(
+    text: Mapping[str, Any], kinds: Sequence[str], index: int, own: int
+) -> EnrichedLayerConfig:
+    """One layer; those from `own` on read the last own keys and values of their kind."""
+    activation = ACTIVATIONS[text["hidden_activation"]]
+    wide = 2 if index >= own and text.get("use_double_wide_mlp") else 1
+    experts = None
+    if text.get("enable_moe_block"):
+        experts = MoEConfig(
+            experts=text["num_experts"],
+            top_k=text["top_k_experts"],
+            hidden=text["moe_intermediate_size"],
+            activation=activation,
+        )
+    return EnrichedLayerConfig(
+        attention=attention_shape(text, kinds, index, own),
+        mlp=MLPConfig(text["intermediate_size"] * wide, activation),
+        post_norms=True,
+        input_dim=text["hidden_size_per_layer_input"] or 0,
+        scaled=True,
+        experts=experts,
+    )
+
+
+def attention_shape(
+    text: Mapping[str, Any], kinds: Sequence[str], index: int, own: int
+) -> SharedAttentionConfig:
+    """One layer's attention; layers from `own` on read the last own keys of their kind."""
+    kind = kinds[index]
+    full = kind == "full_attention"
+    same = full and bool(text.get("attention_k_eq_v"))
+    head_dim = text["global_head_dim"] if full else text["head_dim"]
+    kv_heads = text["num_key_value_heads"]
+    if same:
+        kv_heads = text.get("num_global_key_value_heads") or kv_heads
+    rope = (text.get("rope_parameters") or ROPES)[kind]
+    source = None
+    if index >= own:
+        source = max(i for i in range(own) if kinds[i] == kind)
+    stated = (text.get("per_layer_config") or {}).get(str(index)) or {}
+    head_dim = stated.get("head_dim", head_dim)
+    kv_heads = stated.get("num_key_value_heads", kv_heads)
+    bias = bool(text.get("attention_bias", False))
+    return SharedAttentionConfig(
+        heads=text["num_attention_heads"],
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        rope=RopeConfig(head_dim, float(rope["rope_theta"]), scaling=scaling_pairs(rope)),
+        qkv_bias=bias,
+        out_bias=bias,
+        qk_norm="rms",
+        window=None if full else text["sliding_window"],
+        scale=1.0,
+        shared_from=source,
+        values_are_keys=same,
+        causal_only=full,
+    )
 
 
 def vision_shape(vision: Mapping[str, Any]) -> AxialConfig:
