@@ -20,6 +20,7 @@ import torch
 
 from opsin import api
 from opsin.checkpoint.hub import BUNDLED, BUNDLED_FOLDER, CachedModel, cached_models, resolve
+from opsin.engine.fallback import engine_of
 from opsin.engine.loop import Engine, EngineLimits
 from opsin.engine.model import Model
 from opsin.engine.processor import Processor
@@ -238,7 +239,7 @@ class Manager:
                 chat_template=settings.chat_template if source.own else None,
                 media_limits=settings.media_limits(),
             )
-            engine = Engine(model, processor, engine_limits(settings))
+            engine = engine_of(model, processor, engine_limits(settings))
         except (RuntimeError, MemoryError, OSError, LookupError, ValueError, TypeError) as error:
             _log.exception("Loading %s failed.", source.name)
             raise EngineError(
