@@ -15,6 +15,9 @@
 #if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
 #endif
+#if defined(__linux__) && defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
 
 namespace opsin {
 
@@ -77,7 +80,12 @@ int available(const Kernels** out) {
   if (f.avxvnni) offer(avx2vnni_kernels());
   if (f.avx2) offer(avx2_kernels());
 #elif defined(__aarch64__)
+#if defined(__linux__)
+  constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP
+  if (getauxval(AT_HWCAP) & kDotProducts) offer(neon_kernels());
+#else
   offer(neon_kernels());
+#endif
 #endif
   offer(portable_kernels());
   return n;
