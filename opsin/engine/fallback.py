@@ -159,6 +159,7 @@ class FallbackModel(Model):
         )
         self.decoder: Any = FallbackDecoder(shape)
         self.towers = nn.ModuleDict()
+        self.num_parameters = sum(parameter.numel() for parameter in self.parameters())
         self.engine: Any = None
         self.processor: Any = None
 

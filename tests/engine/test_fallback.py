@@ -26,7 +26,7 @@ PLAIN = files(sentencepiece_like(special=("<image>", "<pad>")), bos="<s>", eos="
 QUESTION = "Describe the picture in detail."
 
 
-def _vipllava() -> Case:
+def vipllava() -> Case:
     return Case(
         "vipllava",
         "fallback",
@@ -139,7 +139,7 @@ def _blip2() -> Case:
     )
 
 
-@pytest.fixture(scope="module", params=[_vipllava, _git, _blip2], ids=lambda make: make.__name__)
+@pytest.fixture(scope="module", params=[vipllava, _git, _blip2], ids=lambda make: make.__name__)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint of a model that has no family."""
     case = request.param()
@@ -177,7 +177,7 @@ def test_answers_are_the_model_s_own(folder: Path, caplog: pytest.LogCaptureFixt
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """One of the models, with its processor."""
-    folder = write_checkpoint(_vipllava(), tmp_path_factory.mktemp("fallback") / "one")
+    folder = write_checkpoint(vipllava(), tmp_path_factory.mktemp("fallback") / "one")
     return opsin.load(str(folder), device="cpu")
 
 
