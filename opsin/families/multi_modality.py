@@ -64,7 +64,8 @@ class MultiModality(DeepseekVL):
         return {"model_type": "llama", **self.require(self.config, "language_config")}
 
     def vision_config(self) -> dict[str, Any]:
-        stated = self.require(self.config, "vision_config").get("params", {})
+        vision = self.require(self.config, "vision_config")
+        stated = {**vision, **vision.get("params", {})}
         depth = (self.config.get("aligner_config") or {}).get("params", {}).get("depth", 2)
         return {
             **tower_shape(stated),
@@ -74,12 +75,14 @@ class MultiModality(DeepseekVL):
 
 
 def tower_shape(stated: Mapping[str, Any]) -> dict[str, Any]:
-    """The tower's shape: the larger SigLIP's, with what a config states of it in timm's words."""
+    """The larger SigLIP's shape, with what a config states of it in timm's words or ours."""
     names = {"hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads"}
     names |= {"patch_size": "patch_size"}
     shape: dict[str, Any] = {"num_channels": 3, "layer_norm_eps": 1e-6, **SIGLIP_LARGE}
+    shape |= {ours: stated[ours] for ours in names if ours in stated}
     shape |= {ours: stated[theirs] for ours, theirs in names.items() if theirs in stated}
-    shape["intermediate_size"] = int(shape["hidden_size"] * stated.get("mlp_ratio", 4.0))
+    inner = int(shape["hidden_size"] * stated.get("mlp_ratio", 4.0))
+    shape["intermediate_size"] = stated.get("intermediate_size", inner)
     return shape
 
 

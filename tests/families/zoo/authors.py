@@ -268,6 +268,7 @@ def multi_modality(source: Path, target: Path) -> None:
                 },
             },
             "architectures": ["MultiModalityCausalLM"],
+            "gen_vision_config": {"cls": "VQ-16", "model_type": "gen_vision", "params": {}},
             "language_config": {**text, "model_type": "llama"},
             "model_type": "multi_modality",
             "torch_dtype": "float32",
