@@ -109,6 +109,7 @@ def _request(
         parallel_tool_calls=parallel,
         constraint=_form(fields.output_config),
         thinking_budget=thinking.budget_tokens if thinking else fields.thinking_budget,
+        task=fields.task,
         salt=fields.cache_salt or "",
         stream=stream,
     )
@@ -287,6 +288,7 @@ def render(head: Head, answer: Answer) -> dict[str, Any]:
         "stop_reason": stop_reason(answer),
         "stop_sequence": answer.stop_string,
         "usage": usage(answer.usage),
+        "regions": list(answer.regions),
     }
 
 
@@ -329,7 +331,12 @@ class EventRenderer:
     def closing(self) -> list[dict[str, Any]]:
         """The end of the open block, and why the message ended."""
         held = self.last.usage or Usage(self.prompt_tokens)
-        ended = {"stop_reason": stop_reason(self.last), "stop_sequence": self.last.stop_string}
+        ended: dict[str, Any] = {
+            "stop_reason": stop_reason(self.last),
+            "stop_sequence": self.last.stop_string,
+        }
+        if self.last.regions:
+            ended["regions"] = list(self.last.regions)
         return [
             *self._stop(),
             {"type": "message_delta", "delta": ended, "usage": usage(held)},

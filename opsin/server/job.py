@@ -18,7 +18,7 @@ from opsin.server.courier import Courier
 from opsin.server.manager import Loaded
 from opsin.server.metrics import Metrics
 from opsin.server.preparing import Pools, prepare
-from opsin.server.replies import Reader, reasoning_tags
+from opsin.server.replies import Reader, reasoning_tags, region_finder
 from opsin.server.request import Answer, Delta, Request
 from opsin.server.thinking import thinking_budget
 from opsin.types import Event, SamplingParams, Timings, Usage
@@ -102,9 +102,10 @@ class Job:
     def _submit(self) -> None:
         tags = reasoning_tags(self.loaded.processor)
         for request, prompt in zip(self.requests, self.prompts, strict=True):
+            find_regions = region_finder(self.loaded.processor, request)
             for i in range(request.n):
                 answer = len(self._readers)
-                self._readers.append(Reader(answer, request, prompt, tags))
+                self._readers.append(Reader(answer, request, prompt, tags, find_regions))
                 self._latest.append(0.0)
                 self._open[answer] = self.loaded.engine.submit(
                     prompt,

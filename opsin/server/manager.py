@@ -240,7 +240,9 @@ class Manager:
                 media_limits=settings.media_limits(),
             )
             engine = engine_of(model, processor, engine_limits(settings))
-        except (RuntimeError, MemoryError, OSError, LookupError, ValueError, TypeError) as error:
+        except OpsinError:
+            raise
+        except Exception as error:  # whatever is wrong with it, the models that serve go on
             _log.exception("Loading %s failed.", source.name)
             raise EngineError(
                 f"Model {source.name} could not be loaded",

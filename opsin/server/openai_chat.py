@@ -102,6 +102,7 @@ def parse(body: bytes, bounds: Bounds) -> Request:
         parallel_tool_calls=fields.parallel_tool_calls is not False,
         constraint=constraint(fields),
         thinking_budget=fields.thinking_budget,
+        task=fields.task,
         salt=fields.cache_salt or "",
         stream=bool(fields.stream),
         include_usage=bool(fields.stream_options and fields.stream_options.include_usage),
@@ -251,7 +252,9 @@ def _choice(index: int, answer: Answer, request: Request, names: TokenNames) -> 
         message["content"] = answer.text or None
         message["tool_calls"] = tool_calls(answer.tool_calls, streamed=False)
     wanted = request.sampling.logprobs is not None
+    regions = {"regions": list(answer.regions)} if answer.regions else {}
     return {
+        **regions,
         "index": index,
         "message": message,
         "logprobs": logprobs(answer.logprobs, names) if wanted else None,
@@ -294,6 +297,8 @@ class ChunkRenderer:
             last = self._chunk(delta.index, {}, finish_reason(delta))
             last["timings"] = timings(delta.timings or Timings())
             last["images"] = images(delta)
+            if delta.regions:
+                last["choices"][0]["regions"] = list(delta.regions)
             chunks.append(last)
         return chunks
 

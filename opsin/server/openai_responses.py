@@ -131,6 +131,7 @@ def parse(fields: ResponseBody, before: Sequence[Any], bounds: Bounds) -> Asked:
         parallel_tool_calls=fields.parallel_tool_calls is not False,
         constraint=None if form is None else response_form(form, "text.format"),
         thinking_budget=fields.thinking_budget,
+        task=fields.task,
         salt=fields.cache_salt or "",
         stream=bool(fields.stream),
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,6 +12,7 @@ from typing import TypeVar
 from opsin.engine.processor import Processor
 from opsin.errors import InputError, OpsinError
 from opsin.families.base import Prompt
+from opsin.prompt.tasks import task_messages
 from opsin.server.replies import reasoning_tags
 from opsin.server.request import Request
 
@@ -26,10 +26,9 @@ _log = logging.getLogger("opsin.server")
 class Pools:
     """Threads that make prompts, those with media apart: a slow download holds up no text."""
 
-    def __init__(self, media_threads: int | None = None) -> None:
-        cores = os.cpu_count() or 1
+    def __init__(self, media_threads: int) -> None:
         self.text = ThreadPoolExecutor(2, "opsin-text")
-        self.media = ThreadPoolExecutor(media_threads or max(4, cores), "opsin-prepare")
+        self.media = ThreadPoolExecutor(media_threads, "opsin-prepare")
 
     async def run(self, request: Request, work: Callable[[], T]) -> T:
         """`work()` in the pool that fits the request; cancelled before it starts, it never runs."""
@@ -58,9 +57,10 @@ def _prepare(processor: Processor, request: Request, vocabulary: int) -> Prompt:
         return _from_ids(processor, request.prompt)
     _check_modalities(processor, request)
     _check_thinking(processor, request)
-    work = partial(
-        processor.prepare, request.messages, options=request.processor, **request.template
-    )
+    messages = request.messages
+    if request.task is not None:
+        messages = task_messages(processor.family, request.task, messages)
+    work = partial(processor.prepare, messages, options=request.processor, **request.template)
     try:
         return work()
     except OpsinError:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 from opsin.engine.processor import Processor
 from opsin.families.base import Prompt
+from opsin.grounding.parsing import regions_of
 from opsin.prompt.stream import THINK, StreamSplitter, Tag, open_tag
+from opsin.prompt.tasks import find_task
 from opsin.server.request import Delta, ImageSize, Request
 from opsin.types import Event
 
@@ -21,11 +24,39 @@ def reasoning_tags(processor: Processor) -> tuple[Tag, ...]:
     return (THINK,) if known or mentions else ()
 
 
+# (an answer's tokens, its prompt) -> what it says of places in the pictures, as plain values
+RegionFinder: TypeAlias = Callable[[Sequence[int], Prompt], tuple[dict[str, Any], ...]]
+
+
+def region_finder(processor: Processor, request: Request) -> RegionFinder | None:
+    """What reads the boxes and points of an answer; None where there can be none."""
+    family = processor.family
+    task = None if request.task is None else find_task(family, request.task)
+    ways = task.grounding if task is not None else ()
+    if not request.has_media or not (ways or family.grounding):
+        return None
+
+    def find(token_ids: Sequence[int], prompt: Prompt) -> tuple[dict[str, Any], ...]:
+        found = regions_of(token_ids, processor, prompt.media, ways)
+        return tuple(region.to_dict() for region in found)
+
+    return find
+
+
 class Reader:
     """One answer on its way out: events in, deltas out."""
 
-    def __init__(self, index: int, request: Request, prompt: Prompt, tags: Sequence[Tag]) -> None:
+    def __init__(
+        self,
+        index: int,
+        request: Request,
+        prompt: Prompt,
+        tags: Sequence[Tag],
+        find_regions: RegionFinder | None = None,
+    ) -> None:
         self.index = index
+        self._find_regions = find_regions
+        self._tokens: list[int] = []
         self._prompt = prompt
         is_chat = bool(request.messages)
         opened = open_tag(prompt.text, tags) if is_chat else None
@@ -37,6 +68,8 @@ class Reader:
         """The delta of an event, empty if nothing came of it."""
         text, reasoning = self._split(event.text, last=event.finish_reason is not None)
         count = len(event.token_ids) if self._reasons else 0
+        if self._find_regions is not None:
+            self._tokens += event.token_ids
         if event.finish_reason is None:
             return Delta(
                 self.index, text, reasoning, (), tuple(event.logprobs), num_reasoning=count
@@ -53,6 +86,7 @@ class Reader:
             count,
             event.timings,
             image_sizes(self._prompt),
+            self._find_regions(self._tokens, self._prompt) if self._find_regions else (),
         )
 
     def _split(self, text: str, *, last: bool) -> tuple[str, str]:

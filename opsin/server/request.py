@@ -40,8 +40,8 @@ class Request:
 
     Either `messages` (a conversation) or `prompt` (raw text or token ids) is there. `n` answers are
     wanted. `template` are variables of the chat template, `processor` the family's picture options.
-    tool_choice is "auto", "none", "required", or the name of a tool behind "=". `salt` keeps caches
-    of different keys apart.
+    `task` is one of the family's own, such as locating things. tool_choice is "auto", "none",
+    "required", or the name of a tool behind "=". `salt` keeps caches of different keys apart.
     """
 
     model: str
@@ -56,6 +56,7 @@ class Request:
     parallel_tool_calls: bool = True
     constraint: Constraint | None = None
     thinking_budget: int | None = None
+    task: str | None = None
     salt: str = ""
     stream: bool = False
     include_usage: bool = False
@@ -92,7 +93,8 @@ class Delta:
     """What is new of one answer; the last delta of an answer has a `finish_reason`.
 
     index: which of the n answers. num_tokens and num_reasoning count the tokens of this delta.
-    usage, timings and images come with the last delta.
+    usage, timings, images and regions (boxes and points in pixels, as plain values) come with the
+    last delta.
     """
 
     index: int = 0
@@ -106,6 +108,7 @@ class Delta:
     num_reasoning: int = 0
     timings: Timings | None = None
     images: tuple[ImageSize, ...] = ()
+    regions: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(slots=True)
@@ -122,6 +125,7 @@ class Answer:
     num_reasoning: int = 0
     timings: Timings = field(default_factory=Timings)
     images: tuple[ImageSize, ...] = ()
+    regions: tuple[Mapping[str, Any], ...] = ()
 
     def add(self, delta: Delta) -> None:
         """Take one more delta."""
@@ -137,6 +141,7 @@ class Answer:
             self.usage = delta.usage or self.usage
             self.timings = delta.timings or self.timings
             self.images = delta.images
+            self.regions = delta.regions
 
     def _add_call(self, piece: ToolCall) -> None:
         if piece.index == len(self.tool_calls):

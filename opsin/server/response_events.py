@@ -72,6 +72,7 @@ def finished(begun: dict[str, Any], answer: Answer, output: list[dict[str, Any]]
         },
         "timings": openai_chat.timings(answer.timings),
         "images": openai_chat.images(answer),
+        "regions": list(answer.regions),
     }
 
 
@@ -262,6 +263,7 @@ def render(
             num_reasoning=answer.num_reasoning,
             timings=answer.timings,
             images=answer.images,
+            regions=answer.regions,
         )
     )
     response: dict[str, Any] = renderer.closing()[-1]["response"]

@@ -65,7 +65,7 @@ class Service:
         self.responses = ResponseStore(settings.max_stored)
         self.draining = False
         self.shop = Workshop(
-            Pools(),
+            Pools(settings.media_threads),
             Courier(asyncio.get_running_loop()),
             Admission(settings.max_num_seqs + settings.max_queue),
             metrics,

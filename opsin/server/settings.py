@@ -112,6 +112,7 @@ class ServeSettings:
     media_timeout: float = _flag(
         30.0, "number", MEDIA, "Seconds to fetch and decode one item.", low=0.001
     )
+    media_threads: int = _flag(8, "count", MEDIA, "Media prepared at once.", low=1)
     max_media: int = _flag(64, "count", MEDIA, "Pictures, sounds and videos of one request.")
 
     host: str = _flag("0.0.0.0", "text", ACCESS, "Address to listen on.")

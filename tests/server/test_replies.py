@@ -64,6 +64,27 @@ def test_raw_completions_are_not_split() -> None:
     assert read(["<think>a</think>"], request=raw).text == "<think>a</think>"
 
 
+def test_the_places_that_an_answer_names_are_in_the_reply(
+    server: Running, data_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = '[{"bbox_2d": [0, 0, 500, 1000], "label": "cat"}]'
+    tokenizer = server.service.manager.loaded[0].processor.tokenizer
+    monkeypatch.setattr(tokenizer, "decode", lambda *given, **options: box)
+    part = {"type": "image_url", "image_url": {"url": data_url}}
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "Where is it?"}]}]
+    reply = server.post("/v1/chat/completions", {"messages": messages, "max_tokens": 2})
+    (region,) = reply.json()["choices"][0]["regions"]
+    assert (region["type"], region["label"]) == ("box", "cat")
+    assert region["box"] == [0, 0, 40, 60]  # of 80 x 60 pixels
+    streamed = server.post(
+        "/v1/chat/completions", {"messages": messages, "max_tokens": 2, "stream": True}
+    )
+    assert '"regions":[{"type":"box"' in streamed.text
+    assert "regions" not in server.chat().json()["choices"][0]
+    reply = server.chat(task="no such task")
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "task")
+
+
 def forced(logits: torch.Tensor) -> int | None:
     """The one token that is left, None if nothing was forced."""
     left = (logits > -torch.inf).nonzero().flatten().tolist()
