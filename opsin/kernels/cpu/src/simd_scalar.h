@@ -75,7 +75,9 @@ OPSIN_INLINE F scale2(F a, F n) {
       float f;
       int32_t i;
     } c = {a.v[i]};
-    c.i += (int32_t)n.v[i] * (1 << 23);
+    // Beyond these only where a score is not a number: any result will do, undefined will not.
+    const float k = n.v[i] > -127.0f ? (n.v[i] < 128.0f ? n.v[i] : 127.0f) : -126.0f;
+    c.i = (int32_t)((uint32_t)c.i + (uint32_t)((int32_t)k * (1 << 23)));
     r.v[i] = c.f;
   }
   return r;
