@@ -161,20 +161,6 @@ def timed(run: Callable[[bool, int], float]) -> dict[str, float]:
     }
 
 
-def read_bandwidth() -> float:
-    """GB/s at which this machine reads memory with all its cores, by summing a large tensor."""
-    import torch
-
-    values = torch.ones(1 << 28, dtype=torch.int32)
-    values.sum()
-    best = 0.0
-    for _ in range(5):
-        started = time.perf_counter()
-        values.view(torch.float32).max()
-        best = max(best, values.nbytes / (time.perf_counter() - started) / 1e9)
-    return best
-
-
 def decoder_bytes(folder: Path, dtype_size: int) -> int:
     """Bytes of weights that one decoded token reads: the layers and the head."""
     from opsin.engine.model import build
@@ -235,11 +221,13 @@ def report(
     dtype: str | None,
 ) -> None:
     """Print the medians, our share of the memory bandwidth, and the JSON line."""
+    from opsin.cli.doctor import read_bandwidth
+
     medians = {
         engine: {k: statistics.median(r[k] for r in rounds[engine]) for k in rounds[engine][0]}
         for engine in engines
     }
-    bandwidth = read_bandwidth()
+    bandwidth = read_bandwidth() / 1e9
     size = decoder_bytes(folder, 4 if dtype == "float32" else 2)
     share = size * medians["opsin"]["decode_short_tps"] / 1e9 / bandwidth
     for key in medians["opsin"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -49,6 +50,9 @@ class ViTConfig:
     layer_scale: bool = False
     qk_norm: NormKind | None = None
     windowed: frozenset[int] = frozenset()
+
+
+GROUP_PATCHES = 4096  # most patches that go through the layers together, one run at the least
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,8 +229,48 @@ class VisionTransformer(nn.Module):
         `taps` (-1: before the first).
 
         With a class token, each run of the result starts (or ends) with it and is one longer than
-        the layout's; position embeddings and angles count it.
+        the layout's; position embeddings and angles count it. Runs that only see themselves go
+        through a few at a time, which bounds the memory between the layers.
         """
+        parts = [
+            self._run(patches[rows], part, taps)
+            for rows, part in self._groups(layout, len(patches))
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        tapped = [torch.cat(same) for same in zip(*(taps for _, taps in parts), strict=True)]
+        return torch.cat([features for features, _ in parts]), tapped
+
+    def _groups(
+        self, layout: VisionLayout, num_patches: int
+    ) -> Iterator[tuple[slice, VisionLayout]]:
+        """The patches and layout of each group of runs; all at once where runs depend."""
+        if num_patches <= GROUP_PATCHES or self.config.windowed or layout.bias is not None:
+            yield slice(None), layout
+            return
+        extra = int(self.config.class_token)
+        first = start = 0  # the group's first run, and its first patch
+        end = 0
+        for i, length in enumerate(layout.lengths):
+            end += length
+            following = layout.lengths[i + 1 : i + 2]
+            if following and end - start + following[0] <= GROUP_PATCHES:
+                continue
+            rows = slice(start + first * extra, end + (i + 1) * extra)
+            embeds, angles = layout.position_embeds, layout.angles
+            yield (
+                slice(start, end),
+                VisionLayout(
+                    layout.lengths[first : i + 1],
+                    position_embeds=None if embeds is None else embeds[rows],
+                    angles=None if angles is None else (angles[0][rows], angles[1][rows]),
+                ),
+            )
+            first, start = i + 1, end
+
+    def _run(
+        self, patches: Tensor, layout: VisionLayout, taps: tuple[int, ...]
+    ) -> tuple[Tensor, list[Tensor]]:
         x = self.patch(patches.to(self.patch.weight.dtype))
         lengths, windows = layout.lengths, layout.windows
         if self.config.class_token:
