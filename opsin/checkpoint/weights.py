@@ -89,6 +89,18 @@ def renamed(name: str, rules: Iterable[Rename]) -> str:
     return name
 
 
+class Packer(Protocol):
+    """What puts something smaller or faster in the place of loaded weights."""
+
+    def lend(self, module: nn.Module, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        """Memory for a parameter of a module that will be taken over; None for the caller's own."""
+        ...
+
+    def filled(self, module: nn.Module) -> None:
+        """All parameters of a module are in place."""
+        ...
+
+
 def assign(
     model: nn.Module,
     tensors: Iterable[StoredTensor],
@@ -97,14 +109,14 @@ def assign(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    on_filled: Callable[[nn.Module], None] | None = None,
+    packer: Packer | None = None,
 ) -> None:
     """Read every tensor into the parameter that its renamed name stands for.
 
     The model's parameters are on the meta device and get their memory when their first tensor
     comes: in `dtype`, if they are floating-point and their module does not ask for precision, on
-    `device`. `on_filled` is called with each module once its own parameters are all filled; it may
-    put something smaller in their place. Memory never holds more than the model and one tensor.
+    `device`. A `packer` takes over modules once their own parameters are all filled, and lends them
+    memory until then. Memory never holds more than the model and the modules being filled.
 
     A target may end in an index, `qkv.weight[1]`, which names a part of a fused parameter, and in
     `^T` if the checkpoint stores it with its last two axes swapped (`^T?`: if its shape says so).
@@ -125,7 +137,7 @@ def assign(
             continue
         owner_name, _, name = base.rpartition(".")
         owner = model.get_submodule(owner_name)
-        out = _memory(owner, name, dtype, device)
+        out = _memory(owner, name, dtype, device, packer)
         if index:
             assert isinstance(owner, HasParts), f"{owner_name} has no parts to fill"
             out = owner.part(name, tuple(map(int, index.split(","))))
@@ -135,22 +147,25 @@ def assign(
         _check_shape(tensor, target, out)
         tensor.read_into(out)
         missing[base] -= out.numel()
-        if on_filled is not None and missing[base] == 0:
+        if packer is not None and missing[base] == 0:
             own = [f"{owner_name}.{name}" for name, _ in owner.named_parameters(recurse=False)]
             if not any(missing[name] for name in own):
-                on_filled(owner)
+                packer.filled(owner)
     unfilled = [name for name, count in missing.items() if count]
     if unused or unfilled:
         raise _mismatch(unused, unfilled)
 
 
-def _memory(owner: nn.Module, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A parameter's memory, made now if it has none yet."""
+def _memory(
+    owner: nn.Module, name: str, dtype: torch.dtype, device: torch.device, packer: Packer | None
+) -> Tensor:
+    """A parameter's memory, made or borrowed now if it has none yet."""
     parameter = owner.get_parameter(name)
     if parameter.is_meta:
         precise = isinstance(owner, HasPrecision) and owner.precise
         kind = dtype if parameter.dtype.is_floating_point and not precise else parameter.dtype
-        memory = torch.empty(parameter.shape, dtype=kind, device=device)
+        lent = None if packer is None else packer.lend(owner, parameter.shape, kind)
+        memory = torch.empty(parameter.shape, dtype=kind, device=device) if lent is None else lent
         parameter = nn.Parameter(memory, requires_grad=False)
         owner.register_parameter(name, parameter)
     return parameter.data

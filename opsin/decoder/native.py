@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -92,11 +93,22 @@ class NativePacker:
             if isinstance(layer, Layer) and isinstance(layer.mlp, GatedMLP)
         }
 
+        self.idle: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
+
+    def lend(self, module: nn.Module, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        """Memory that an equal matrix has already used: touching new memory is most of loading."""
+        if module not in self.linears or not self.idle[shape, dtype]:
+            return None
+        return self.idle[shape, dtype].pop()
+
     def filled(self, module: nn.Module) -> None:
         """Take over a module whose weights are all loaded, if it is one of the stack's."""
         if isinstance(module, Linear) and module in self.linears:
             spread = 2 if module in self.interleaved else 1
+            weight = module.weight.data
             module.pack(packed(self.library, module.weight, module.bias, spread))
+            if module is not self.decoder.head:
+                self.idle[weight.shape, weight.dtype].append(weight)
         elif module is self.decoder.embedding and self.decoder.head is None:
             self.decoder.embedding.pack(packed(self.library, self.decoder.embedding.weight))
 

@@ -147,7 +147,7 @@ def load_model(
         family.ignored,
         dtype=kind,
         device=place,
-        on_filled=None if packer is None else packer.filled,
+        packer=packer,
     )
     for module in model.modules():
         if isinstance(module, FinishesLoading):
