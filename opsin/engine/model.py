@@ -17,7 +17,7 @@ from opsin.checkpoint.safetensors import StoredTensor
 from opsin.config import settings
 from opsin.decoder.decoder import Decoder
 from opsin.decoder.native import NativePacker, NativeStack, why_not
-from opsin.errors import InputError, MissingDependency
+from opsin.errors import CheckpointError, InputError, MissingDependency
 from opsin.families.base import Family
 from opsin.kernels import cpu
 
@@ -138,6 +138,7 @@ def load_model(
     family.inspect(tensors)
     with torch.device("meta"):
         model = Model(family, config, kernels.select(place))
+    refuse_lost_adapters(folder, model.decoder)
     kind = pick_dtype(dtype, config, tensors)
     packer = native_packer(model.decoder, place, kind)
     weights.assign(
@@ -155,6 +156,18 @@ def load_model(
     if packer is not None:
         model.decoder.native = NativeStack(packer.library, model.decoder)
     return model.eval()
+
+
+def refuse_lost_adapters(folder: Path, decoder: Decoder) -> None:
+    """Raise CheckpointError if a folder holds adapters beside weights that do not include them."""
+    stated = sorted([*folder.glob("adapter_config.json"), *folder.glob("*/adapter_config.json")])
+    if stated and not decoder.config.adapters:
+        raise CheckpointError(
+            f"The adapters of the checkpoint {folder.name} would be lost",
+            why=f"{stated[0].relative_to(folder)} describes one, and only adapters that lie within "
+            "the model's own weights are read",
+            remedy="Use the authors' layout, or merge them into the weights",
+        )
 
 
 def native_packer(

@@ -45,7 +45,9 @@ class Runner:
             started = time.perf_counter()
             items = [sequence.prompt.media[i] for sequence, i in wanted]
             encoded = self.encoded.encode(
-                items, lambda new: self.model.family.encode(self.model.towers, new)
+                items,
+                [sequence.prompt.cache_salt for sequence, _ in wanted],
+                lambda new: self.model.family.encode(self.model.towers, new),
             )
             seconds = time.perf_counter() - started
             for (sequence, i), result in zip(wanted, encoded, strict=True):

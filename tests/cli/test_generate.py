@@ -90,6 +90,7 @@ BROKEN = {
     "no weights": ("model.safetensors", None, "no .safetensors file"),
     "cut weights": ("model.safetensors", b"\x10", "only 1 bytes"),
     "lying header": ("model.safetensors", b"\xff" * 64, "claims"),
+    "adapters apart": ("vision-lora/adapter_config.json", "{}", "vision-lora"),
     "no tokenizer": ("tokenizer.json", None, "tokenizer"),
     "missing shard": (
         "model.safetensors.index.json",
@@ -104,6 +105,7 @@ def test_a_broken_checkpoint_is_one_line_too(folder: Path, tmp_path: Path, fault
     name, content, says = BROKEN[fault]
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
+    (broken / name).parent.mkdir(exist_ok=True)
     (broken / name).unlink(missing_ok=True)
     if isinstance(content, bytes):
         (broken / name).write_bytes(content)
