@@ -18,26 +18,30 @@ class Config(dict[str, Any]):
         raise AttributeError(f"the config has no {name!r}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; {} if there is no such file.
-
-    Raises CheckpointError if the file holds something else.
-    """
+def read_value(path: Path) -> Any:
+    """The value in a JSON file, None if there is no such file; CheckpointError if it is broken."""
     if not path.is_file():
-        return {}
+        return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"Cannot read {path.name} of the checkpoint {path.parent.name}",
+            f"Cannot read {path.parent.name}/{path.name}",
             why=f"it is not valid JSON ({error})",
-            remedy="Download the checkpoint again",
+            remedy="Download it again, or mend it",
         ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} if there is no such file; CheckpointError if it is another."""
+    value = read_value(path)
+    if value is None:
+        return {}
     if not isinstance(value, dict):
         raise CheckpointError(
-            f"Cannot read {path.name} of the checkpoint {path.parent.name}",
+            f"Cannot read {path.parent.name}/{path.name}",
             why="it does not hold a JSON object",
-            remedy="Download the checkpoint again",
+            remedy="Download it again, or mend it",
         )
     return value
 

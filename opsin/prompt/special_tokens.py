@@ -1,11 +1,10 @@
 """Reads the small JSON files beside a tokenizer: its configuration and its special tokens."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from opsin.errors import CheckpointError
+from opsin.checkpoint.config import read_json
 
 NAMED_TOKENS = (
     "bos_token",
@@ -18,36 +17,14 @@ NAMED_TOKENS = (
 )
 
 
-def read_json(path: Path) -> Any:
-    """The value of a JSON file, None if there is none; CheckpointError if it is broken."""
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{path.name} is not valid JSON", why=str(error), remedy="Download the file again"
-        ) from error
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty if there is no such file."""
-    value = read_json(path)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name} does not hold a JSON object")
-    return value
-
-
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     """`tokenizer_config.json`, with what the older `special_tokens_map.json` adds to it.
 
     The older file counts only where the newer one lists no `added_tokens_decoder`.
     """
-    config = read_object(folder / "tokenizer_config.json")
+    config = read_json(folder / "tokenizer_config.json")
     if "added_tokens_decoder" not in config:
-        config.update(read_object(folder / "special_tokens_map.json"))
+        config.update(read_json(folder / "special_tokens_map.json"))
     return config
 
 

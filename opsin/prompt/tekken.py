@@ -8,9 +8,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from opsin.checkpoint.config import read_json
 from opsin.errors import CheckpointError
 from opsin.prompt.byte_level import CHAR_OF_BYTE
-from opsin.prompt.special_tokens import read_object
 
 # The special tokens of files from before they were listed in the file itself, by rank.
 _UNLISTED_SPECIALS = (
@@ -44,7 +44,7 @@ def read_tekken(path: Path) -> tuple[Tokenizer, dict[str, str]]:
     Special tokens have the lowest ids, then come the byte strings by rank. Merges are every split
     of a byte string into two others, in the order of the string's rank. Raises CheckpointError.
     """
-    held = read_object(path)
+    held = read_json(path)
     try:
         config: Mapping[str, Any] = held["config"]
         specials = _special_tokens(held, config)

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from opsin.checkpoint.config import read_json, read_value
 from opsin.errors import CheckpointError, InputError
 from opsin.prompt.renderer import Renderer, shared_renderer
 from opsin.prompt.special_tokens import (
-    read_json,
-    read_object,
     read_tokenizer_config,
     special_token_map,
 )
@@ -47,7 +46,7 @@ class ChatTemplate:
             raise InputError(f"There is no chat template file {path.name}", param="chat_template")
         if path.suffix.lower() != ".json":
             return cls.from_text(path.read_text(encoding="utf-8"), variables)
-        value = read_json(path)
+        value = read_value(path)
         held = value.get("chat_template", value) if isinstance(value, dict) else value
         return cls(_named_sources(held, path.name), variables or {})
 
@@ -72,7 +71,7 @@ class ChatTemplate:
         config = read_tokenizer_config(folder)
         variables = special_token_map(config)
         for file in ("processor_config.json", "chat_template.json"):
-            held = read_object(folder / file).get("chat_template")
+            held = read_json(folder / file).get("chat_template")
             if held:
                 return cls(_named_sources(held, file), variables)
         sources = _jinja_files(folder)

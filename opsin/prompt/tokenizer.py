@@ -7,9 +7,9 @@ from typing import Any
 
 import tokenizers
 
+from opsin.checkpoint.config import read_json
 from opsin.errors import CheckpointError
 from opsin.prompt.special_tokens import (
-    read_object,
     read_tokenizer_config,
     special_token_map,
     unnamed_special_tokens,
@@ -151,10 +151,10 @@ class Tokenizer:
 
 def stated_eos_ids(folder: Path) -> tuple[int, ...]:
     """The ids that end an answer, by `generation_config.json`, else by the model's config."""
-    generation = _ids(read_object(folder / "generation_config.json").get("eos_token_id"))
+    generation = _ids(read_json(folder / "generation_config.json").get("eos_token_id"))
     if generation:
         return generation
-    config = read_object(folder / "config.json")
+    config = read_json(folder / "config.json")
     for section in (config, *(config.get(name) or {} for name in _CONFIGS_WITH_EOS)):
         if ids := _ids(section.get("eos_token_id")):
             return ids

@@ -7,8 +7,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from opsin.checkpoint.config import read_json
 from opsin.errors import CheckpointError, MissingDependency
-from opsin.prompt.special_tokens import read_object, special_token_map, unnamed_special_tokens
+from opsin.prompt.special_tokens import special_token_map, unnamed_special_tokens
 from opsin.prompt.tekken import read_tekken
 
 _SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -58,7 +59,7 @@ def _from_json(path: Path) -> Tokenizer:
 
 
 def _from_vocab_and_merges(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
-    vocab = read_object(folder / "vocab.json")
+    vocab = read_json(folder / "vocab.json")
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
     pairs = [line.partition(" ") for line in lines if line and not line.startswith("#version")]
     try:
@@ -97,7 +98,7 @@ def _older_listing(folder: Path, config: Mapping[str, Any]) -> dict[int, dict[st
             "special": text in special,
             "normalized": text not in special,
         }
-        for text, token_id in read_object(folder / "added_tokens.json").items()
+        for text, token_id in read_json(folder / "added_tokens.json").items()
     }
 
 
