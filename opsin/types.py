@@ -29,15 +29,20 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """One picture, sound or video inside a message, not yet fetched or decoded.
+    """One picture, sound, video or document inside a message, not yet fetched or decoded.
 
     `source` is whatever the user gave: a path, an http(s) or data URL, bytes, a PIL image, an
-    array.
+    array. A document becomes pictures of its pages before a prompt is made of it.
     """
 
-    kind: Literal["image", "audio", "video"]
+    kind: Literal["image", "audio", "video", "document"]
     source: Any
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def modality(self) -> str:
+        """What a model must take to be given it: a document is seen as pictures."""
+        return "image" if self.kind == "document" else self.kind
 
 
 Part: TypeAlias = Text | Media

@@ -17,6 +17,7 @@ from opsin.media.key import array_key, image_key
 from opsin.media.limits import DEFAULT_LIMITS, MediaLimits
 from opsin.media.loading import load
 from opsin.prompt.api import apply_chat_template
+from opsin.prompt.documents import is_document, pages_of, with_pages
 from opsin.prompt.messages import Prompt as PromptForm
 from opsin.prompt.messages import parse_messages
 from opsin.prompt.template import ChatTemplate
@@ -112,15 +113,19 @@ class Processor:
         rate = {"fps": template["fps"]} if isinstance(template.get("fps"), int | float) else {}
         beside += [Media("video", source, rate) for source in videos]
         beside += [Media("audio", source) for source in audios]
+        timings = Timings()
+        if any(is_document(item) for item in beside):
+            self._check_modalities(beside)
+            beside = pages_of(beside, self.limits, timings)
         if isinstance(prompt, str) and self.is_formatted(prompt):
             text, held = prompt, beside
         else:
+            prompt = self._with_pages(prompt, timings)
             held = self._in_order(prompt, beside)
             self._check_modalities(held)
             text = self._render(prompt, held, videos, template)
         self._check_modalities(held)
         check_options(self.family, _without(options or {}, GENERAL_OPTIONS))
-        timings = Timings()
         ready = [self._ready(item, options or {}, timings, keep_pictures) for item in held]
         return self.assemble(text, ready, timings)
 
@@ -129,6 +134,15 @@ class Processor:
         if self.family.bare_prompt or self.chat_template is None:
             return any(placeholder in text for placeholder in self.family.placeholders.values())
         return any(token in text for token in self.tokenizer.special_tokens)
+
+    def _with_pages(self, prompt: PromptForm, timings: Timings) -> PromptForm:
+        """The prompt with pictures of their pages in place of documents, if it holds any."""
+        messages = parse_messages(prompt)
+        held = [item for message in messages for item in message.media]
+        if not any(is_document(item) for item in held):
+            return prompt
+        self._check_modalities(held)
+        return with_pages(messages, self.limits, timings)
 
     def _in_order(self, prompt: PromptForm, beside: Sequence[Media]) -> list[Media]:
         """All media in the order in which the rendered prompt names them."""
@@ -168,7 +182,7 @@ class Processor:
 
     def _check_modalities(self, held: Sequence[Media]) -> None:
         for item in held:
-            if item.kind not in self.family.modalities:
+            if item.modality not in self.family.modalities:
                 takes = ", ".join(("text", *self.family.modalities))
                 raise UnsupportedMedia(
                     f"This model does not take {item.kind}",

@@ -1,4 +1,4 @@
-"""Pictures, sounds and videos: fetched by one guarded module, decoded under budgets."""
+"""Pictures, sounds, videos and documents: fetched by one guarded module, decoded under budgets."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from opsin.media.limits import DEFAULT_LIMITS, FLAGS, Deadline, MediaLimits
 
 if TYPE_CHECKING:
     from opsin.media.audio import load_audio
+    from opsin.media.document import Document, Page, load_pages
     from opsin.media.image import ImageInfo, load_image, probe_image
     from opsin.media.key import array_key, image_key
     from opsin.media.loading import Loaded, MediaTiming, load
@@ -27,6 +28,9 @@ __all__ = [
     "load_image",
     "probe_image",
     "load_audio",
+    "Document",
+    "Page",
+    "load_pages",
     "Video",
     "VideoInfo",
     "load_video",
@@ -44,6 +48,9 @@ _HOMES = {
     "load_image": "image",
     "probe_image": "image",
     "load_audio": "audio",
+    "Document": "document",
+    "Page": "document",
+    "load_pages": "document",
     "Video": "sampling",
     "VideoInfo": "sampling",
     "uniform_indices": "sampling",

@@ -43,7 +43,7 @@ _SIGNATURES = (
 )
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _OTHERS = (
-    (b"%PDF", "a PDF document", "Run `opsin ocr` on it, or send its pages as pictures"),
+    (b"%PDF", "a PDF document", "Run `opsin ocr` on it, or send it as a file part"),
     (b"%!PS", "PostScript", "Convert it to PNG"),
     (b"\x00\x00\x01\x00", "an icon file", "Convert it to PNG"),
     (b"icns", "an icon file", "Convert it to PNG"),

@@ -17,6 +17,7 @@ FLAGS = {
     "max_pixels": "--max-image-pixels",
     "max_frames": "--max-video-frames",
     "max_video_pixels": "--max-video-pixels",
+    "max_pages": "--max-pages",
     "max_audio_seconds": "--max-audio-seconds",
     "deadline": "--media-timeout",
     "media_root": "--media-root",
@@ -33,7 +34,8 @@ class MediaLimits:
         video file is read piece by piece where it lies, and is not counted.
     max_pixels: width x height of one picture, and of one frame of a video.
     max_frames: frames kept of one video.
-    max_video_pixels: frames kept x width x height of one video.
+    max_video_pixels: frames kept x width x height of one video; pixels of all pages of a document.
+    max_pages: pages of the documents in one prompt.
     max_audio_seconds: length of one sound.
     deadline: seconds that fetching and decoding one item may take together.
     media_root: folders that local files may be read from. None: any file the process can read (the
@@ -47,6 +49,7 @@ class MediaLimits:
     max_pixels: int = 2**26
     max_frames: int = 768
     max_video_pixels: int = 2**29
+    max_pages: int = 64
     max_audio_seconds: float = 3600.0
     deadline: float = 60.0
     media_root: tuple[str | os.PathLike[str], ...] | None = None
@@ -59,6 +62,7 @@ class MediaLimits:
             "max_pixels",
             "max_frames",
             "max_video_pixels",
+            "max_pages",
             "max_audio_seconds",
             "deadline",
         ):

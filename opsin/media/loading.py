@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
+    from opsin.media.document import Page
     from opsin.media.sampling import Chooser, Video
 
-    Decoded: TypeAlias = Image.Image | np.ndarray | Video
+    Decoded: TypeAlias = Image.Image | np.ndarray | Video | list[Page]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,10 @@ class MediaTiming:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Decoded media, an RGB PIL image, float32 samples (samples,) or a Video, and its timing."""
+    """Decoded media and its timing.
+
+    value: an RGB PIL image, float32 samples (samples,), a Video, or the Pages of a document.
+    """
 
     value: Any
     timing: MediaTiming
@@ -43,9 +47,9 @@ def load(media: Media, limits: MediaLimits = DEFAULT_LIMITS, **settings: Any) ->
     """Fetch and decode one media part of a message.
 
     settings, by kind: audio `sample_rate`; video `fps`, `max_frames`, `choose`, as `load_audio` and
-    `load_video` take them. For a video, `fps` and `max_frames` in `media.options` come first; other
-    options are facts for the prompt and the processor, and are not read here. Raises
-    MediaError or a subclass.
+    `load_video` take them. For a video, `fps` and `max_frames` in `media.options` come first, and
+    a document's `dpi` and `pages` are found there; other options are facts for the prompt and the
+    processor, and are not read here. Raises MediaError or a subclass.
     """
     deadline = Deadline(limits.deadline)
     source = media.source
@@ -57,10 +61,13 @@ def load(media: Media, limits: MediaLimits = DEFAULT_LIMITS, **settings: Any) ->
     elif media.kind == "video":
         asked = {key: media.options[key] for key in ("fps", "max_frames") if key in media.options}
         work = partial(_video, source, limits, deadline, **{**settings, **asked})
+    elif media.kind == "document":
+        asked = {key: media.options[key] for key in ("dpi", "pages") if key in media.options}
+        work = partial(_document, source, limits, deadline, **asked)
     else:
         raise InputError(
             f"media of kind {str(media.kind)[:20]} is not known",
-            remedy="Use image, audio or video",
+            remedy="Use image, audio, video or document",
         )
     start = time.perf_counter()
     value = WORKERS.run(work, deadline, source_name(source, media.kind))
@@ -73,6 +80,18 @@ def _image(source: Any, limits: MediaLimits, deadline: Deadline) -> Decoded:
     from opsin.media.image import decode_image
 
     return decode_image(source, limits, deadline)
+
+
+def _document(
+    source: Any,
+    limits: MediaLimits,
+    deadline: Deadline,
+    dpi: float | None = None,
+    pages: Sequence[int] | None = None,
+) -> Decoded:
+    from opsin.media.document import decode_pages
+
+    return decode_pages(source, limits, deadline, dpi, pages)
 
 
 def _audio(

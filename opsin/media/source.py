@@ -70,6 +70,7 @@ _TAKEN = {
     "image": "Give a path, a URL, a data URL, bytes, a PIL image or a numpy array",
     "audio": "Give a path, a URL, a data URL, bytes, a numpy array or (array, sample rate)",
     "video": "Give a path, a URL, a data URL, bytes, a numpy array or a list of pictures",
+    "document": "Give a path, a URL, a data URL or bytes",
 }
 
 

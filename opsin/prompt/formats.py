@@ -226,6 +226,8 @@ def _list_part(style: _ListStyle, part: Part) -> MessageDict:
         return {"type": style.image_type}
     if part.kind == "audio":
         return {"type": "audio"}
+    if part.kind == "document":
+        raise _no_document()
     return {"type": "video", "video": _template_source(part), **part.options}
 
 
@@ -256,6 +258,8 @@ def _placeholder(message_format: MessageFormat, media: Media, counter: MediaCoun
     if media.kind == "audio":
         counter.audios += 1
         return "" if message_format.is_bare else _AUDIO_TOKEN.format(counter.audios)
+    if media.kind == "document":
+        raise _no_document()
     raise _no_video()
 
 
@@ -269,6 +273,15 @@ def _no_video() -> InputError:
         why="its messages have a place for images only",
         remedy="Send frames of the video as images, or choose a model that takes video",
         param="video",
+    )
+
+
+def _no_document() -> InputError:
+    return InputError(
+        "A template cannot name a document",
+        why="models see its pages as pictures, and how many there are is not known here",
+        remedy="Give it to generate or the server, or send its pages as images",
+        param="messages",
     )
 
 

@@ -16,7 +16,7 @@ class MessageLike(Protocol):
 
 
 Prompt: TypeAlias = str | Mapping[str, Any] | Message | MessageLike | Sequence[Any]
-_Kind: TypeAlias = Literal["image", "audio", "video"]
+_Kind: TypeAlias = Literal["image", "audio", "video", "document"]
 
 _TEXT_TYPES = ("text", "input_text", "output_text")
 _MEDIA_TYPES: Mapping[str, _Kind] = {
@@ -29,7 +29,13 @@ _MEDIA_TYPES: Mapping[str, _Kind] = {
     "video": "video",
     "video_url": "video",
     "input_video": "video",
+    "file": "document",
+    "input_file": "document",
+    "document": "document",
 }
+# What clients write beside a file: its name, which says nothing that the bytes do not.
+_FILE_FIELDS = ("filename", "title")
+_BYTES = ("base64", "data", "file_data")
 
 
 def parse_messages(prompt: Prompt) -> tuple[Message, ...]:
@@ -145,11 +151,12 @@ def _parse_media(part: Mapping[str, Any], part_type: str, where: str) -> Media:
     used: list[str] = ["type"]
     options: dict[str, Any] = {}
     source: Any = None
-    for key in (part_type, f"{kind}_url", kind, "url", "path", "source", "base64", "data"):
+    keys = (part_type, f"{kind}_url", kind, "url", "path", "source", *_BYTES, "file_url")
+    for key in keys:
         if part.get(key) is None:
             continue
         used.append(key)
-        source = _as_data_url(part, kind) if key in ("base64", "data") else part[key]
+        source = _as_data_url(part, kind, key) if key in _BYTES else part[key]
         break
     if isinstance(source, Mapping):
         source, options = _nested_source(source, kind, f"{where}.{used[-1]}")
@@ -157,6 +164,8 @@ def _parse_media(part: Mapping[str, Any], part_type: str, where: str) -> Media:
     options |= {
         key: value for key, value in part.items() if key not in ignored and value is not None
     }
+    if kind == "document":
+        options = {key: value for key, value in options.items() if key not in _FILE_FIELDS}
     return Media(kind, source, options)
 
 
@@ -165,7 +174,9 @@ def _nested_source(value: Mapping[str, Any], kind: _Kind, where: str) -> tuple[A
     readers: Mapping[str, Callable[[], Any]] = {
         "url": lambda: value["url"],
         "path": lambda: value["path"],
-        "data": lambda: _as_data_url(value, kind),
+        "data": lambda: _as_data_url(value, kind, "data"),
+        "file_data": lambda: _as_data_url(value, kind, "file_data"),
+        "file_url": lambda: value["file_url"],
     }
     for key, read in readers.items():
         if value.get(key) is not None:
@@ -178,10 +189,12 @@ def _nested_source(value: Mapping[str, Any], kind: _Kind, where: str) -> tuple[A
     raise InputError(f"{where} names no {kind}", remedy='Give "url" or "data"', param=where)
 
 
-def _as_data_url(value: Mapping[str, Any], kind: _Kind) -> Any:
+def _as_data_url(value: Mapping[str, Any], kind: _Kind, key: str) -> Any:
     """Base64 text with its format as a data URL; a URL stays as it is."""
-    data = value.get("data", value.get("base64"))
+    data = value[key]
     if not isinstance(data, str) or data.startswith(("data:", "http://", "https://", "file://")):
         return data
+    if kind == "document":
+        return f"data:application/pdf;base64,{data}"
     default = {"image": "png", "audio": "wav", "video": "mp4"}[kind]
     return f"data:{kind}/{value.get('format') or default};base64,{data}"

@@ -213,7 +213,7 @@ def _tool_result(block: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _part(block: Any, where: str) -> dict[str, Any]:
-    """A text, image or plain-text document block as OpenAI writes it."""
+    """A text, image or document block as OpenAI writes it."""
     kind = block.get("type") if isinstance(block, Mapping) else None
     if kind == "text" and isinstance(block.get("text"), str):
         return {"type": "text", "text": block["text"]}
@@ -222,14 +222,39 @@ def _part(block: Any, where: str) -> dict[str, Any]:
         form = source.get("type")
         if kind == "document" and form == "text" and isinstance(source.get("data"), str):
             return {"type": "text", "text": source["data"]}
+        if kind == "document":
+            return _document(block, source, where)
         if kind == "image" and form == "base64" and isinstance(source.get("data"), str):
             url = f"data:{source.get('media_type') or 'image/png'};base64,{source['data']}"
             return {"type": "image_url", "image_url": {"url": url}}
         if kind == "image" and form == "url" and isinstance(source.get("url"), str):
             return {"type": "image_url", "image_url": {"url": source["url"]}}
-    raise InputError(
+    raise _unreadable(where)
+
+
+def _document(block: Mapping[str, Any], source: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A PDF document block as OpenAI writes a file."""
+    citations = block.get("citations")
+    if isinstance(citations, Mapping) and citations.get("enabled"):
+        raise InputError(
+            f"{where}.citations cannot be used",
+            why="no model here cites",
+            remedy="Leave it out",
+            param=f"{where}.citations",
+        )
+    form = source.get("type")
+    if form == "base64" and isinstance(source.get("data"), str):
+        url = f"data:{source.get('media_type') or 'application/pdf'};base64,{source['data']}"
+        return {"type": "file", "file": {"file_data": url}}
+    if form == "url" and isinstance(source.get("url"), str):
+        return {"type": "file", "file": {"file_url": source["url"]}}
+    raise _unreadable(where)
+
+
+def _unreadable(where: str) -> InputError:
+    return InputError(
         f"{where} is a block that cannot be read here",
-        remedy="Send text, an image (base64 or url), a text document, tool_use or tool_result",
+        remedy="Send text, an image or a document (base64 or url), tool_use or tool_result",
         param=where,
     )
 

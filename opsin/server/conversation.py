@@ -24,7 +24,12 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 ECHOED = ("refusal", "annotations", "audio", "function_call", "id", "images")
 # Options of a media part. `detail` is a hint that changes nothing here: a picture keeps the size
 # that the model takes, and the reply states it.
-OPTIONS = {"image": ("detail",), "video": ("fps", "max_frames"), "audio": ()}
+OPTIONS = {
+    "image": ("detail",),
+    "video": ("fps", "max_frames"),
+    "audio": (),
+    "document": ("detail", "dpi"),
+}
 DETAILS = ("auto", "low", "high", "original")
 MAX_PARTS = 16_384
 

@@ -201,11 +201,11 @@ def _part(part: Any, where: str) -> dict[str, Any]:
         raise InputError(f"{where} is not a content part", param=where)
     if part.get("type") == "refusal":
         return {"type": "text", "text": part.get("refusal")}
-    if part.get("type") == "input_image" and part.get("file_id") is not None:
+    if part.get("type") in ("input_image", "input_file") and part.get("file_id") is not None:
         raise InputError(
             f"{where} names an uploaded file",
             why="this server keeps no files",
-            remedy="Send image_url",
+            remedy="Send image_url, file_url or file_data",
             param=f"{where}.file_id",
         )
     return {name: value for name, value in part.items() if name != "file_id"}

@@ -86,7 +86,7 @@ def _check_modalities(processor: Processor, request: Request) -> None:
     takes = processor.family.modalities
     for message in request.messages:
         for media in message.media:
-            if media.kind not in takes:
+            if media.modality not in takes:
                 raise InputError(
                     f"This model does not take {media.kind}",
                     why=f"{processor.config.model_type} takes {', '.join(('text', *takes))}",

@@ -106,6 +106,9 @@ class ServeSettings:
     max_video_pixels: int = _flag(
         DEFAULT_LIMITS.max_video_pixels, "count", MEDIA, "Pixels of one video's frames.", low=1
     )
+    max_pages: int = _flag(
+        DEFAULT_LIMITS.max_pages, "count", MEDIA, "Pages of one request's documents.", low=1
+    )
     max_audio_seconds: float = _flag(
         DEFAULT_LIMITS.max_audio_seconds, "number", MEDIA, "Length of one sound.", low=0.001
     )
@@ -151,6 +154,7 @@ class ServeSettings:
             max_pixels=self.max_image_pixels,
             max_frames=self.max_video_frames,
             max_video_pixels=self.max_video_pixels,
+            max_pages=self.max_pages,
             max_audio_seconds=self.max_audio_seconds,
             deadline=self.media_timeout,
             media_root=self.media_root,
