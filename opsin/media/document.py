@@ -35,7 +35,7 @@ MAGIC = b"%PDF-"
 # Readers take a file whose first bytes are something else, as mail programs leave them.
 MAGIC_WITHIN = 1024
 
-_GONE = {"error": "gone"}
+_GONE: dict[str, Any] = {"error": "gone"}
 _WORKER = Path(__file__).with_name("pdf_worker.py")
 _LAUNCH = (
     "import json, runpy, sys;"
