@@ -109,6 +109,14 @@ class MLPConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class PlainMLPConfig:
+    """A feed-forward block of two layers with biases: down(activation(up x))."""
+
+    hidden: int
+    activation: Activation = "gelu"
+
+
+@dataclass(frozen=True, slots=True)
 class MoEConfig:
     """A mixture of experts: gated blocks of inner width `hidden`, `top_k` of them for a token.
 
@@ -154,13 +162,16 @@ class GroupedMoEConfig:
 class LayerConfig:
     """One decoder layer: attention and feed-forward, each behind a norm and added to the stream.
 
-    `post_norms` also normalises what each block returns, before it is added.
+    `post_norms` also normalises what each block returns, before it is added. With `sum_norms`,
+    nothing is normalised before a block, but the stream after each (arXiv:1706.03762); such a layer
+    has a plain feed-forward block, or None where the next layer goes on reading.
     """
 
     attention: AttentionConfig | DeltaNetConfig | CrossAttentionConfig
-    mlp: MLPConfig | MoEConfig | GroupedMoEConfig
+    mlp: MLPConfig | MoEConfig | GroupedMoEConfig | PlainMLPConfig | None
     post_norms: bool = False
     residual_scale: float = 1.0
+    sum_norms: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +204,10 @@ class LayerInputsConfig:
 class DecoderConfig:
     """A whole decoder: embedding, layers, final norm and output head.
 
+    `learned_positions` is (rows, offset) of a table: position p adds row p + offset to a token's
+    embedding; with `embedding_norm` the sum is normalised. `final_norm` False leaves out the norm
+    before the head, and `head_bias` adds a learned bias to the logits.
+
     With `spans_pass_windows`, tokens of one run that is seen in both directions see each other
     however short a layer's window is. `adapters` are the rank and scale of each low-rank adapter
     that a token's linear layers may use. The tokens `blank_ids` are looked up as token 0: they
@@ -214,6 +229,10 @@ class DecoderConfig:
     adapters: tuple[tuple[int, float], ...] = ()
     layer_inputs: LayerInputsConfig | None = None
     blank_ids: tuple[int, ...] = ()
+    learned_positions: tuple[int, int] | None = None
+    embedding_norm: bool = False
+    final_norm: bool = True
+    head_bias: bool = False
 
     @property
     def rope_configs(self) -> set[RopeConfig]:

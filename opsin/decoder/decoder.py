@@ -27,6 +27,7 @@ from opsin.decoder.cross_attention import CrossLayer
 from opsin.decoder.delta_net import DeltaNet
 from opsin.decoder.mlp import GatedMLP
 from opsin.decoder.moe import GroupedExperts, MixtureOfExperts
+from opsin.decoder.post_norm import PostNormLayer
 from opsin.decoder.shared_attention import SharedAttention
 from opsin.decoder.source import SourceStep
 from opsin.kernels import AttentionBatch, Kernels
@@ -97,6 +98,7 @@ class Layer(nn.Module):
         elif isinstance(config.mlp, GroupedMoEConfig):
             self.mlp = GroupedExperts(kernels, config.mlp, hidden)
         else:
+            assert isinstance(config.mlp, MLPConfig)
             self.mlp = GatedMLP(kernels, config.mlp, hidden, decoder.adapters)
         self.attention_post_norm: nn.Module = nn.Identity()
         self.mlp_post_norm: nn.Module = nn.Identity()
@@ -195,9 +197,11 @@ class LayerInputs(nn.Module):
 
 def _layer(
     kernels: Kernels, config: LayerConfig, index: int, decoder: DecoderConfig
-) -> Layer | CrossLayer:
+) -> Layer | CrossLayer | PostNormLayer:
     """A layer of the kind that its config is of."""
     attention, mlp = config.attention, config.mlp
+    if config.sum_norms:
+        return PostNormLayer(kernels, config, index, decoder)
     if isinstance(attention, CrossAttentionConfig):
         assert isinstance(mlp, MLPConfig)
         hidden, eps = decoder.hidden, decoder.norm_eps
@@ -219,7 +223,16 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             _layer(kernels, layer, i, config) for i, layer in enumerate(config.layers)
         )
-        self.norm = norm(kernels, config.norm, config.hidden, config.norm_eps)
+        self.norm: nn.Module = nn.Identity()
+        if config.final_norm:
+            self.norm = norm(kernels, config.norm, config.hidden, config.norm_eps)
+        self.positions = self.embedding_norm = self.head_bias = None
+        if config.learned_positions is not None:
+            self.positions = Embedding(config.learned_positions[0], config.hidden)
+        if config.embedding_norm:
+            self.embedding_norm = norm(kernels, config.norm, config.hidden, config.norm_eps)
+        if config.head_bias:
+            self.head_bias = nn.Parameter(torch.empty(config.vocab_size), requires_grad=False)
         self.layer_inputs = None
         if config.layer_inputs is not None:
             self.layer_inputs = LayerInputs(kernels, config.layer_inputs, config)
@@ -241,6 +254,12 @@ class Decoder(nn.Module):
             return token_ids
         blank = torch.tensor(self.config.blank_ids, device=token_ids.device)
         return token_ids.masked_fill(torch.isin(token_ids, blank), 0)
+
+    def placed(self, embeds: Tensor, positions: Tensor) -> Tensor:
+        """Embeddings (tokens, hidden) with learned positions and norm, where there are any."""
+        if self.positions is not None and self.config.learned_positions is not None:
+            embeds = embeds + self.positions(positions[0] + self.config.learned_positions[1])
+        return embeds if self.embedding_norm is None else self.embedding_norm(embeds)
 
     def inputs(self, step: Step) -> Tensor | None:
         """Every layer's own inputs of a step's tokens, (tokens, layers, dim), if it has any."""
@@ -267,6 +286,7 @@ class Decoder(nn.Module):
             self.inputs(step),
         )
         x = step.embeds
+        x = self.placed(x, step.positions)
         for i, layer in enumerate(self.layers):
             x = layer(x, context)
             if i in step.layer_adds:
@@ -280,6 +300,8 @@ class Decoder(nn.Module):
             logits = self.kernels.linear(hidden, self.embedding.weight, None).float()
         else:
             logits = self.head(hidden).float()
+        if self.head_bias is not None:
+            logits = logits + self.head_bias
         if self.config.logit_scale != 1.0:
             logits = logits * self.config.logit_scale
         if self.config.logit_soft_cap is not None:

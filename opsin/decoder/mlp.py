@@ -6,9 +6,24 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from opsin.decoder.config import MLPConfig
+from opsin.decoder.config import MLPConfig, PlainMLPConfig
 from opsin.kernels import Kernels
-from opsin.nn.linear import adapted_linear
+from opsin.nn.linear import Linear, adapted_linear
+
+
+class PlainMLP(nn.Module):
+    """down(activation(up x)), both with biases."""
+
+    def __init__(self, kernels: Kernels, config: PlainMLPConfig, hidden: int) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.activation = config.activation
+        self.up = Linear(kernels, hidden, config.hidden, bias=True)
+        self.down = Linear(kernels, config.hidden, hidden, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., hidden) to the same shape."""
+        return self.down(self.kernels.activation(self.up(x), self.activation))
 
 
 class GatedMLP(nn.Module):
