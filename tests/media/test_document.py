@@ -46,9 +46,7 @@ def test_a_scanned_page_keeps_its_pixels():
     shown = picture(310, 203)
     (page,) = load_pages(scanned(shown, dpi=150), dpi=150)
     assert page.image.size == shown.size
-    for place in ((20, 20), (300, 20), (20, 190), (300, 190)):
-        drawn = page.image.getpixel(place)
-        assert all(abs(a - b) <= 3 for a, b in zip(drawn, shown.getpixel(place), strict=True))
+    assert page.image.tobytes() == shown.tobytes()
 
 
 def test_one_page_at_a_time_from_threads():
@@ -173,4 +171,4 @@ def test_many_pages_of_a_picture_take_one_process():
         process = document._process
         reds = [document.page(number, 72).getpixel((5, 5))[0] for number in range(1, 13)]
         assert document._process is process
-    assert all(abs(red - 9 * i) <= 2 for i, red in enumerate(reds))
+    assert reds == [9 * i for i in range(12)]
