@@ -98,6 +98,19 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Constraint:
+    """What form an answer must have.
+
+    kind: "json_object", "json_schema" (value: the schema), "regex", "grammar" (Lark) or "choice"
+    (value: the texts). `param` is the field that asked for it.
+    """
+
+    kind: Literal["json_object", "json_schema", "regex", "grammar", "choice"]
+    value: Any = None
+    param: str = "response_format"
+
+
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """A chosen token's log probability (nats), with the most likely alternatives."""
 

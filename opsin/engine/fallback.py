@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from opsin.checkpoint.config import Config, read_config, read_processor_config
+from opsin.engine.grammar import Guide
 from opsin.engine.loop import STEP_ERRORS, Engine, EngineLimits
 from opsin.engine.model import Model, pick_device, pick_dtype
 from opsin.engine.output import Output
@@ -253,7 +254,8 @@ class _Request:
             sequence.first_token = time.perf_counter()
         sequence.token_ids.append(token)
         full = len(sequence.token_ids) >= self.max_context
-        event, self.reason = self.output.push(token, logprob, out_of_room=full)
+        complete = self.sampler.accept(token)
+        event, self.reason = self.output.push(token, logprob, out_of_room=full, complete=complete)
         if self.reason is None and event is not None:
             self.on_event(event)
         return torch.full_like(scores, -torch.inf).index_fill_(
@@ -301,6 +303,8 @@ class FallbackEngine(Engine):
         sampling: SamplingParams,
         on_event: Callable[[Event], None],
         processors: Iterable[LogitsProcessor] = (),
+        guide: Guide | None = None,
+        keep: Collection[int] = (),
     ) -> int:
         """Queue a request, as of any engine; its prompt comes from a FallbackProcessor."""
         if not isinstance(prompt, FallbackPrompt):
@@ -318,8 +322,8 @@ class FallbackEngine(Engine):
         blocker = no_repeat_ngram(self.model.family, tokenizer, sampling)
         request = _Request(
             sequence,
-            Sampler.of(sampling, [*blocker, *processors]),
-            Output(sequence, self.processor),
+            Sampler.of(sampling, [*blocker, *processors], guide),
+            Output(sequence, self.processor, keep),
             on_event,
             self.max_context,
         )

@@ -8,7 +8,8 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from opsin.decoder.cache import PagedCache
 from opsin.engine.blocks import BlockPool
+from opsin.engine.grammar import Guide
 from opsin.engine.memory import default_cache_memory
 from opsin.engine.model import Model
 from opsin.engine.output import Output
@@ -42,6 +44,10 @@ STEP_ERRORS = (
     AssertionError,
     MemoryError,
 )
+
+
+# How long the other requests of a step wait for what a grammar lets come next.
+GRAMMAR_PATIENCE = 0.002  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +156,9 @@ class Engine:
         self.runner = Runner(model, self.cache, self.limits.media_cache)
         self.steps = 0
         self._requests: dict[int, _Request] = {}
+        self._held: dict[int, torch.Tensor] = {}  # logits that wait for their grammar
+        self._grammars = ThreadPoolExecutor(1, "opsin-guide")
+        self._guiding: Future[None] | None = None
         self._ids = itertools.count()
         self._inbox: deque[_Request] = deque()
         self._cancelled: set[int] = set()
@@ -167,19 +176,22 @@ class Engine:
         sampling: SamplingParams,
         on_event: Callable[[Event], None],
         processors: Iterable[LogitsProcessor] = (),
+        guide: Guide | None = None,
+        keep: Collection[int] = (),
     ) -> int:
         """Queue a request; `on_event` is called from the engine's thread with each of its events.
 
-        `processors` change the logits after those that the sampling parameters ask for. Returns
-        the request's id. Raises PromptTooLong, QueueFull, or EngineError after `close`.
+        `processors` change the logits after those that the sampling parameters ask for; `guide`
+        holds the answer to a grammar; `keep` are special tokens that are written out. Returns the
+        request's id. Raises PromptTooLong, QueueFull, or EngineError after `close`.
         """
         self._check_length(prompt)
         request_id = next(self._ids)
         sequence = Sequence.start(request_id, prompt, sampling)
-        output = Output(sequence, self.processor)
+        output = Output(sequence, self.processor, keep)
         tokenizer = None if self.processor is None else self.processor.tokenizer
         blocker = no_repeat_ngram(self.model.family, tokenizer, sampling)
-        sampler = Sampler.of(sampling, [*blocker, *processors])
+        sampler = Sampler.of(sampling, [*blocker, *processors], guide)
         request = _Request(sequence, sampler, output, on_event)
         with self._wake:
             if self._closing:
@@ -228,10 +240,12 @@ class Engine:
         prompt: Prompt,
         sampling: SamplingParams,
         processors: Iterable[LogitsProcessor] = (),
+        guide: Guide | None = None,
+        keep: Collection[int] = (),
     ) -> Stream:
         """Queue a request and iterate over its events; an error event is raised."""
         stream = Stream()
-        request_id = self.submit(prompt, sampling, stream._events.put, processors)
+        request_id = self.submit(prompt, sampling, stream._events.put, processors, guide, keep)
         stream._cancel = lambda: self.cancel(request_id)
         return stream
 
@@ -247,6 +261,7 @@ class Engine:
             self._closing = True
             self._wake.notify()
         self._thread.join()
+        self._grammars.shutdown()
         atexit.unregister(self.close)
         self.cache.free()
 
@@ -273,7 +288,7 @@ class Engine:
     def _loop(self) -> None:
         while True:
             with self._wake:
-                while not (self._inbox or self._cancelled or self._closing or self._requests):
+                while not (self._inbox or self._cancelled or self._closing or self._can_step()):
                     self._wake.wait()
                 arrived = list(self._inbox)
                 self._inbox.clear()
@@ -291,11 +306,19 @@ class Engine:
             if self._requests:
                 self._guarded_step()
 
+    def _can_step(self) -> bool:
+        """Whether there is something to compute, and not only grammars to wait for."""
+        waiting = self._guiding is not None and not self._guiding.done()
+        return len(self._requests) > len(self._held) or bool(self._held and not waiting)
+
     def _guarded_step(self) -> None:
         step: list[Scheduled] = []
         try:
+            self._choose_held()
             step = self.scheduler.schedule()
-            self._step(step)
+            if step:
+                self._step(step)
+            self._guide_on()
         except STEP_ERRORS as error:
             failed = {s.sequence.request_id for s in step} or set(self._requests)
             for request_id in failed & set(self._requests):
@@ -312,11 +335,50 @@ class Engine:
         self.steps += 1
         sampling = [self._requests[s.sequence.request_id] for s in step if s.samples]
         greedy = logits.argmax(dim=-1).tolist() if len(sampling) else []
+        if self._guiding is not None and not all(r.sampler.is_ready for r in sampling):
+            wait([self._guiding], GRAMMAR_PATIENCE)
         for row, request in enumerate(sampling):
-            self._sampled(request, greedy[row], logits[row])
+            if request.sampler.is_ready:
+                self._sampled(request, greedy[row], logits[row])
+            else:
+                self._held[request.sequence.request_id] = logits[row].clone()
+
+    # Grammars: what may come next is found out beside the model's step, in a thread of its own; a
+    # request whose grammar takes longer than the step is held, and holds up no other.
+
+    def _guide_on(self) -> None:
+        """Start on what may follow the tokens that were chosen."""
+        if self._guiding is not None and not self._guiding.done():
+            return
+        guides = [request.sampler.guide for request in self._requests.values()]
+        behind = [guide for guide in guides if guide is not None and not guide.ready]
+        self._guiding = self._grammars.submit(_compute_all, behind) if behind else None
+        if self._guiding is not None:
+            self._guiding.add_done_callback(self._awake)
+
+    def _awake(self, done: object) -> None:
+        del done
+        with self._wake:
+            self._wake.notify()
+
+    def _choose_held(self) -> None:
+        """Choose tokens for the requests whose grammars have caught up."""
+        for request_id, logits in list(self._held.items()):
+            request = self._requests[request_id]
+            if request.sequence.num_computed < len(request.sequence.token_ids):
+                del self._held[request_id]  # it lost its place: its logits come again
+            elif request.sampler.is_ready:
+                del self._held[request_id]
+                try:
+                    self._sampled(request, int(logits.argmax()), logits)
+                except STEP_ERRORS as error:
+                    self._finish(request, "error", error)
 
     def _sampled(self, request: _Request, greedy: int, logits: torch.Tensor) -> None:
         sequence, sampler = request.sequence, request.sampler
+        if sampler.guide is not None and sampler.guide.failure is not None:
+            self._finish(request, "error", sampler.guide.failure)
+            return
         token, logprob = greedy, None
         if not sampler.is_plain_greedy:
             token, logprob = sampler.sample(logits.clone(), sequence.token_ids, sequence.num_prompt)
@@ -325,7 +387,8 @@ class Engine:
         sequence.token_ids.append(token)
         full = len(sequence.token_ids) >= self.max_context
         full = full or not self.scheduler.can_ever_run(len(sequence.token_ids) + 1)
-        event, reason = request.output.push(token, logprob, out_of_room=full)
+        complete = sampler.accept(token)
+        event, reason = request.output.push(token, logprob, out_of_room=full, complete=complete)
         if reason is not None:
             self._finish(request, reason)
         elif event is not None:
@@ -335,6 +398,7 @@ class Engine:
         self, request: _Request, reason: FinishReason, error: Exception | None = None
     ) -> None:
         del self._requests[request.sequence.request_id]
+        self._held.pop(request.sequence.request_id, None)
         self.scheduler.finish(request.sequence)
         if error is not None and not isinstance(error, OpsinError):
             failure = EngineError("The request failed inside the engine", why=type(error).__name__)
@@ -360,3 +424,8 @@ class Engine:
             "encoded_bytes": self.runner.encoded.num_bytes,
             "steps": self.steps,
         }
+
+
+def _compute_all(guides: list[Guide]) -> None:
+    for guide in guides:
+        guide.compute()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Collection
 
 from opsin.engine.processor import Processor
 from opsin.engine.sequence import Sequence
@@ -15,10 +16,15 @@ from opsin.types import Event, FinishReason, Timings, TokenLogprob, Usage
 class Output:
     """One request's way out: tokens go in, text that is certain comes out."""
 
-    def __init__(self, sequence: Sequence, processor: Processor | None) -> None:
+    def __init__(
+        self, sequence: Sequence, processor: Processor | None, keep: Collection[int] = ()
+    ) -> None:
+        """`keep` are special tokens whose text is part of the answer's."""
         sampling = sequence.sampling
         self.sequence = sequence
-        self.detokenizer = None if processor is None else Detokenizer(processor.tokenizer)
+        self.detokenizer = None
+        if processor is not None:
+            self.detokenizer = Detokenizer(processor.tokenizer, keep=keep)
         self.stop = StopMatcher(sampling.stop)
         self.end_ids = set(sampling.stop_token_ids)
         if processor is not None and not sampling.ignore_eos:
@@ -28,10 +34,15 @@ class Output:
         self.text = ""
 
     def push(
-        self, token: int, logprob: TokenLogprob | None, *, out_of_room: bool
+        self,
+        token: int,
+        logprob: TokenLogprob | None,
+        *,
+        out_of_room: bool,
+        complete: bool = False,
     ) -> tuple[Event | None, FinishReason | None]:
         """Take a sampled token; the event to send now, if any, and why the request ends, if it
-        does.
+        does. `complete`: a grammar allows nothing after it.
 
         When it ends, `last` makes the event to send instead.
         """
@@ -44,6 +55,9 @@ class Output:
         if self.detokenizer is not None:
             self.text += self.stop.push(self.detokenizer.push(token))
         if self.stop.stopped:
+            return None, "stop"
+        if complete:
+            self._flush()
             return None, "stop"
         if out_of_room or self.sequence.num_generated >= self.sequence.sampling.max_tokens:
             self._flush()

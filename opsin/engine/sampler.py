@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opsin.engine.grammar import Guide
 from opsin.types import SamplingParams, TokenLogprob
 
 # (logits (vocab,), all token ids so far, number of prompt tokens) -> logits
@@ -104,40 +105,63 @@ class Sampler:
     params: SamplingParams
     chain: list[LogitsProcessor]
     generator: torch.Generator
+    guide: Guide | None = None
 
     @classmethod
-    def of(cls, params: SamplingParams, extra: Iterable[LogitsProcessor] = ()) -> Sampler:
-        """A sampler in its starting state; `extra` processors come after the parameters' own."""
+    def of(
+        cls,
+        params: SamplingParams,
+        extra: Iterable[LogitsProcessor] = (),
+        guide: Guide | None = None,
+    ) -> Sampler:
+        """A sampler in its starting state; `extra` processors come after the parameters' own.
+
+        `guide` holds the answer to a grammar, whatever the processors make of the logits.
+        """
         generator = torch.Generator()
         if params.seed is None:
             generator.seed()
         else:
             generator.manual_seed(params.seed)
-        return cls(params, [*processors(params), *extra], generator)
+        return cls(params, [*processors(params), *extra], generator, guide)
 
     @property
     def is_plain_greedy(self) -> bool:
         """Whether the choice is the largest raw logit and nothing else is asked."""
         params = self.params
-        return params.temperature == 0 and not self.chain and params.logprobs is None
+        chooses = params.temperature > 0 or bool(self.chain) or self.guide is not None
+        return not chooses and params.logprobs is None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is known what the grammar lets come next; without one always."""
+        return self.guide is None or self.guide.ready
+
+    def accept(self, token: int) -> bool:
+        """Take note of the token that was chosen; whether the grammar says the answer is whole."""
+        return self.guide is not None and self.guide.advance(token)
 
     def sample(
         self, logits: Tensor, token_ids: SequenceOf[int], num_prompt: int
     ) -> tuple[int, TokenLogprob | None]:
         """The next token from logits (vocab,), float32, and its log probability if that is asked.
 
-        Log probabilities are those of the model, before temperature and truncation.
+        Log probabilities are those of the model, before grammar, temperature and truncation.
         """
         params = self.params
+        raw = logits.clone() if self.guide is not None and self.chain else logits
         for process in self.chain:
             logits = process(logits, token_ids, num_prompt)
+        unguided = logits
+        if self.guide is not None:
+            logits = self.guide.mask(logits, raw)
         if params.temperature == 0:
             token = int(logits.argmax())
         else:
             token = self._draw(logits)
         if params.logprobs is None:
             return token, None
-        return token, log_probability(logits, token, params.logprobs)
+        return token, log_probability(unguided, token, params.logprobs)
 
     def _draw(self, logits: Tensor) -> int:
         scaled = (logits / self.params.temperature).log_softmax(0)

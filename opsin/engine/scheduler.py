@@ -83,6 +83,8 @@ class Scheduler:
                 break
             if sequence not in self.running:  # preempted by one before it
                 continue
+            if sequence.num_computed == len(sequence.token_ids):  # its next token is not chosen yet
+                continue
             if sequence.lengthen(self.long_after):
                 self._preempt(sequence)
                 continue
