@@ -111,6 +111,19 @@ class Constraint:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool, or a piece of one: the first piece has an id and a name.
+
+    `arguments` is JSON text; the pieces of a call, told by its `index` in the answer, add up to it.
+    """
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """A chosen token's log probability (nats), with the most likely alternatives."""
 

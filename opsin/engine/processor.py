@@ -11,6 +11,7 @@ from PIL import Image
 
 from opsin import families
 from opsin.checkpoint.config import Config, read_config, read_processor_config
+from opsin.engine.grammar import Grammars
 from opsin.errors import CheckpointError, InputError, UnsupportedMedia
 from opsin.families.base import Family, MediaInput, Prompt, check_options
 from opsin.media.key import array_key, image_key
@@ -48,6 +49,7 @@ class Processor:
         self.limits = limits
         family.name_tokens(tokenizer.id_to_token)
         self.eos_token_ids = frozenset(tokenizer.eos_token_ids)
+        self.grammars = Grammars(tokenizer, self.eos_token_ids)
         self.pointing_metadata: Mapping[str, Any] | None = None
         self.media_token_ids = {kind: self._token_id(kind) for kind in family.modalities}
 

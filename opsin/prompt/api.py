@@ -18,6 +18,8 @@ from opsin.prompt.formats import (
 )
 from opsin.prompt.messages import Prompt, parse_messages
 from opsin.prompt.template import ChatTemplate, template_kwargs
+from opsin.prompt.tools.dialect import Dialect
+from opsin.prompt.tools.index import dialect_for
 from opsin.types import Media, Message, Text
 
 
@@ -183,6 +185,9 @@ def _render(
         text = plain_prompt(messages, add_generation_prompt)
     else:
         dicts = [message for message in messages if isinstance(message, dict)]
+        dialect = dialect_for(template.source(with_tools=True))
+        if dialect is not None:
+            dicts = dialect.prepare_messages(dicts)
         variables = template_kwargs(template, enable_thinking) | options | dict(extra)
         name = override if isinstance(override, str) and override in template.sources else None
         text = template.render(
@@ -193,6 +198,15 @@ def _render(
     if processor is None:
         raise InputError("A prompt cannot be tokenized without a processor", param="tokenize")
     return processor.tokenizer.encode_prompt(text)
+
+
+def tool_dialect(processor: PromptProcessor, chat_template: str | None = None) -> Dialect | None:
+    """How a processor's model writes tool calls, None where its chat template knows none.
+
+    `chat_template` is the user's, where one was given in place of the checkpoint's.
+    """
+    template = _template(processor, chat_template)
+    return None if template is None else dialect_for(template.source(with_tools=True))
 
 
 def _template(processor: PromptProcessor | None, override: Any) -> ChatTemplate | None:

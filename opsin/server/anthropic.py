@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from opsin.engine.form import Wanted
 from opsin.errors import InputError
+from opsin.prompt.tools.dialect import Tool
 from opsin.server import openai_chat
 from opsin.server.bounds import Bounds
 from opsin.server.conversation import conversation
@@ -28,8 +30,8 @@ from opsin.server.fields import (
     template_fields,
     validated,
 )
-from opsin.server.request import Answer, Constraint, Delta, Head, Request, Tool
-from opsin.types import Usage
+from opsin.server.request import Answer, Delta, Head, Request
+from opsin.types import Constraint, Usage
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -104,10 +106,7 @@ def _request(
         sampling=sampling(fields, max_tokens=max_tokens, stop=stop),
         template=template_fields(fields, effort),
         processor=processor_fields(fields),
-        tools=tools,
-        tool_choice=choice,
-        parallel_tool_calls=parallel,
-        constraint=_form(fields.output_config),
+        wanted=Wanted(tools, choice, parallel, _form(fields.output_config)),
         thinking_budget=thinking.budget_tokens if thinking else fields.thinking_budget,
         task=fields.task,
         salt=fields.cache_salt or "",
@@ -303,7 +302,7 @@ def render(head: Head, answer: Answer) -> dict[str, Any]:
             "type": "tool_use",
             "id": call.id,
             "name": call.name,
-            "input": json.loads(call.arguments or "{}"),
+            "input": _arguments(call.arguments),
         }
         for call in answer.tool_calls
     ]
@@ -315,6 +314,15 @@ def render(head: Head, answer: Answer) -> dict[str, Any]:
         "usage": usage(answer.usage),
         "regions": list(answer.regions),
     }
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    """A call's arguments; those that are no object, as when they were cut short, as text."""
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else {"INVALID_JSON": text}
 
 
 class EventRenderer:

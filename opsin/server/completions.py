@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from opsin.engine.form import Wanted
 from opsin.engine.processor import Processor
 from opsin.errors import InputError
 from opsin.server import openai_chat
@@ -85,7 +86,7 @@ def parse(body: bytes, bounds: Bounds) -> tuple[list[Request], bool]:
             logprobs=fields.logprobs,
         ),
         n=n,
-        constraint=constraint(fields),
+        wanted=Wanted(constraint=constraint(fields), is_chat=False),
         salt=fields.cache_salt or "",
         stream=bool(fields.stream),
         include_usage=bool(fields.stream_options and fields.stream_options.include_usage),

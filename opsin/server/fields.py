@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from opsin.errors import InputError
-from opsin.server.request import Constraint
-from opsin.types import SamplingParams
+from opsin.types import Constraint, SamplingParams
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
@@ -17,6 +17,7 @@ MAX_BIASES = 1024
 MAX_MESSAGES = 4096
 MAX_TOOLS = 256
 MAX_SCHEMA_CHARS = 1 << 18
+MAX_CHOICES = 4096
 # Below this, the logits divided by it leave the range of float32 and only the largest survives.
 COLDEST = 1e-5
 
@@ -26,6 +27,7 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 BiasedToken = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 JsonObject = dict[str, Any]
+Kind: TypeAlias = Literal["json_object", "json_schema", "regex", "grammar", "choice"]
 
 
 class Body(BaseModel):
@@ -53,12 +55,32 @@ class SamplingFields(Body):
     ignore_eos: bool | None = None
 
 
+FormText = Annotated[str, Field(min_length=1, max_length=MAX_SCHEMA_CHARS)]
+Choices = Annotated[list[FormText], Field(min_length=1, max_length=MAX_CHOICES)]
+
+
+class StructuredOutputs(Body):
+    """The form of an answer as vLLM's clients write it."""
+
+    json_: JsonObject | FormText | None = Field(default=None, alias="json")
+    json_object: bool | None = None
+    regex: FormText | None = None
+    choice: Choices | None = None
+    grammar: FormText | None = None
+
+
 class FormFields(Body):
     """What form the answer must have."""
 
     response_format: JsonObject | None = None
-    regex: Annotated[str, Field(max_length=MAX_SCHEMA_CHARS)] | None = None
-    grammar: Annotated[str, Field(max_length=MAX_SCHEMA_CHARS)] | None = None
+    regex: FormText | None = None
+    grammar: FormText | None = None
+    choice: Choices | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonObject | FormText | None = None
+    guided_regex: FormText | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: FormText | None = None
 
 
 class PromptFields(Body):
@@ -212,10 +234,26 @@ def constraint(fields: FormFields) -> Constraint | None:
     """The form that a body wants its answer in; InputError where it asks for two."""
     wanted = fields.response_format
     asked = [] if wanted is None else [response_form(wanted, "response_format")]
-    if fields.regex is not None:
-        asked.append(Constraint("regex", fields.regex, "regex"))
-    if fields.grammar is not None:
-        asked.append(Constraint("grammar", fields.grammar, "grammar"))
+    nested = fields.structured_outputs or StructuredOutputs()
+    stated: list[tuple[Kind, Any, str]] = [
+        ("regex", fields.regex, "regex"),
+        ("grammar", fields.grammar, "grammar"),
+        ("choice", fields.choice, "choice"),
+        ("json_schema", fields.guided_json, "guided_json"),
+        ("regex", fields.guided_regex, "guided_regex"),
+        ("choice", fields.guided_choice, "guided_choice"),
+        ("grammar", fields.guided_grammar, "guided_grammar"),
+        ("json_schema", nested.json_, "structured_outputs.json"),
+        ("json_object", nested.json_object or None, "structured_outputs.json_object"),
+        ("regex", nested.regex, "structured_outputs.regex"),
+        ("choice", nested.choice, "structured_outputs.choice"),
+        ("grammar", nested.grammar, "structured_outputs.grammar"),
+    ]
+    asked += [
+        Constraint(kind, schema_of(value, param) if kind == "json_schema" else value, param)
+        for kind, value, param in stated
+        if value is not None
+    ]
     found = [one for one in asked if one is not None]
     if len(found) > 1:
         raise InputError(
@@ -224,6 +262,18 @@ def constraint(fields: FormFields) -> Constraint | None:
             param=found[1].param,
         )
     return found[0] if found else None
+
+
+def schema_of(value: Any, param: str) -> dict[str, Any]:
+    """A JSON schema that is given as an object or as the text of one."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            value = None
+    if not isinstance(value, Mapping):
+        raise InputError(f"{param} is not a JSON schema", param=param)
+    return dict(value)
 
 
 def response_form(value: Mapping[str, Any], where: str) -> Constraint | None:

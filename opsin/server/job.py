@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from opsin.engine.form import AnswerForm
 from opsin.engine.sampler import LogitsProcessor
 from opsin.errors import EngineError, QueueFull
 from opsin.families.base import Prompt
@@ -18,7 +19,7 @@ from opsin.server.courier import Courier
 from opsin.server.manager import Loaded
 from opsin.server.metrics import Metrics
 from opsin.server.preparing import Pools, prepare
-from opsin.server.replies import Reader, reasoning_tags, region_finder
+from opsin.server.replies import Reader, region_finder
 from opsin.server.request import Answer, Delta, Request
 from opsin.server.thinking import thinking_budget
 from opsin.types import Event, SamplingParams, Timings, Usage
@@ -69,6 +70,7 @@ class Job:
         self.loaded = loaded
         self.requests = requests
         self.prompts: list[Prompt] = []
+        self._forms: list[AnswerForm] = []
         self.started = time.perf_counter()
         self.usage = Usage()
         self._places = sum(request.n for request in requests)
@@ -84,6 +86,7 @@ class Job:
         self.shop.metrics.in_flight.inc()
         try:
             for request in self.requests:
+                self._forms.append(await self.shop.pools.form(self.loaded.processor, request))
                 self.prompts.append(await self._prepare(request))
             self._submit()
         except BaseException:
@@ -100,18 +103,20 @@ class Job:
         return await self.shop.pools.run(request, work)
 
     def _submit(self) -> None:
-        tags = reasoning_tags(self.loaded.processor)
-        for request, prompt in zip(self.requests, self.prompts, strict=True):
+        asked = zip(self.requests, self.prompts, self._forms, strict=True)
+        for request, prompt, form in asked:
             find_regions = region_finder(self.loaded.processor, request)
             for i in range(request.n):
                 answer = len(self._readers)
-                self._readers.append(Reader(answer, request, prompt, tags, find_regions))
+                self._readers.append(Reader(answer, prompt, form.reader(prompt), find_regions))
                 self._latest.append(0.0)
                 self._open[answer] = self.loaded.engine.submit(
                     prompt,
                     nth_sampling(request.sampling, i),
                     self._receiver(answer),
                     self._processors(request, prompt),
+                    form.guide(prompt),
+                    form.keep,
                 )
 
     def _receiver(self, answer: int) -> Callable[[Event], None]:

@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from opsin.engine.form import Wanted
 from opsin.errors import InputError
+from opsin.prompt.tools.dialect import Tool
 from opsin.server.bounds import Bounds
 from opsin.server.conversation import conversation
 from opsin.server.fields import (
@@ -28,9 +30,9 @@ from opsin.server.fields import (
     template_fields,
     validated,
 )
-from opsin.server.request import Answer, Delta, Head, Request, Tool, ToolCall, Totals
+from opsin.server.request import Answer, Delta, Head, Request, Totals
 from opsin.server.tokens import TokenNames
-from opsin.types import Timings, TokenLogprob
+from opsin.types import Timings, TokenLogprob, ToolCall
 
 
 class StreamOptions(Body):
@@ -97,10 +99,12 @@ def parse(body: bytes, bounds: Bounds) -> Request:
         n=bounds.check_answers(fields.n or 1),
         template=template_fields(fields, fields.reasoning_effort),
         processor=processor_fields(fields),
-        tools=tools,
-        tool_choice=parse_tool_choice(fields.tool_choice, tools),
-        parallel_tool_calls=fields.parallel_tool_calls is not False,
-        constraint=constraint(fields),
+        wanted=Wanted(
+            tools,
+            parse_tool_choice(fields.tool_choice, tools),
+            fields.parallel_tool_calls is not False,
+            constraint(fields),
+        ),
         thinking_budget=fields.thinking_budget,
         task=fields.task,
         salt=fields.cache_salt or "",

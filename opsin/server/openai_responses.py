@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from opsin.engine.form import Wanted
 from opsin.errors import InputError
 from opsin.server import openai_chat
 from opsin.server.bounds import Bounds
@@ -126,10 +127,12 @@ def parse(fields: ResponseBody, before: Sequence[Any], bounds: Bounds) -> Asked:
         ),
         template=template_fields(fields, fields.reasoning.effort if fields.reasoning else None),
         processor=processor_fields(fields),
-        tools=tools,
-        tool_choice=openai_chat.parse_tool_choice(fields.tool_choice, tools),
-        parallel_tool_calls=fields.parallel_tool_calls is not False,
-        constraint=None if form is None else response_form(form, "text.format"),
+        wanted=Wanted(
+            tools,
+            openai_chat.parse_tool_choice(fields.tool_choice, tools),
+            fields.parallel_tool_calls is not False,
+            None if form is None else response_form(form, "text.format"),
+        ),
         thinking_budget=fields.thinking_budget,
         task=fields.task,
         salt=fields.cache_salt or "",

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
+from opsin.engine.form import AnswerForm, dialect_of, reasoning_tags, template_tool
 from opsin.engine.processor import Processor
 from opsin.errors import InputError, OpsinError
 from opsin.families.base import Prompt
 from opsin.prompt.tasks import task_messages
-from opsin.server.replies import reasoning_tags
 from opsin.server.request import Request
 
 T = TypeVar("T")
@@ -24,10 +24,13 @@ _log = logging.getLogger("opsin.server")
 
 
 class Pools:
-    """Threads that make prompts, those with media apart: a slow download holds up no text."""
+    """Threads that make prompts, those with media and those that compile grammars apart: neither a
+    slow download nor a large schema holds up text.
+    """
 
     def __init__(self, media_threads: int) -> None:
         self.text = ThreadPoolExecutor(2, "opsin-text")
+        self.forms = ThreadPoolExecutor(2, "opsin-form")
         self.media = ThreadPoolExecutor(media_threads, "opsin-prepare")
 
     async def run(self, request: Request, work: Callable[[], T]) -> T:
@@ -35,9 +38,16 @@ class Pools:
         pool = self.media if request.has_media else self.text
         return await asyncio.get_running_loop().run_in_executor(pool, work)
 
+    async def form(self, processor: Processor, request: Request) -> AnswerForm:
+        """The form of a request's answers, its grammar compiled."""
+        work = partial(AnswerForm.of, processor, request.wanted, _own_template(request))
+        if not request.wanted.has_grammar:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self.forms, work)
+
     def close(self) -> None:
         """Let the threads go; what has not started is dropped."""
-        for pool in (self.text, self.media):
+        for pool in (self.text, self.forms, self.media):
             pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -49,7 +59,6 @@ def prepare(processor: Processor, request: Request, vocabulary: int) -> Prompt:
 
 
 def _prepare(processor: Processor, request: Request, vocabulary: int) -> Prompt:
-    _refuse_unsupported(request)
     _check_tokens(request, vocabulary)
     if isinstance(request.prompt, str):
         return processor.assemble(request.prompt, [])
@@ -60,7 +69,11 @@ def _prepare(processor: Processor, request: Request, vocabulary: int) -> Prompt:
     messages = request.messages
     if request.task is not None:
         messages = task_messages(processor.family, request.task, messages)
-    work = partial(processor.prepare, messages, options=request.processor, **request.template)
+    variables = dict(request.template)
+    if request.wanted.offered:
+        dialect_of(processor, request.wanted, _own_template(request))
+        variables["tools"] = [template_tool(tool) for tool in request.wanted.offered]
+    work = partial(processor.prepare, messages, options=request.processor, **variables)
     try:
         return work()
     except OpsinError:
@@ -100,22 +113,10 @@ def _given(request: Request) -> set[str]:
     return found | ({"processor_kwargs"} if request.processor else set())
 
 
-def _refuse_unsupported(request: Request) -> None:
-    """Nothing is accepted and ignored: what cannot be enforced is refused by its field's name."""
-    if request.tools and request.tool_choice != "none":
-        raise InputError(
-            "tools cannot be used",
-            why="this server does not read tool calls yet",
-            remedy='Leave tools out, or send tool_choice "none"',
-            param="tools",
-        )
-    if request.constraint is not None:
-        raise InputError(
-            f"{request.constraint.param} cannot be used",
-            why="this server does not enforce the form of an answer yet",
-            remedy="Leave it out",
-            param=request.constraint.param,
-        )
+def _own_template(request: Request) -> str | None:
+    """The chat template that a request brings, where it may."""
+    template: str | None = request.template.get("chat_template")
+    return template
 
 
 def _check_tokens(request: Request, vocabulary: int) -> None:

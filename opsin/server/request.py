@@ -8,30 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from opsin.types import FinishReason, Message, SamplingParams, Timings, TokenLogprob, Usage
-
-
-@dataclass(frozen=True, slots=True)
-class Tool:
-    """A function that the model may call; `parameters` is the JSON schema of its arguments."""
-
-    name: str
-    description: str = ""
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    strict: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Constraint:
-    """What form the answer must have.
-
-    kind: "json_object", "json_schema" (value: the schema), "regex", "grammar" (Lark) or "choice"
-    (value: the texts). `param` is the field that asked for it.
-    """
-
-    kind: Literal["json_object", "json_schema", "regex", "grammar", "choice"]
-    value: Any = None
-    param: str = "response_format"
+from opsin.engine.form import Wanted
+from opsin.prompt.answer import joined
+from opsin.types import (
+    FinishReason,
+    Message,
+    SamplingParams,
+    Timings,
+    TokenLogprob,
+    ToolCall,
+    Usage,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +27,8 @@ class Request:
 
     Either `messages` (a conversation) or `prompt` (raw text or token ids) is there. `n` answers are
     wanted. `template` are variables of the chat template, `processor` the family's picture options.
-    `task` is one of the family's own, such as locating things. tool_choice is "auto", "none",
-    "required", or the name of a tool behind "=". `salt` keeps caches of different keys apart.
+    `wanted` are the tools and the form of the answers. `task` is one of the family's own, such as
+    locating things. `salt` keeps caches of different keys apart.
     """
 
     model: str
@@ -51,10 +38,7 @@ class Request:
     n: int = 1
     template: Mapping[str, Any] = field(default_factory=dict)
     processor: Mapping[str, Any] = field(default_factory=dict)
-    tools: tuple[Tool, ...] = ()
-    tool_choice: str = "auto"
-    parallel_tool_calls: bool = True
-    constraint: Constraint | None = None
+    wanted: Wanted = field(default_factory=Wanted)
     thinking_budget: int | None = None
     task: str | None = None
     salt: str = ""
@@ -65,16 +49,6 @@ class Request:
     def has_media(self) -> bool:
         """Whether something must be fetched or decoded."""
         return any(message.media for message in self.messages)
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A call of a tool, or a piece of one: the first piece has an id and a name."""
-
-    index: int
-    id: str = ""
-    name: str = ""
-    arguments: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +108,7 @@ class Answer:
         self.logprobs += delta.logprobs
         self.num_reasoning += delta.num_reasoning
         for call in delta.tool_calls:
-            self._add_call(call)
+            self.tool_calls = joined(self.tool_calls, call)
         if delta.finish_reason is not None:
             self.finish_reason = delta.finish_reason
             self.stop_string = delta.stop_string
@@ -142,16 +116,6 @@ class Answer:
             self.timings = delta.timings or self.timings
             self.images = delta.images
             self.regions = delta.regions
-
-    def _add_call(self, piece: ToolCall) -> None:
-        if piece.index == len(self.tool_calls):
-            self.tool_calls.append(piece)
-            return
-        held = self.tool_calls[piece.index]
-        arguments = held.arguments + piece.arguments
-        self.tool_calls[piece.index] = ToolCall(
-            held.index, held.id or piece.id, held.name or piece.name, arguments
-        )
 
 
 @dataclass(frozen=True, slots=True)

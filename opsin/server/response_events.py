@@ -10,9 +10,9 @@ from typing import Any
 
 from opsin.server import openai_chat
 from opsin.server.openai_responses import Asked
-from opsin.server.request import Answer, Delta, Head, ToolCall, Totals
+from opsin.server.request import Answer, Delta, Head, Totals
 from opsin.server.tokens import TokenNames
-from opsin.types import TokenLogprob
+from opsin.types import TokenLogprob, ToolCall
 
 
 def shell(head: Head, asked: Asked) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def shell(head: Head, asked: Asked) -> dict[str, Any]:
         "metadata": fields.metadata or {},
         "model": head.model,
         "output": [],
-        "parallel_tool_calls": request.parallel_tool_calls,
+        "parallel_tool_calls": request.wanted.parallel_tool_calls,
         "previous_response_id": fields.previous_response_id,
         "reasoning": {"effort": effort, "summary": None},
         "service_tier": "default",

@@ -11,8 +11,8 @@ import pytest
 from opsin.errors import InputError
 from opsin.server import anthropic
 from opsin.server.bounds import Bounds
-from opsin.server.request import Answer, Delta, Head, ToolCall
-from opsin.types import Usage
+from opsin.server.request import Answer, Delta, Head
+from opsin.types import ToolCall, Usage
 
 from .conftest import KEY
 from .running import Running
@@ -69,7 +69,7 @@ def test_a_conversation_with_tools_and_pictures() -> None:
     assert request.messages[2].extra["reasoning_content"] == "hm"
     assert request.messages[3].extra["tool_call_id"] == "t1"
     assert request.sampling.stop == ("END",)
-    assert (request.tool_choice, request.parallel_tool_calls) == ("=look", False)
+    assert (request.wanted.tool_choice, request.wanted.parallel_tool_calls) == ("=look", False)
     assert (request.thinking_budget, request.template) == (1024, {"enable_thinking": True})
 
 

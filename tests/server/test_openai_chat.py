@@ -11,8 +11,8 @@ import pytest
 from opsin.errors import InputError, MediaTooLarge
 from opsin.server import openai_chat
 from opsin.server.bounds import Bounds
-from opsin.server.request import Answer, Delta, Head, ImageSize, Request, ToolCall
-from opsin.types import Media, SamplingParams, Timings, TokenLogprob, Usage
+from opsin.server.request import Answer, Delta, Head, ImageSize, Request
+from opsin.types import Media, SamplingParams, Timings, TokenLogprob, ToolCall, Usage
 
 HEAD = Head("chatcmpl-1", 123, "tiny")
 BOUNDS = Bounds(max_media=3, max_n=4)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from opsin.families.base import Prompt
-from opsin.prompt.stream import THINK
+from opsin.prompt.answer import AnswerReader
+from opsin.prompt.stream import THINK, open_tag
 from opsin.server.courier import Courier
 from opsin.server.job import nth_sampling
 from opsin.server.replies import Reader
@@ -31,7 +32,8 @@ def prompt(text: str) -> Prompt:
 
 
 def read(pieces: list[str], ending: str = "assistant\n", request: Request = REQUEST) -> Answer:
-    reader = Reader(0, request, prompt(ending), (THINK,))
+    tags = (THINK,) if request.messages else ()
+    reader = Reader(0, prompt(ending), AnswerReader(tags, open_tag(ending, tags)))
     answer = Answer()
     for piece in pieces[:-1]:
         answer.add(reader.push(Event(piece, (1,))))

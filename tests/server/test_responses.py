@@ -11,9 +11,9 @@ import pytest
 from opsin.errors import InputError, NotFoundError
 from opsin.server import openai_responses, response_events
 from opsin.server.bounds import Bounds
-from opsin.server.request import Answer, Delta, Head, ToolCall
+from opsin.server.request import Answer, Delta, Head
 from opsin.server.stored import ResponseStore
-from opsin.types import Usage
+from opsin.types import ToolCall, Usage
 
 from .conftest import KEY
 from .running import Running
