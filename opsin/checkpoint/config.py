@@ -69,8 +69,19 @@ def read_processor_config(folder: Path) -> dict[str, Any]:
     """preprocessor_config.json and processor_config.json as one dictionary.
 
     Transformers 5 nests the image processor's settings in processor_config.json; here they lie flat
-    under the same names, and whatever else the processor states beside them.
+    under the same names, and whatever else the processor states beside them. Those of a video
+    processor of its own are under "video_processor", the path of a font beside them its
+    "font_file".
     """
     processor = read_json(folder / "processor_config.json")
     nested = processor.pop("image_processor", {})
-    return {**processor, **nested, **read_json(folder / "preprocessor_config.json")}
+    video = processor.pop("video_processor", None)
+    video = video or read_json(folder / "video_preprocessor_config.json")
+    merged = {**processor, **nested, **read_json(folder / "preprocessor_config.json")}
+    if not video:
+        return merged
+    font = folder / Path(str(video.get("font") or "-")).name
+    return {
+        **merged,
+        "video_processor": {**video, "font_file": str(font)} if font.is_file() else video,
+    }

@@ -21,7 +21,7 @@ from opsin.errors import CheckpointError, NotFoundError, OpsinError
 BUNDLED = "bundled"
 BUNDLED_FOLDER = Path(__file__).parents[1] / "models" / "bundled"
 
-TEXT_ENDINGS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+TEXT_ENDINGS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".ttf")
 WEIGHT_ENDINGS = (".safetensors", ".gguf")
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 

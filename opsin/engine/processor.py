@@ -196,8 +196,13 @@ class Processor:
     def _ready(
         self, item: Media, options: Mapping[str, Any], timings: Timings, keep_pictures: bool
     ) -> MediaInput:
-        """Fetch, decode and preprocess one medium; the key names content and settings."""
-        settings = _without(options, GENERAL_OPTIONS)
+        """Fetch, decode and preprocess one medium; the key names content and settings.
+
+        What a message states beside a medium comes before the request's options.
+        """
+        known = self.family.processor_options
+        own = {name: value for name, value in item.options.items() if name in known}
+        settings = {**_without(options, GENERAL_OPTIONS), **own}
         if item.kind == "audio":
             loaded = load(item, self.limits, sample_rate=self.family.sampling_rate)
         elif item.kind == "video":

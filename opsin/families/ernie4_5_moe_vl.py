@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,18 +19,30 @@ from opsin.decoder.config import (
     MoEConfig,
 )
 from opsin.families.base import Encoded, MediaInput
+from opsin.families.ernie_names import resampler_names
+from opsin.families.frame_times import with_times
 from opsin.families.llama_shape import ACTIVATIONS, EXPERT_RENAME, llama_decoder
+from opsin.families.mrope import TokenGrid
+from opsin.families.patch_grids import spaced_frames, whole_groups
 from opsin.families.qwen2_vl import Qwen2VL
 from opsin.kernels import Kernels
+from opsin.media.sampling import Chooser, Video
 from opsin.nn.linear import Linear
 from opsin.nn.norm import norm
 from opsin.towers.projectors import MLPProjector
 from opsin.towers.vit import VisionTransformer, ViTConfig, vision_of
 
-# What the authors' own processor and template call the placeholder.
-OLD_PLACEHOLDER = "<|image@placeholder|>"
-MARKS = ("image_start_token_id", "image_end_token_id")
-MARK_DEFAULTS = {"image_start_token_id": 101304, "image_end_token_id": 101305}
+LOG = logging.getLogger("opsin")
+# What the authors' own processor and template call the placeholders.
+OLD_PLACEHOLDERS = {"image": "<|image@placeholder|>", "video": "<|video@placeholder|>"}
+# Ids of the tokens that go to the second group of experts, where the config does not state them.
+SEEN = {
+    "image_start_token_id": 101304,
+    "image_end_token_id": 101305,
+    "video_start_token_id": 101306,
+    "video_end_token_id": 101307,
+    "video_token_id": 103367,
+}
 
 
 class Ernie45MoEVL(Qwen2VL):
@@ -39,36 +51,16 @@ class Ernie45MoEVL(Qwen2VL):
     """
 
     message_format = "list_with_image_url_first"
-    placeholders = {"image": "<|IMAGE_PLACEHOLDER|>"}
+    placeholders = {"image": "<|IMAGE_PLACEHOLDER|>", "video": "<|VIDEO_PLACEHOLDER|>"}
+    image_pixels = (56 * 56, 6177 * 28 * 28)
+    video_pixels = (299 * 28 * 28, 1196 * 28 * 28)
+    picture_settings = ("min_pixels", "max_pixels")
 
     def __init__(self, config: dict[str, Any], processor_config: dict[str, Any]) -> None:
         super().__init__(config, processor_config)
-        count = self.num_experts
-
-        def placed(match: re.Match[str]) -> str:
-            """The second half of the experts are those of pictures."""
-            group, expert = divmod(int(match[1]), count)
-            name, part = {"gate": ("gate_up", 0), "up": ("gate_up", 1), "down": ("down", 0)}[
-                match[2]
-            ]
-            return f".mlp.groups.{group}.{name}.weight[{part},{expert}]"
-
-        self.rename = (
-            (r"\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight$", placed),
-            (r"\.mlp\.gate\.weight$", ".mlp.groups.0.router.weight^T"),
-            (r"\.mlp\.gate\.weight_1$", ".mlp.groups.1.router.weight^T"),
-            (r"\.mlp\.moe_statics\.e_score_correction_bias$", ".mlp.selection_bias"),
-            (r"^(model\.)?resampler_model\.", "towers."),
-            (r"^towers\.(spatial|temporal)_linear\.(0|fc1)\.", r"towers.\1.up."),
-            (r"^towers\.(spatial|temporal)_linear\.(2|fc2)\.", r"towers.\1.down."),
-            (r"^towers\.(spatial|temporal)_linear\.(3|ln)\.", r"towers.\1_norm."),
-            (r"^towers\.mlp\.", "towers.projector."),
-            (r"^(model\.)?vision_model\.ln\.", "visual.post_norm."),
-            (r"^(model\.)?vision_model\.", "visual."),
-            (r"^visual\.post_norm\.", "towers.vision.post_norm."),
-            *EXPERT_RENAME,
-            *Qwen2VL.rename,
-        )
+        self.video_token = self.placeholders["video"]
+        self.told = False
+        self.rename = (*resampler_names(self.num_experts), *EXPERT_RENAME, *Qwen2VL.rename)
 
     # Configs.
 
@@ -149,8 +141,8 @@ class Ernie45MoEVL(Qwen2VL):
         return dataclasses.replace(plain, attention=attention, mlp=mlp)
 
     def expert_groups(self, token_ids: Sequence[int]) -> Tensor | None:
-        """A picture's tokens and the marks around it go to the second group."""
-        marks = [self.config.get(name, MARK_DEFAULTS[name]) for name in MARKS]
+        """A medium's tokens and the marks around it go to the second group."""
+        marks = [self.config.get(name, default) for name, default in SEEN.items()]
         patch = self.config.get("image_token_id", self.config.get("im_patch_id", 100295))
         groups = torch.isin(torch.tensor(token_ids), torch.tensor([patch, *marks])).long()
         return groups if groups.any() else None
@@ -193,21 +185,61 @@ class Ernie45MoEVL(Qwen2VL):
         layout = self.layout(vision_of(towers), items)
         features, _ = towers["vision"](self.patches(towers, items), layout)
         x = towers["spatial_norm"](towers["spatial"](features))
-        x = torch.cat((x, x), dim=-1)  # a picture is both frames of a pair
+        x = self.in_pairs(x, items)
         x = towers["temporal_norm"](towers["temporal"](x))
         merged = towers["after_norm"](towers["projector"](x))
         return [Encoded(part) for part in merged.split([item.num_tokens for item in items])]
 
+    def in_pairs(self, x: Tensor, items: Sequence[MediaInput]) -> Tensor:
+        """Features side by side with those of the next frame; a picture is both of a pair."""
+        pairs = []
+        grids = [item.features["grid"].tolist() for item in items]
+        sizes = [frames * rows * columns // self.merge**2 for frames, rows, columns in grids]
+        for part, (frames, *_) in zip(x.split(sizes), grids, strict=True):
+            by_frame = part.unflatten(0, (frames, -1))
+            later = by_frame[1::2] if frames > 1 else by_frame
+            pairs.append(torch.cat((by_frame[::2], later), dim=-1).flatten(0, 1))
+        return torch.cat(pairs)
+
     # Pictures.
 
-    def pixel_limits(self, options: Mapping[str, Any]) -> tuple[int, int]:
-        config = self.processor_config
-        stated = config.get("size") or config.get("max_pixels")
-        low, high = super().pixel_limits(options)
-        return low, high if stated or "max_pixels" in options else 28 * 28 * 6177
-
     def expand(self, text: str, media: Sequence[MediaInput]) -> str:
-        return super().expand(text.replace(OLD_PLACEHOLDER, self.placeholders["image"]), media)
+        for kind, old in OLD_PLACEHOLDERS.items():
+            text = text.replace(old, self.placeholders[kind])
+        return super().expand(text, media)
+
+    # Videos.
+
+    def name_tokens(self, name_of: Callable[[int], str | None]) -> None:
+        """The authors' vocabulary has no token for videos; theirs is that of pictures."""
+        stated = name_of(self.config.get("video_token_id", 103367))
+        if stated != self.placeholders["video"]:
+            self.video_token = self.placeholders["image"]
+
+    def media_token(self, kind: str) -> str:
+        return self.video_token if kind == "video" else super().media_token(kind)
+
+    def frame_chooser(self, options: Mapping[str, Any]) -> Chooser:
+        config = self.video_config
+        most = options.get("max_frames") or config.get("max_frames") or 180
+        rate = options.get("fps") or config.get("fps")
+        return spaced_frames(rate, config.get("min_frames") or 16, most)
+
+    def frames(self, video: Video) -> Tensor:
+        if not self.video_config.get("draw_on_frames", True):
+            return whole_groups(super().frames(video), self.vision["temporal_merge_size"])
+        font = self.video_config.get("font_file")
+        if font is None and not self.told:
+            LOG.warning("no font in the checkpoint: times are written on frames in another one")
+            self.told = True
+        written = with_times(video.frames, video.timestamps, font)
+        frames = super().frames(dataclasses.replace(video, frames=written))
+        return whole_groups(frames, self.vision["temporal_merge_size"])
+
+    def grids(self, item: MediaInput) -> list[TokenGrid]:
+        (grid,) = super().grids(item)
+        merged = self.vision["temporal_merge_size"] if item.kind == "video" else 1
+        return [dataclasses.replace(grid, frames=grid.frames // merged)]
 
 
 FAMILY = Ernie45MoEVL

@@ -4,14 +4,18 @@ too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from opsin.families.base import Encoded, MediaInput
+from opsin.families.mrope import TokenGrid
 from opsin.families.qwen2_vl import Qwen2VL
 from opsin.kernels import Kernels
+from opsin.media.sampling import Video
 from opsin.towers.projectors import MLPProjector
 from opsin.towers.vit import VisionLayout, VisionTransformer, ViTConfig, vision_of
 from opsin.types import Grounding
@@ -57,6 +61,21 @@ class Qwen25VL(Qwen2VL):
             norm_dim=vit.hidden,
         )
         return nn.ModuleDict({"vision": VisionTransformer(kernels, vit), "merger": merger})
+
+    # Videos.
+
+    def prepare_video(self, video: Video, options: Mapping[str, Any]) -> MediaInput:
+        item = super().prepare_video(video, options)
+        kept = len(video.indices) / video.info.num_frames * video.info.fps
+        seconds = torch.tensor(self.vision.get("temporal_patch_size", 2) / kept)
+        item.details["interval"] = float(self.vision.get("tokens_per_second", 4) * seconds)
+        return item
+
+    def grids(self, item: MediaInput) -> list[TokenGrid]:
+        (grid,) = super().grids(item)
+        return [dataclasses.replace(grid, interval=item.details.get("interval", 1.0))]
+
+    # The tower.
 
     def window_order(self, items: Sequence[MediaInput]) -> tuple[Tensor, list[int]]:
         """The merge blocks of all pictures in window order, and each window's number of patches."""

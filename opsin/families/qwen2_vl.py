@@ -4,19 +4,29 @@ decoder.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from opsin.checkpoint.weights import Rename
 from opsin.decoder.config import DecoderConfig
-from opsin.errors import MediaError
 from opsin.families.base import Encoded, Family, MediaInput
-from opsin.families.llama_shape import LLAMA_RENAME, llama_decoder, rope_parameters
+from opsin.families.llama_shape import llama_decoder, rope_parameters
+from opsin.families.mrope import TokenGrid, mrope_positions
+from opsin.families.patch_grids import (
+    RESAMPLING,
+    capped,
+    clip_patches,
+    smart_resize,
+    spaced_frames,
+    whole_groups,
+)
+from opsin.families.qwen_names import QWEN_RENAME
 from opsin.kernels import Kernels
+from opsin.media.sampling import DEFAULT_FPS, Chooser, Video
 from opsin.nn.rope import contiguous_axes
 from opsin.towers import pixels
 from opsin.towers.projectors import MLPProjector
@@ -34,10 +44,14 @@ from opsin.types import Grounding, Task
 class Qwen2VL(Family):
     """The first of the line; the later ones say what they change."""
 
-    modalities = ("image",)
+    modalities = ("image", "video")
     message_format = "list_with_image"
-    placeholders = {"image": "<|image_pad|>"}
-    processor_options = ("min_pixels", "max_pixels")
+    placeholders = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+    processor_options = ("min_pixels", "max_pixels", "cap_pixels_per_frame")
+    image_pixels: ClassVar[tuple[int, int]] = (56 * 56, 28 * 28 * 1280)
+    video_pixels: ClassVar[tuple[int, int]] = (128 * 28 * 28, 768 * 28 * 28)
+    # Settings of pictures that do not hold for the videos of a checkpoint that states no others.
+    picture_settings: ClassVar[tuple[str, ...]] = ()
     grounding: tuple[Grounding, ...] = (Grounding("box_tags", 1000), Grounding("json_boxes"))
     tasks = {
         "ocr": Task("Read all the text in the image.", "the text of a picture"),
@@ -47,23 +61,7 @@ class Qwen2VL(Family):
             "boxes around what TEXT names",
         ),
     }
-    rename = (
-        (r"^(model\.)?visual\.", "towers.vision."),
-        (r"^towers\.vision\.merger\.ln_q\.", "towers.merger.norm."),
-        (r"^towers\.vision\.merger\.mlp\.0\.", "towers.merger.up."),
-        (r"^towers\.vision\.merger\.mlp\.2\.", "towers.merger.down."),
-        (r"^towers\.vision\.patch_embed\.proj\.", "towers.vision.patch."),
-        (r"^towers\.vision\.blocks\.(\d+)\.norm1\.", r"towers.vision.layers.\1.attention_norm."),
-        (r"^towers\.vision\.blocks\.(\d+)\.norm2\.", r"towers.vision.layers.\1.mlp_norm."),
-        (r"^towers\.vision\.blocks\.(\d+)\.attn\.qkv\.", r"towers.vision.layers.\1.attention.qkv."),
-        (
-            r"^towers\.vision\.blocks\.(\d+)\.attn\.proj\.",
-            r"towers.vision.layers.\1.attention.out.",
-        ),
-        (r"^towers\.vision\.blocks\.(\d+)\.mlp\.fc1\.", r"towers.vision.layers.\1.mlp.up."),
-        (r"^towers\.vision\.blocks\.(\d+)\.mlp\.fc2\.", r"towers.vision.layers.\1.mlp.down."),
-        *LLAMA_RENAME,
-    )
+    rename: tuple[Rename, ...] = QWEN_RENAME
 
     @property
     def vision(self) -> dict[str, Any]:
@@ -123,18 +121,19 @@ class Qwen2VL(Family):
 
     # Pictures.
 
-    def pixel_limits(self, options: Mapping[str, Any]) -> tuple[int, int]:
+    def pixel_limits(
+        self, options: Mapping[str, Any], config: Mapping[str, Any], default: tuple[int, int]
+    ) -> tuple[int, int]:
         """Fewest and most pixels after resizing: from the request, else the checkpoint."""
-        config = self.processor_config
         size = config.get("size") or {}
-        low = config.get("min_pixels") or size.get("shortest_edge") or 56 * 56
-        high = config.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280
+        low = config.get("min_pixels") or size.get("shortest_edge") or default[0]
+        high = config.get("max_pixels") or size.get("longest_edge") or default[1]
         return int(options.get("min_pixels", low)), int(options.get("max_pixels", high))
 
     def prepare_image(self, image: Image.Image, options: Mapping[str, Any]) -> MediaInput:
         patch, frames = self.vision["patch_size"], self.vision.get("temporal_patch_size", 2)
-        factor = patch * self.merge
-        width, height = smart_resize(image.width, image.height, factor, self.pixel_limits(options))
+        limits = self.pixel_limits(options, self.processor_config, self.image_pixels)
+        width, height = smart_resize(image.width, image.height, patch * self.merge, limits)
         resized = pixels.resize(image, width, height, self.processor_config.get("resample", 3))
         values = pixels.normalised(resized, *pixels.normalisation(self.processor_config))
         flat = pixels.patchify(values, patch, self.merge).unflatten(1, (3, 1, -1))
@@ -150,26 +149,68 @@ class Qwen2VL(Family):
             processed_size=(width, height),
         )
 
+    # Videos.
+
+    @property
+    def video_config(self) -> dict[str, Any]:
+        """The video processor's settings; older checkpoints state those of pictures only."""
+        shared = {k: v for k, v in self.processor_config.items() if k not in self.picture_settings}
+        return self.processor_config.get("video_processor") or shared
+
+    def frame_chooser(self, options: Mapping[str, Any]) -> Chooser:
+        config = self.video_config
+        stated = config.get("fps") if config.get("do_sample_frames") else None
+        return spaced_frames(
+            options.get("fps") or stated or DEFAULT_FPS,
+            config.get("min_frames") or 4,
+            options.get("max_frames") or config.get("max_frames") or 768,
+            self.vision.get("temporal_patch_size", 2),
+        )
+
+    def frame_size(self, frames: Tensor, options: Mapping[str, Any]) -> tuple[int, int]:
+        """The (width, height) that frames (frames, 3, h, w) get; limits are those of one."""
+        height, width = frames.shape[-2:]
+        config, factor = self.video_config, self.vision["patch_size"] * self.merge
+        limits = self.pixel_limits(options, config, self.video_pixels)
+        if options.get("cap_pixels_per_frame", config.get("cap_pixels_per_frame")):
+            total = int(config.get("max_video_tokens", 128000) * factor**2 * 0.9)
+            share = total * self.vision.get("temporal_patch_size", 2) // len(frames)
+            limits = capped(limits, share)
+        return smart_resize(width, height, factor, limits)
+
+    def frames(self, video: Video) -> Tensor:
+        """What the tower is shown of a video.  # (frames, 3, height, width), uint8"""
+        return torch.from_numpy(video.frames).permute(0, 3, 1, 2)
+
+    def prepare_video(self, video: Video, options: Mapping[str, Any]) -> MediaInput:
+        patch, group = self.vision["patch_size"], self.vision.get("temporal_patch_size", 2)
+        config, frames = self.video_config, self.frames(video)
+        width, height = self.frame_size(frames, options)
+        resized = pixels.resize_frames(frames, width, height, RESAMPLING[config.get("resample", 3)])
+        values = pixels.normalised_frames(resized, *pixels.normalisation(config))
+        patches = clip_patches(whole_groups(values, group), patch, self.merge, group)
+        grid = torch.tensor([-(-len(frames) // group), height // patch, width // patch])
+        item = MediaInput("video", {"pixel_values": patches, "grid": grid}, "", 0)
+        item.num_tokens = sum(part.size for part in self.grids(item))
+        item.text = self.video_text(video, item)
+        item.processed_size = (width, height)
+        return item
+
+    def video_text(self, video: Video, item: MediaInput) -> str:
+        """What stands for a video in the prompt."""
+        del video
+        return self.media_token("video") * item.num_tokens
+
+    def grids(self, item: MediaInput) -> list[TokenGrid]:
+        """The runs of tokens that a medium becomes, from the first one's place on."""
+        frames, rows, columns = item.features["grid"].tolist()
+        return [TokenGrid(frames, rows // self.merge, columns // self.merge)]
+
     def positions(
         self, token_ids: Sequence[int], media: Sequence[MediaInput]
     ) -> tuple[Tensor, int]:
-        """M-RoPE: text counts on all three axes, a picture's tokens by frame, row and column."""
-        parts: list[Tensor] = []
-        done, position = 0, 0
-        for item in sorted(media, key=lambda item: int(item.indices[0])):
-            start = int(item.indices[0])
-            parts.append(torch.arange(position, position + start - done).expand(3, -1))
-            position += start - done
-            frames, rows, columns = item.features["grid"].tolist()
-            rows, columns = rows // self.merge, columns // self.merge
-            grid = torch.cartesian_prod(
-                torch.arange(frames), torch.arange(rows), torch.arange(columns)
-            )
-            parts.append(grid.T + position)
-            position += max(rows, columns)
-            done = start + item.num_tokens
-        parts.append(torch.arange(position, position + len(token_ids) - done).expand(3, -1))
-        return torch.cat(parts, dim=1), position + len(token_ids) - done
+        runs = [(item.indices, self.grids(item)) for item in media]
+        return mrope_positions(len(token_ids), runs)
 
     # Towers.
 
@@ -199,31 +240,6 @@ class Qwen2VL(Family):
         )
         merged = towers["merger"](features)
         return [Encoded(part) for part in merged.split([item.num_tokens for item in items])]
-
-
-def smart_resize(width: int, height: int, factor: int, limits: tuple[int, int]) -> tuple[int, int]:
-    """The size nearest to the picture's whose sides are multiples of `factor` within pixel limits.
-
-    Raises MediaError for a picture more than 200 times as long as wide, as the reference does.
-    """
-    if max(width, height) > 200 * min(width, height):
-        raise MediaError(
-            f"The picture is too narrow ({width}x{height})",
-            why="this model takes pictures up to 200 times as long as wide",
-            remedy="Crop it or pad it",
-            param="image",
-        )
-    low, high = limits
-    new_width, new_height = round(width / factor) * factor, round(height / factor) * factor
-    if new_width * new_height > high:
-        shrink = math.sqrt(width * height / high)
-        new_width = max(factor, math.floor(width / shrink / factor) * factor)
-        new_height = max(factor, math.floor(height / shrink / factor) * factor)
-    elif new_width * new_height < low:
-        grow = math.sqrt(low / (width * height))
-        new_width = math.ceil(width * grow / factor) * factor
-        new_height = math.ceil(height * grow / factor) * factor
-    return new_width, new_height
 
 
 FAMILY = Qwen2VL

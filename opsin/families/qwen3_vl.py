@@ -4,17 +4,22 @@ layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from opsin.decoder.config import DecoderConfig
 from opsin.families.base import Encoded, MediaInput
 from opsin.families.llama_shape import ACTIVATIONS, llama_decoder, rope_parameters
+from opsin.families.mrope import TokenGrid
+from opsin.families.patch_grids import capped, clip_size, spanning_frames
 from opsin.families.qwen2_vl import Qwen2VL
 from opsin.kernels import Kernels
+from opsin.media.sampling import Chooser, Video
 from opsin.nn.rope import interleaved_axes
+from opsin.towers import pixels
 from opsin.towers.projectors import MLPProjector
 from opsin.towers.vit import (
     VisionLayout,
@@ -32,6 +37,8 @@ class Qwen3VL(Qwen2VL):
 
     message_format = "list_with_image_first"
     grounding = (Grounding("json_boxes", 1000),)
+    video_pixels = (128 * 32 * 32, 768 * 32 * 32)
+    picture_settings = ("min_pixels", "max_pixels")
     tasks = {
         **Qwen2VL.tasks,
         "locate": Task(
@@ -94,6 +101,51 @@ class Qwen3VL(Qwen2VL):
                 ),
             }
         )
+
+    # Videos.
+
+    @property
+    def video_config(self) -> dict[str, Any]:
+        return {"image_mean": pixels.HALF, "image_std": pixels.HALF, **super().video_config}
+
+    def frame_chooser(self, options: Mapping[str, Any]) -> Chooser:
+        config = self.video_config
+        most = options.get("max_frames") or config.get("max_frames") or 768
+        rate = options.get("fps") or config.get("fps") or 2
+        return spanning_frames(rate, config.get("min_frames") or 4, most)
+
+    def frame_size(self, frames: Tensor, options: Mapping[str, Any]) -> tuple[int, int]:
+        """Every frame's size; the checkpoint's limits are the clip's, a request's are a frame's."""
+        count, (height, width) = len(frames), frames.shape[-2:]
+        config, factor = self.video_config, self.vision["patch_size"] * self.merge
+        low, high = self.pixel_limits({}, config, self.video_pixels)
+        if "min_pixels" in options:
+            low = int(options["min_pixels"]) * count
+        high = min(high, int(options.get("max_pixels", high)) * count)
+        if options.get("cap_pixels_per_frame", config.get("cap_pixels_per_frame")):
+            allowed = config.get("max_video_tokens", 768) * factor**2
+            low, high = capped((low, high), allowed, count)
+        group = self.vision.get("temporal_patch_size", 2)
+        return clip_size(max(count, group), width, height, (factor, group), (low, high))
+
+    def video_text(self, video: Video, item: MediaInput) -> str:
+        """Each group of frames after its time, between marks of its own."""
+        frames, tokens = self.grids(item), self.media_token("video")
+        group = self.vision.get("temporal_patch_size", 2)
+        ends = [
+            (video.timestamps[i], video.timestamps[min(i + group, len(video.timestamps)) - 1])
+            for i in range(0, len(video.timestamps), group)
+        ]
+        return "".join(
+            f"<{(first + last) / 2:.1f} seconds><|vision_start|>{tokens * grid.size}<|vision_end|>"
+            for (first, last), grid in zip(ends, frames, strict=True)
+        )
+
+    def grids(self, item: MediaInput) -> list[TokenGrid]:
+        (grid,) = super().grids(item)
+        return [TokenGrid(1, grid.rows, grid.columns)] * grid.frames
+
+    # The tower.
 
     def layout(self, tower: VisionTransformer, items: Sequence[MediaInput]) -> VisionLayout:
         plain = super().layout(tower, items)

@@ -240,7 +240,15 @@ def _qwen2_5_vl() -> tuple[Case, Case]:
             TOKENIZER,
             templates.QWEN2_VL,
             "chat_template.json",
-            {"preprocessor_config.json": preprocessor("Qwen2VLImageProcessor", 14, 3136, 15680)},
+            {
+                "preprocessor_config.json": preprocessor(
+                    "Qwen2VLImageProcessor",
+                    14,
+                    3136,
+                    15680,
+                    processor_class="Qwen2_5_VLProcessor",
+                )
+            },
             GENERATION,
         ),
         Case(
