@@ -28,7 +28,7 @@ def test_fp32_tokens_are_those_of_the_cpu(case: Case, labs: Callable[[Case], Lab
     names = list(lab.scenes)
     with lab.ours.engine() as engine:
         alone = [answers(engine, [lab.ours.prompt(lab.scenes[name])])[0] for name in names]
-    model, processor = opsin.load(lab.folder, device="cuda")
+    model, processor = opsin.load(lab.published, device="cuda")
     limits = EngineLimits(memory=1 << 25, block_size=BLOCK)
     with Engine(model, processor, limits) as engine:
         batch = answers(engine, [lab.ours.prompt(lab.scenes[name]) for name in names])
