@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from opsin.prompt.tools.grammars import Form, Marks
-from opsin.prompt.tools.history import with_argument_objects
+from opsin.prompt.tools.history import prepared
 from opsin.prompt.tools.tape import Steps, Tape
 
 
@@ -174,13 +174,15 @@ class Dialect(ABC):
     """One way of writing tool calls.
 
     `markers` are the texts of this dialect that may be special tokens of a tokenizer: they must
-    reach the reader. `starts` are the texts that open a call; with none, a call is told by its form
-    alone. `special` is, everywhere, the ids of those markers that are special tokens.
+    reach the reader. `starts` are the texts that open a call. `stops` are those with which a model
+    asks for the results of its calls: the answer ends there. `special` is, everywhere, the ids of
+    those markers that are special tokens.
     """
 
     name: str
     markers: tuple[str, ...]
     starts: tuple[str, ...]
+    stops: tuple[str, ...] = ()
 
     @abstractmethod
     def reader(self, tools: Sequence[Tool]) -> Reader:
@@ -212,9 +214,14 @@ class Dialect(ABC):
         marks = Marks(special)
         return self.form(tools, marks).lazy_grammar(marks, parallel)
 
-    def prepare_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def prepare_messages(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Tool] = (),
+        template: str | None = None,
+    ) -> list[dict[str, Any]]:
         """The conversation with earlier calls and results as this dialect's templates read them.
 
-        `messages` are in OpenAI's form.
+        `messages` are in OpenAI's form, `template` is the text of the chat template.
         """
-        return with_argument_objects(messages)
+        return prepared(messages, template)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-_ANY_TEXT = "/(?s:.*)/"
+ANY_TEXT = "/(?s:.*)/"
 # Keywords that may add properties beside those that the schema lists itself.
 _COMBINING = ("$ref", "allOf", "anyOf", "oneOf", "patternProperties")
 
@@ -79,7 +79,7 @@ class Form:
         else:
             opening = [f"opening[lazy]: FREE {marks.term(self.trigger)}"]
         calls = join("opening", self._calls(parallel))
-        return self._text(f"start: FREE | {calls}", *opening, f"FREE: {_ANY_TEXT}")
+        return self._text(f"start: FREE | {calls}", *opening, f"FREE: {ANY_TEXT}")
 
     def _calls(self, parallel: bool) -> str:
         again = f"({join(self.joint, self.call)})*" if parallel else ""

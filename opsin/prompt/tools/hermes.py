@@ -39,4 +39,4 @@ def _parse(tape: Tape, output: Output) -> Steps[None]:
         before = output.num_calls
         whole = yield from read_objects(tape, output, _START)
         if output.num_calls > before:
-            yield from tape.leave_block(_END, _START, whole)
+            yield from tape.leave_block(whole, _END, _START)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from opsin.prompt.tools.dialect import Output
 from opsin.prompt.tools.json_text import copy_value, read_string
-from opsin.prompt.tools.tape import Put, Steps, Tape
+from opsin.prompt.tools.tape import Put, Steps, Tape, drop
 
 _ARGUMENTS = ("arguments", "parameters")
 _KNOWN = ("name", "type", "id", *_ARGUMENTS)
@@ -116,7 +116,7 @@ def _read_member(tape: Tape, call: _Call, key: str, rules: ObjectRules) -> Steps
         call.open(name)
         return True
     if key not in _ARGUMENTS or call.has_arguments:
-        return (yield from copy_value(tape, _drop))
+        return (yield from copy_value(tape, drop))
     call.has_arguments = True
     return (yield from _read_arguments(tape, call.put))
 
@@ -127,8 +127,4 @@ def _read_arguments(tape: Tape, put: Put) -> Steps[bool]:
         text = yield from read_string(tape)
         put(text or "")
         return text is not None
-    return (yield from copy_value(tape, _drop if char == "n" else put))
-
-
-def _drop(piece: str) -> None:
-    """Where what nobody needs goes."""
+    return (yield from copy_value(tape, drop if char == "n" else put))

@@ -104,30 +104,34 @@ class Tape:
                 return text
         return ""
 
-    def run(self, pattern: re.Pattern[str], put: Put | None = None) -> Steps[None]:
-        """Read the characters that come next and match, however many; `pattern` is `[...]+`."""
+    def run(self, pattern: re.Pattern[str], put: Put) -> Steps[None]:
+        """Hand on the characters that come next and match, however many; `pattern` is `[...]+`."""
         while (yield from self.peek()):
             match = pattern.match(self._text, self._at)
             if match is None:
                 return
-            piece = self._read_to(match.end())
-            if put is not None:
-                put(piece)
+            self._hand_on(match.end(), put)
+
+    def word(self, pattern: re.Pattern[str]) -> Steps[str]:
+        """The characters that come next and match, together; `pattern` is `[...]+`."""
+        pieces: list[str] = []
+        yield from self.run(pattern, pieces.append)
+        return "".join(pieces)
 
     def spaces(self) -> Steps[None]:
         """Read white space."""
-        yield from self.run(SPACE)
+        yield from self.run(SPACE, drop)
 
-    def until(self, markers: Markers, put: Put, unread: str = "") -> Steps[str]:
+    def until(self, markers: Markers, put: Put, unread: tuple[str, ...] = ()) -> Steps[str]:
         """Hand on the text before the first of these markers, which is read and returned.
 
-        Returns "" if none comes before the end of the text. The marker `unread` is only found.
+        Returns "" if none comes before the end of the text. Markers in `unread` are only found.
         """
         while True:
             match = markers.pattern.search(self._text, self._at)
             if match is not None:
                 self._hand_on(match.start(), put)
-                return match[0] if match[0] == unread else self._read_to(match.end())
+                return match[0] if match[0] in unread else self._read_to(match.end())
             over = self._ended
             end = len(self._text) if over else markers.held_back(self._text, self._at)
             self._hand_on(end, put)
@@ -135,17 +139,17 @@ class Tape:
                 return ""
             yield
 
-    def leave_block(self, end: str, start: str, whole: bool) -> Steps[None]:
+    def leave_block(self, whole: bool, end: str, *others: str) -> Steps[None]:
         """Read the marker that ends a block of calls.
 
         After calls that were whole it may be missing, and brackets too many may stand before it. In
-        a block that broke off, everything up to it (or up to the next block) is dropped.
+        a block that broke off, everything up to it, or up to one of the others, is dropped.
         """
         if whole:
-            yield from self.run(_CLUTTER)
+            yield from self.run(_CLUTTER, drop)
             yield from self.accept(end)
             return
-        yield from self.until(Markers(end, start), _drop, unread=start)
+        yield from self.until(Markers(end, *others), drop, unread=others)
 
     def rest(self, put: Put) -> Steps[None]:
         """Hand on everything that is left."""
@@ -165,5 +169,5 @@ class Tape:
         return piece
 
 
-def _drop(piece: str) -> None:
+def drop(piece: str) -> None:
     """Where what nobody needs goes."""
