@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from torch import Tensor
 from opsin.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
+PIECE_BYTES = 4 << 20  # larger tensors are read by several threads, in pieces of this size
+READERS = 2
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -60,17 +64,26 @@ class StoredTensor:
         """
         direct = out.is_contiguous() and out.device.type == "cpu" and out.dtype == self.dtype
         buffer = out if direct else torch.empty(self.shape, dtype=self.dtype)
-        view = buffer.view(-1).view(torch.uint8).numpy().data if buffer.numel() else b""
+        view = buffer.view(-1).view(torch.uint8).numpy().data if buffer.numel() else memoryview(b"")
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self.start)
-            done = 0
-            while done < self.num_bytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise _bad(self.path, f"it ends inside tensor {self.name!r}")
-                done += count
+            pieces = range(0, self.num_bytes, PIECE_BYTES)
+            if len(pieces) < 2:
+                self._read(file.fileno(), view, 0)
+            else:
+                with ThreadPoolExecutor(READERS) as pool:
+                    parts = [view[at : at + PIECE_BYTES] for at in pieces]
+                    list(pool.map(self._read, [file.fileno()] * len(pieces), parts, pieces))
         if not direct:
             out.copy_(buffer.view(out.shape))
+
+    def _read(self, file: int, out: memoryview, at: int) -> None:
+        """Fill `out` with the bytes from the tensor's byte `at` on."""
+        done = 0
+        while done < len(out):
+            count = os.preadv(file, [out[done:]], self.start + at + done)
+            if not count:
+                raise _bad(self.path, f"it ends inside tensor {self.name!r}")
+            done += count
 
     def read(self) -> Tensor:
         """The tensor as stored."""

@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -89,15 +90,46 @@ def renamed(name: str, rules: Iterable[Rename]) -> str:
     return name
 
 
-class Packer(Protocol):
-    """What puts something smaller or faster in the place of loaded weights."""
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a checkpoint tensor fills: a parameter, or a part of it, perhaps transposed."""
 
-    def lend(self, module: nn.Module, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
-        """Memory for a parameter of a module that will be taken over; None for the caller's own."""
+    name: str
+    base: str
+    index: tuple[int, ...]
+    transposed: str | None
+
+
+def target_of(name: str, rules: Iterable[Rename]) -> Target:
+    """What the tensor of a name fills, by the rules."""
+    target = renamed(name, rules)
+    match = _TARGET.match(target)
+    assert match is not None
+    base, parts, transposed = match.groups()
+    return Target(target, base, tuple(map(int, parts.split(","))) if parts else (), transposed)
+
+
+class Sink(Protocol):
+    """Where the values of one checkpoint tensor go that fill no parameter as it is."""
+
+    shape: tuple[int, ...]
+
+    def read(self, tensor: StoredTensor) -> bool:
+        """Take a tensor of this shape as it is stored; False to be given its values instead."""
         ...
 
-    def filled(self, module: nn.Module) -> None:
-        """All parameters of a module are in place."""
+    def fill(self, values: Tensor) -> None:
+        """Take values of this shape."""
+        ...
+
+
+class Packer(Protocol):
+    """What puts something smaller or faster in the place of weights as they are read."""
+
+    def sink(
+        self, module: nn.Module, name: str, index: tuple[int, ...], tensor: StoredTensor
+    ) -> Sink | None:
+        """What takes the part `index` of a module's parameter; None if it is to be filled."""
         ...
 
 
@@ -115,8 +147,8 @@ def assign(
 
     The model's parameters are on the meta device and get their memory when their first tensor
     comes: in `dtype`, if they are floating-point and their module does not ask for precision, on
-    `device`. A `packer` takes over modules once their own parameters are all filled, and lends them
-    memory until then. Memory never holds more than the model and the modules being filled.
+    `device`. A `packer` takes the tensors of some parameters, which then get no memory. Memory
+    never holds more than the model and one tensor.
 
     A target may end in an index, `qkv.weight[1]`, which names a part of a fused parameter, and in
     `^T` if the checkpoint stores it with its last two axes swapped (`^T?`: if its shape says so).
@@ -128,55 +160,62 @@ def assign(
     for tensor in tensors:
         if any(re.search(pattern, tensor.name) for pattern in ignored):
             continue
-        target = renamed(tensor.name, rules)
-        match = _TARGET.match(target)
-        assert match is not None
-        base, index, transposed = match.groups()
-        if base not in missing:
-            unused.append((tensor.name, target))
+        target = target_of(tensor.name, rules)
+        if target.base not in missing:
+            unused.append((tensor.name, target.name))
             continue
-        owner_name, _, name = base.rpartition(".")
+        owner_name, _, name = target.base.rpartition(".")
         owner = model.get_submodule(owner_name)
-        out = _memory(owner, name, dtype, device, packer)
-        if index:
+        sink = None if packer is None else packer.sink(owner, name, target.index, tensor)
+        if sink is not None:
+            missing[target.base] -= _pour(tensor, target, sink, dtype)
+            continue
+        out = _memory(owner, name, dtype, device)
+        if target.index:
             assert isinstance(owner, HasParts), f"{owner_name} has no parts to fill"
-            out = owner.part(name, tuple(map(int, index.split(","))))
-        if transposed == "^T" or (transposed and tensor.shape != tuple(out.shape)):
-            out = out.mT
-        out = _as_stored(tensor.shape, out)
-        _check_shape(tensor, target, out)
+            out = owner.part(name, target.index)
+        out = _as_stored(tensor, target, out)
         tensor.read_into(out)
-        missing[base] -= out.numel()
-        if packer is not None and missing[base] == 0:
-            own = [f"{owner_name}.{name}" for name, _ in owner.named_parameters(recurse=False)]
-            if not any(missing[name] for name in own):
-                packer.filled(owner)
+        missing[target.base] -= out.numel()
     unfilled = [name for name, count in missing.items() if count]
     if unused or unfilled:
         raise _mismatch(unused, unfilled)
 
 
-def _memory(
-    owner: nn.Module, name: str, dtype: torch.dtype, device: torch.device, packer: Packer | None
-) -> Tensor:
-    """A parameter's memory, made or borrowed now if it has none yet."""
+def _pour(tensor: StoredTensor, target: Target, sink: Sink, dtype: torch.dtype) -> int:
+    """Hand a tensor to a sink, as it is stored if it can be; the number of its elements."""
+    whole = torch.empty(sink.shape, dtype=dtype, device="meta")
+    same = _as_stored(tensor, target, whole) is whole
+    if not (same and tensor.shape == sink.shape and sink.read(tensor)):
+        whole = torch.empty(sink.shape, dtype=dtype)
+        tensor.read_into(_as_stored(tensor, target, whole))
+        sink.fill(whole)
+    return whole.numel()
+
+
+def _memory(owner: nn.Module, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A parameter's memory, made now if it has none yet."""
     parameter = owner.get_parameter(name)
     if parameter.is_meta:
         precise = isinstance(owner, HasPrecision) and owner.precise
         kind = dtype if parameter.dtype.is_floating_point and not precise else parameter.dtype
-        lent = None if packer is None else packer.lend(owner, parameter.shape, kind)
-        memory = torch.empty(parameter.shape, dtype=kind, device=device) if lent is None else lent
+        memory = torch.empty(parameter.shape, dtype=kind, device=device)
         parameter = nn.Parameter(memory, requires_grad=False)
         owner.register_parameter(name, parameter)
     return parameter.data
 
 
-def _as_stored(shape: tuple[int, ...], out: Tensor) -> Tensor:
-    """A matrix over patches as MLX stores its convolution: the three colours last, not first."""
+def _as_stored(tensor: StoredTensor, target: Target, out: Tensor) -> Tensor:
+    """A view of memory with its axes in the order that the checkpoint has them, checked to fit."""
+    if target.transposed == "^T" or (target.transposed and tensor.shape != tuple(out.shape)):
+        out = out.mT
+    # A matrix over patches as MLX stores its convolution: the three colours last, not first.
+    shape = tensor.shape
     colours_last = out.ndim == 2 and len(shape) > 3 and shape[-1] == 3 and shape[1] != 3
-    if not colours_last or math.prod(shape) != out.numel():
-        return out
-    return out.unflatten(1, (3, *shape[1:-1])).movedim(1, -1)
+    if colours_last and math.prod(shape) == out.numel():
+        out = out.unflatten(1, (3, *shape[1:-1])).movedim(1, -1)
+    _check_shape(tensor, target.name, out)
+    return out
 
 
 def _check_shape(tensor: StoredTensor, target: str, out: Tensor) -> None:
@@ -187,7 +226,7 @@ def _check_shape(tensor: StoredTensor, target: str, out: Tensor) -> None:
         shape = shape[1:]
     flat = out.ndim == 2 and len(shape) > 2 and shape[0] == out.shape[0]
     same = shape == tuple(out.shape)
-    if not same and not (flat and tensor.num_bytes == out.numel() * tensor.dtype.itemsize):
+    if not same and not (flat and math.prod(shape) == out.numel()):
         raise CheckpointError(
             "The checkpoint does not fit its config.json",
             why=f"tensor {tensor.name} has shape {list(tensor.shape)}, "

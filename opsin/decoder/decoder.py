@@ -297,7 +297,7 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Normalised hidden states (rows, hidden) to logits (rows, vocab), float32."""
         if self.head is None:
-            logits = self.kernels.linear(hidden, self.embedding.weight, None).float()
+            logits = self.embedding.as_head(hidden, self.kernels).float()
         else:
             logits = self.head(hidden).float()
         if self.head_bias is not None:

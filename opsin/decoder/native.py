@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections import defaultdict
 from typing import Any
 
 import torch
@@ -78,52 +77,13 @@ def _stated(config: Any, known: frozenset[str]) -> set[str]:
     return {f.name for f in fields if f.name not in known and values[f.name] != f.default}
 
 
-class NativePacker:
-    """Packs a decoder's weights as they are loaded, each in place of the loaded tensor."""
-
-    def __init__(self, library: Library, decoder: Decoder) -> None:
-        self.library = library
-        self.decoder = decoder
-        self.linears = {module for module in decoder.layers.modules() if isinstance(module, Linear)}
-        if decoder.head is not None:
-            self.linears.add(decoder.head)
-        self.interleaved = {
-            layer.mlp.gate_up
-            for layer in decoder.layers
-            if isinstance(layer, Layer) and isinstance(layer.mlp, GatedMLP)
-        }
-
-        self.idle: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
-
-    def lend(self, module: nn.Module, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
-        """Memory that an equal matrix has already used: touching new memory is most of loading."""
-        if module not in self.linears or not self.idle[shape, dtype]:
-            return None
-        return self.idle[shape, dtype].pop()
-
-    def filled(self, module: nn.Module) -> None:
-        """Take over a module whose weights are all loaded, if it is one of the stack's."""
-        if isinstance(module, Linear) and module in self.linears:
-            spread = 2 if module in self.interleaved else 1
-            weight = module.weight.data
-            module.pack(packed(self.library, module.weight, module.bias, spread))
-            if module is not self.decoder.head:
-                self.idle[weight.shape, weight.dtype].append(weight)
-        elif module is self.decoder.embedding and self.decoder.head is None:
-            self.decoder.embedding.pack(packed(self.library, self.decoder.embedding.weight))
-
-
-def packed(
-    library: Library, weight: Tensor, bias: Tensor | None = None, spread: int = 1
-) -> PackedMatrix:
-    """A weight (out, in) packed; with spread 2 its halves alternate by sixteen rows."""
-    matrix = PackedMatrix(library, "bf16", *weight.shape)
-    for i, part in enumerate(weight.data.chunk(spread)):
-        matrix.fill(part, ROWS * i, spread=spread)
-    if bias is not None:
-        for i, part in enumerate(bias.data.chunk(spread)):
-            matrix.fill_bias(part, ROWS * i, spread=spread)
-    return matrix
+def gate_up_layers(decoder: Decoder) -> frozenset[nn.Module]:
+    """The layers whose two outputs alternate by sixteen rows in the native stack."""
+    return frozenset(
+        layer.mlp.gate_up
+        for layer in decoder.layers
+        if isinstance(layer, Layer) and isinstance(layer.mlp, GatedMLP)
+    )
 
 
 class NativeStack:
@@ -209,7 +169,7 @@ class NativeStack:
 
 
 def _matrix(module: Linear | Embedding) -> PackedMatrix:
-    assert module.packed is not None, "the stack is built from packed weights"
+    assert isinstance(module.packed, PackedMatrix), "the stack is built from packed weights"
     return module.packed
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from opsin import families, kernels
 from opsin.checkpoint import weights
@@ -16,10 +16,15 @@ from opsin.checkpoint.config import Config, read_config, read_processor_config
 from opsin.checkpoint.safetensors import StoredTensor
 from opsin.config import settings
 from opsin.decoder.decoder import Decoder
-from opsin.decoder.native import NativePacker, NativeStack, why_not
+from opsin.decoder.native import NativeStack, why_not
+from opsin.engine.packing import native_formats, packer_of, quantised_formats, stored_formats
 from opsin.errors import CheckpointError, InputError, MissingDependency
 from opsin.families.base import Family
 from opsin.kernels import cpu
+from opsin.kernels.cpu.library import Library
+from opsin.nn.packing import ModulePacker
+from opsin.quant import mlx
+from opsin.quant.formats import check_bits
 
 LOG = logging.getLogger("opsin")
 DTYPES = {
@@ -123,24 +128,33 @@ def load_model(
     *,
     device: str | None = None,
     dtype: str | None = None,
+    quantize: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Read a checkpoint folder into memory, tensor by tensor.
 
-    `on_progress` is called with the bytes read so far and the bytes there are. Peak memory is the
-    model's own and one tensor. Raises CheckpointError for a folder that does not hold what its
-    config.json says.
+    `quantize`, 8 or 4, is the bits that matrices are quantised to as they are read.
+    `on_progress` is called with the bytes read so far and the bytes there are. Peak memory is the model's own and one tensor. Raises CheckpointError
+    for a folder that does not hold what its config.json says, InputError for what cannot be meant.
     """
+    check_bits(quantize)
     place = pick_device(device)
     config = read_config(folder)
     family = families.load(config, read_processor_config(folder))
-    tensors = list(weights.all_tensors(weights.weight_files(folder)))
+    tensors = stored_weights(folder, config)
+    if quantize is not None and any(isinstance(tensor, mlx.AffineTensor) for tensor in tensors):
+        raise InputError(
+            f"The checkpoint {folder.name} is quantised already",
+            remedy="Leave out the bits to quantise to, or name the model it was made from",
+            param="quant",
+        )
     family.inspect(tensors)
     with torch.device("meta"):
         model = Model(family, config, kernels.select(place))
     refuse_lost_adapters(folder, model.decoder)
     kind = pick_dtype(dtype, config, tensors)
-    packer = native_packer(model.decoder, place, kind)
+    native = None if why_not_native(model.decoder, place, kind) else native_library()
+    packer = pick_packer(model, tensors, quantize, torch.empty(0, dtype=kind, device=place), native)
     weights.assign(
         model,
         counted(tensors, on_progress),
@@ -153,9 +167,16 @@ def load_model(
     for module in model.modules():
         if isinstance(module, FinishesLoading):
             module.finish_loading()
-    if packer is not None:
-        model.decoder.native = NativeStack(packer.library, model.decoder)
+    packer.finish()
+    if native is not None:
+        model.decoder.native = NativeStack(native, model.decoder)
     return model.eval()
+
+
+def stored_weights(folder: Path, config: Config) -> list[StoredTensor]:
+    """Every tensor of a checkpoint folder, with what is quantised there brought together."""
+    tensors = list(weights.all_tensors(weights.weight_files(folder)))
+    return mlx.grouped(tensors, config.get("quantization"))
 
 
 def refuse_lost_adapters(folder: Path, decoder: Decoder) -> None:
@@ -170,19 +191,40 @@ def refuse_lost_adapters(folder: Path, decoder: Decoder) -> None:
         )
 
 
-def native_packer(
-    decoder: Decoder, device: torch.device, dtype: torch.dtype
-) -> NativePacker | None:
-    """What packs a decoder for the native CPU stack; None where that does not cover it."""
-    if device.type != "cpu" or dtype != torch.bfloat16 or why_not(decoder.config):
-        return None
+def why_not_native(decoder: Decoder, device: torch.device, dtype: torch.dtype) -> str:
+    """Why a decoder does not run on the native stack, as a clause; empty if it does."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return f"it is in {str(dtype).removeprefix('torch.')} on {device}"
+    return why_not(decoder.config)
+
+
+def native_library() -> Library | None:
+    """The native kernels as the settings ask for them; None, with a warning, where they lack."""
     library = cpu.load(settings().cpu_isa or "auto", settings().num_threads)
     if library is None:
         LOG.warning(
             "no native CPU kernels (%s): decoding is several times slower", cpu.why_missing()
         )
-        return None
-    return NativePacker(library, decoder)
+    return library
+
+
+def pick_packer(
+    model: Model,
+    tensors: list[StoredTensor],
+    quantize: int | None,
+    nothing: Tensor,
+    native: Library | None,
+) -> ModulePacker:
+    """What packs a model's matrices as they are read: for the native stack, quantised, or both."""
+    formats = {} if native is None else native_formats(model.decoder)
+    if quantize is not None:
+        formats |= quantised_formats(model.decoder, model.towers, quantize)
+    else:
+        formats |= stored_formats(model, tensors, model.family.rename)
+    library = native
+    if native is None and formats and nothing.device.type == "cpu":
+        library = native_library()
+    return packer_of(model.decoder, formats, library, nothing, native=native is not None)
 
 
 def counted(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from opsin.kernels import Kernels
+from opsin.kernels.packed import Packed, packed_experts
 
 
 class ExpertLinear(nn.Module):
@@ -22,6 +25,12 @@ class ExpertLinear(nn.Module):
         self.splits = (out_features,) if isinstance(out_features, int) else out_features
         shape = (experts, sum(self.splits), in_features)
         self.weight = nn.Parameter(torch.empty(shape), requires_grad=False)
+        self.packed: Sequence[Packed] = ()  # one an expert, where they are packed
+
+    def pack(self, packed: Sequence[Packed], nothing: Tensor) -> None:
+        """Let `packed` take the weight's place; `nothing` is empty, of the model's dtype."""
+        self.packed = packed
+        self.weight = nn.Parameter(nothing, requires_grad=False)
 
     def part(self, name: str, index: tuple[int, ...]) -> Tensor:
         """The rows of output index[0], of every expert or of expert index[1] alone, to fill."""
@@ -31,4 +40,6 @@ class ExpertLinear(nn.Module):
 
     def forward(self, x: Tensor, expert_ids: Tensor) -> Tensor:
         """x (rows, in), sorted by expert; expert_ids (rows,). Returns (rows, out)."""
+        if self.packed:
+            return packed_experts(x, self.packed, expert_ids)
         return self.kernels.expert_linear(x, self.weight, expert_ids)

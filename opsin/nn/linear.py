@@ -1,4 +1,4 @@
-"""Dense linear layers, with several projections of one input stored as one matrix."""
+"""Linear layers, dense or packed, with several projections of one input stored as one matrix."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from opsin.kernels import Kernels
-from opsin.kernels.cpu.matrix import PackedMatrix
+from opsin.kernels.packed import Packed
 
 
 class Linear(nn.Module):
@@ -33,14 +33,20 @@ class Linear(nn.Module):
         self.bias = (
             nn.Parameter(torch.empty(sum(self.splits)), requires_grad=False) if bias else None
         )
-        self.packed: PackedMatrix | None = None
+        self.packed: Packed | None = None
 
-    def pack(self, packed: PackedMatrix) -> None:
-        """Let `packed`, which holds weight and bias for native kernels, take their place."""
+    def pack(self, packed: Packed, nothing: Tensor) -> None:
+        """Let `packed` take the weight's place; `nothing` is empty, of the model's dtype."""
         self.packed = packed
-        self.weight.data = self.weight.data.new_empty(0)
-        if self.bias is not None:
-            self.bias.data = self.bias.data.new_empty(0)
+        self.weight = nn.Parameter(nothing, requires_grad=False)
+
+    def pack_bias(self, *, spread: int = 1) -> None:
+        """Hand the bias to the packed matrix too; with spread 2 its halves alternate by sixteen."""
+        if self.packed is None or self.bias is None or not self.bias.numel():
+            return
+        for i, part in enumerate(self.bias.data.chunk(spread)):
+            self.packed.fill_bias(part, 16 * i, spread=spread)
+        self.bias.data = self.bias.data.new_empty(0)
 
     def part(self, name: str, index: tuple[int, ...]) -> Tensor:
         """The rows of parameter `name` that output number index[0] owns, as a view to fill."""
@@ -49,7 +55,9 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
-        return self.kernels.linear(x, self.weight, self.bias)
+        if self.packed is None:
+            return self.kernels.linear(x, self.weight, self.bias)
+        return self.packed.multiply(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
 class Adapter(nn.Module):
@@ -121,12 +129,18 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, dim), requires_grad=False)
         self.scale = scale
-        self.packed: PackedMatrix | None = None
+        self.packed: Packed | None = None
 
-    def pack(self, packed: PackedMatrix) -> None:
-        """Let `packed`, which holds the table for native kernels, take its place."""
+    def pack(self, packed: Packed, nothing: Tensor) -> None:
+        """Let `packed` take the table's place; `nothing` is empty, of the model's dtype."""
         self.packed = packed
-        self.weight.data = self.weight.data.new_empty(0)
+        self.weight = nn.Parameter(nothing, requires_grad=False)
+
+    def as_head(self, x: Tensor, kernels: Kernels) -> Tensor:
+        """x (rows, dim) times every row of the table: (rows, rows of the table)."""
+        if self.packed is None:
+            return kernels.linear(x, self.weight, None)
+        return self.packed.multiply(x)
 
     def finish_loading(self) -> None:
         """Round the scale to the weights' precision, as models that have one were trained."""

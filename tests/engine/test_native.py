@@ -63,7 +63,7 @@ def test_the_weights_are_packed_and_their_tensors_gone(loaded: tuple[Model, Any]
 def test_logprobs_are_those_of_plain_torch(
     folder: Path, loaded: tuple[Model, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "native_packer", lambda *_: None)
+    monkeypatch.setattr(loading, "native_library", lambda *_: None)
     plain, processor = opsin.load(folder, device="cpu", dtype="float32")
     assert plain.decoder.native is None
     for prompt in prompts(processor):

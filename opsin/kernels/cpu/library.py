@@ -17,7 +17,12 @@ from opsin.kernels.cpu import abi
 
 _FOLDER = Path(__file__).parent
 _NAMES = ("_native.so", "_native.dylib")
-_MEANING = {-1: "an argument is out of range", -2: "out of memory", -3: "no such instruction set"}
+_MEANING = {
+    -1: "an argument is out of range",
+    -2: "out of memory",
+    -3: "no such instruction set",
+    -4: "a file ended or could not be read",
+}
 
 
 @functools.cache

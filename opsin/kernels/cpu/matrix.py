@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,8 +11,8 @@ from torch import Tensor
 from opsin.errors import EngineError
 from opsin.kernels.cpu import abi
 from opsin.kernels.cpu.library import Library, pointer
+from opsin.quant.formats import Format, Kind
 
-Kind = Literal["bf16", "q8", "q4"]
 _KINDS = {"bf16": 0, "q8": 1, "q4": 2}
 
 
@@ -42,11 +41,9 @@ class PackedMatrix:
             )
         self.library = library
         self.handle: int = handle
-        self.kind: Kind = kind
+        self.format = Format(kind, group, scale_dtype)
         self.n = n
         self.k = k
-        self.group = group
-        self.scale_dtype = scale_dtype
         self._free = weakref.finalize(self, library.handle.opsin_matrix_free, handle)
 
     @classmethod
@@ -66,6 +63,11 @@ class PackedMatrix:
             packed.fill_bias(bias)
         return packed
 
+    @classmethod
+    def empty(cls, library: Library, form: Format, n: int, k: int) -> PackedMatrix:
+        """A matrix of a format, to be filled."""
+        return cls(library, form.kind, n, k, group=form.group, scale_dtype=form.scale_dtype)
+
     @property
     def nbytes(self) -> int:
         """Bytes that a product reads."""
@@ -82,6 +84,16 @@ class PackedMatrix:
         )  # fmt: skip
         self.library.check(code, "fill")
 
+    def fill_file(
+        self, file: int, offset: int, rows: int, dtype: torch.dtype, row: int = 0, spread: int = 1
+    ) -> bool:
+        """Put rows from an open file, where they lie one after another from `offset` on; True."""
+        code = self.library.handle.opsin_matrix_fill_file(
+            self.handle, row, rows, spread, file, offset, abi.DTYPES[dtype]
+        )
+        self.library.check(code, "fill")
+        return True
+
     def fill_affine(
         self,
         codes: Tensor,
@@ -94,10 +106,13 @@ class PackedMatrix:
     ) -> None:
         """Put MLX codes (rows, k * bits / 32) uint32 with scales and biases (rows, k / group)."""
         rows = codes.shape[0]
-        if codes.shape[1] * 32 != self.k * bits or scales.shape != (rows, self.k // self.group):
+        if codes.shape[1] * 32 != self.k * bits or scales.shape != (
+            rows,
+            self.k // self.format.group,
+        ):
             raise ValueError("codes, scales and biases do not fit the matrix")
         codes = codes.contiguous()
-        scales, biases = (x.to(self.scale_dtype).contiguous() for x in (scales, biases))
+        scales, biases = (x.to(self.format.scale_dtype).contiguous() for x in (scales, biases))
         code = self.library.handle.opsin_matrix_fill_affine(
             self.handle, row, rows, spread, pointer(codes), bits, pointer(scales), pointer(biases)
         )
@@ -123,6 +138,9 @@ class PackedMatrix:
 
         `gated`: rows of gate and up alternate by sixteen; act(gate) * up, (rows, n / 2).
         """
+        if x.dtype == torch.float16:  # which the kernels do not read
+            wide = self.multiply(x.float(), gated=gated, activation=activation)
+            return wide.to(out_dtype or x.dtype)
         x = x if x.stride(-1) == 1 else x.contiguous()
         if x.ndim != 2 or x.shape[1] != self.k:
             raise ValueError(f"x must be (rows, {self.k})")
@@ -139,6 +157,8 @@ class PackedMatrix:
 
     def rows(self, indices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Rows as an embedding: (count, k)."""
+        if dtype == torch.float16:
+            return self.rows(indices, torch.float32).to(dtype)
         indices = indices.to(torch.int64).contiguous()
         out = torch.empty(indices.numel(), self.k, dtype=dtype)
         code = self.library.handle.opsin_matrix_rows(

@@ -22,20 +22,6 @@ def quantise_rows(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), scale
 
 
-def unpack_codes(words: Tensor, bits: int, columns: int) -> Tensor:
-    """Little-endian bit fields of int32 words (rows, words) as codes (rows, columns), uint8."""
-    shifts = torch.arange(32)
-    stream = (words.to(torch.int64)[..., None] >> shifts & 1).flatten(1)  # (rows, all bits)
-    fields = stream[:, : columns * bits].unflatten(1, (columns, bits))
-    return (fields << torch.arange(bits)).sum(dim=2).to(torch.uint8)
-
-
-def dequantise(codes: Tensor, scales: Tensor, biases: Tensor) -> Tensor:
-    """codes (n, k) with scales and biases (n, groups): the weight (n, k), float32."""
-    grouped = codes.float().unflatten(1, (scales.shape[1], -1))
-    return (grouped * scales.float()[..., None] + biases.float()[..., None]).flatten(1)
-
-
 def affine_linear(
     x: Tensor, codes: Tensor, scales: Tensor, biases: Tensor, bias: Tensor | None = None
 ) -> Tensor:

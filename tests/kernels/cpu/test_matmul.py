@@ -6,7 +6,8 @@ import torch
 
 from opsin.errors import EngineError
 from opsin.kernels.cpu import PackedMatrix
-from opsin.kernels.cpu.twins import affine_linear, dequantise, unpack_codes
+from opsin.kernels.cpu.twins import affine_linear
+from opsin.quant.affine import dequantise, unpack_codes
 
 
 def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:

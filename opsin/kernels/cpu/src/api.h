@@ -12,7 +12,13 @@
 #define OPSIN_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum OpsinError { OPSIN_OK = 0, OPSIN_BAD_ARGUMENT = -1, OPSIN_NO_MEMORY = -2, OPSIN_NO_ISA = -3 };
+enum OpsinError {
+  OPSIN_OK = 0,
+  OPSIN_BAD_ARGUMENT = -1,
+  OPSIN_NO_MEMORY = -2,
+  OPSIN_NO_ISA = -3,
+  OPSIN_NO_DATA = -4  // a file ended or could not be read
+};
 enum OpsinDtype { OPSIN_F32 = 0, OPSIN_BF16 = 1, OPSIN_F16 = 2 };
 
 namespace opsin {
@@ -143,6 +149,9 @@ OPSIN_API OpsinMatrix* opsin_matrix_new(int kind, int n, int k, int group, int s
 // Weights as they are; a quantised kind takes its scales from them (8 bits: symmetric, 4: min-max).
 OPSIN_API int opsin_matrix_fill_dense(OpsinMatrix* m, int row, int rows, int spread,
                                       const void* weights, int dtype, int64_t stride);
+// The same from an open file, where the rows lie one after another from `offset` on.
+OPSIN_API int opsin_matrix_fill_file(OpsinMatrix* m, int row, int rows, int spread, int file,
+                                     int64_t offset, int dtype);
 // Codes in the affine-group layout: little-endian bit fields in uint32 words, row by row, with
 // scales and biases (rows, k / group) of the matrix's scale_dtype.
 OPSIN_API int opsin_matrix_fill_affine(OpsinMatrix* m, int row, int rows, int spread,

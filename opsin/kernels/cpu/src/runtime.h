@@ -26,6 +26,20 @@ void product(Team& team, const Product& p, uint8_t* shared, uint8_t* own);
 void read_row(const void* x, int dtype, int64_t offset, int n, float* out);
 void write_row(const float* x, int dtype, int64_t offset, int n, void* out);
 
+// work(from, to) over parts of `rows`, by all threads
+template <class Work>
+void over_rows(int rows, Work&& work) {
+  Pool& pool = Pool::instance();
+  std::lock_guard<std::mutex> lock(pool.region());
+  const int chunks = chunks_for(rows, pool.size(), 16);
+  pool.run(1, [&](Team& team) {
+    team.phase(chunks, [&](int c) {
+      const int64_t n = rows;
+      work(static_cast<int>(n * c / chunks), static_cast<int>(n * (c + 1) / chunks));
+    });
+  });
+}
+
 struct AttentionJob {
   OpsinAttention a;
   const int32_t* positions;  // with window: lo = position + 1 - window

@@ -1,0 +1,133 @@
+"""Which of a model's matrices are packed as they are loaded, and how."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from opsin.checkpoint.safetensors import StoredTensor
+from opsin.checkpoint.weights import Rename, target_of
+from opsin.decoder.decoder import Decoder
+from opsin.decoder.native import gate_up_layers
+from opsin.kernels.cpu.library import Library
+from opsin.kernels.cpu.matrix import PackedMatrix
+from opsin.kernels.packed import Packed, PlainMatrix
+from opsin.nn.experts import ExpertLinear
+from opsin.nn.linear import Adapter, Embedding, Linear
+from opsin.nn.packing import ModulePacker
+from opsin.quant.formats import Format, Kind, quantised
+from opsin.quant.mlx import AffineTensor
+
+LEAST_ROWS = 64  # smaller outputs (gates, scores) stay as they are: they cost nothing
+BF16 = Format("bf16")
+Formats = dict[nn.Module, Format]
+
+
+def native_formats(decoder: Decoder) -> Formats:
+    """Every matrix that the native stack reads, in bfloat16."""
+    formats: Formats = {m: BF16 for m in decoder.layers.modules() if isinstance(m, Linear)}
+    formats[decoder.embedding if decoder.head is None else decoder.head] = BF16
+    return formats
+
+
+def quantised_formats(decoder: Decoder, towers: nn.Module, bits: int) -> Formats:
+    """What is quantised for so many bits while loading.
+
+    Decoder layers and experts take `bits`; the tables of embeddings, the head and the towers take
+    8 bits at least. Everything else stays as it is: norms, routers, convolutions, adapters, tables
+    of positions, the first layer over a picture's patches, and outputs of fewer than 64 features.
+    """
+    narrow: Kind = "q4" if bits == 4 else "q8"
+    wanted: list[tuple[nn.Module, Kind]] = [(m, narrow) for m in _matrices(decoder.layers)]
+    tables: list[nn.Module] = [decoder.embedding]
+    if decoder.head is not None:
+        tables.append(decoder.head)
+    if decoder.layer_inputs is not None:
+        tables += [decoder.layer_inputs.table, decoder.layer_inputs.project]
+    wanted += [(module, "q8") for module in (*tables, *_matrices(towers))]
+    formats: Formats = {}
+    for module, kind in wanted:
+        weight = module.get_parameter("weight")
+        form = quantised(kind, weight.shape[-1])
+        if form is not None and weight.shape[-2] >= LEAST_ROWS:
+            formats[module] = form
+    return formats
+
+
+def _matrices(module: nn.Module) -> Iterator[nn.Module]:
+    """Linear layers and experts, without adapters and first layers over patches."""
+    for name, child in module.named_children():
+        if isinstance(child, Linear | ExpertLinear) and name != "patch":
+            yield child
+        if not isinstance(child, Adapter):
+            yield from _matrices(child)
+
+
+def stored_formats(
+    model: nn.Module, tensors: Iterable[StoredTensor], rules: Sequence[Rename]
+) -> Formats:
+    """The formats that take a quantised checkpoint's codes as they are.
+
+    A matrix whose parts are stored in ways that no one format takes is left out: it is read as the
+    16-bit weights that its codes stand for.
+    """
+    parts: dict[str, list[StoredTensor]] = defaultdict(list)
+    for tensor in tensors:
+        parts[target_of(tensor.name, rules).base].append(tensor)
+    formats: Formats = {}
+    for name, module in model.named_modules():
+        stored = parts.get(f"{name}.weight", [])
+        if not stored or not isinstance(module, Linear | ExpertLinear | Embedding):
+            continue
+        affine = [tensor for tensor in stored if isinstance(tensor, AffineTensor)]
+        if len(affine) < len(stored):
+            continue
+        widest = max(affine, key=lambda tensor: tensor.bits).format
+        packable = quantised(widest.kind, module.weight.shape[-1]) is not None
+        whole = module.weight.shape[-1] % widest.group == 0
+        if packable and whole and all(tensor.fits(widest) for tensor in affine):
+            formats[module] = widest
+    return formats
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """How much of a model is kept how: bytes in memory, and parameters by kind."""
+
+    num_bytes: int
+    parameters: dict[str, int]
+
+
+def summary(model: nn.Module, formats: Formats, dtype: torch.dtype) -> Summary:
+    """What a model whose parameters have no memory yet will take."""
+    kept = {module.get_parameter("weight"): form for module, form in formats.items()}
+    total, parameters = 0.0, defaultdict[str, int](int)
+    for parameter in model.parameters():
+        form = kept.get(parameter)
+        name = str(dtype).removeprefix("torch.") if form is None else form.kind
+        parameters[name] += parameter.numel()
+        bits = 8 * dtype.itemsize if form is None else form.bits
+        total += parameter.numel() * bits / 8
+    return Summary(int(total), dict(parameters))
+
+
+def packer_of(
+    decoder: Decoder, formats: Formats, library: Library | None, nothing: Tensor, *, native: bool
+) -> ModulePacker:
+    """What packs the matrices of `formats`: natively with a library, else in plain torch.
+
+    With `native`, gate and up rows alternate as the native stack reads them. `nothing` is an empty
+    tensor of the model's dtype on its device.
+    """
+
+    def new(form: Format, rows: int, columns: int) -> Packed:
+        if library is None:
+            return PlainMatrix(form, rows, columns, nothing.device)
+        return PackedMatrix.empty(library, form, rows, columns)
+
+    interleaved = gate_up_layers(decoder) if native else frozenset()
+    return ModulePacker(formats, new, nothing, interleaved=interleaved)

@@ -1,0 +1,336 @@
+// Weights repacked into matrices, from memory or straight from a file, by all threads.
+#include <atomic>
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <unistd.h>
+
+#include "runtime.h"
+
+namespace opsin {
+
+namespace {
+
+float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
+  const uint32_t exponent = (h >> 10) & 31, mantissa = h & 0x3ff;
+  uint32_t u;
+  float f;
+  if (exponent == 0) {
+    f = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
+    std::memcpy(&u, &f, 4);
+    u |= sign;
+  } else {
+    u = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | (mantissa << 13);
+  }
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+uint16_t float_to_half(float x) {  // round to nearest even, large to infinity
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  const uint16_t sign = static_cast<uint16_t>((u >> 16) & 0x8000);
+  u &= 0x7fffffff;
+  if (u >= 0x47800000) return static_cast<uint16_t>(sign | (u > 0x7f800000 ? 0x7e00 : 0x7c00));
+  if (u < 0x38800000) {
+    float f;
+    std::memcpy(&f, &u, 4);
+    return static_cast<uint16_t>(sign | static_cast<uint16_t>(__builtin_rintf(f * 16777216.0f)));
+  }
+  u += 0xfff + ((u >> 13) & 1);
+  return static_cast<uint16_t>(sign | ((u - 0x38000000) >> 13));
+}
+
+float bfloat_to_float(uint16_t h) {
+  const uint32_t u = static_cast<uint32_t>(h) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+uint16_t float_to_bfloat(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((u >> 16) | 0x40);
+  return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
+}
+
+float to_float(uint16_t h, bool f16) { return f16 ? half_to_float(h) : bfloat_to_float(h); }
+uint16_t to_16(float x, bool f16) { return f16 ? float_to_half(x) : float_to_bfloat(x); }
+
+void read_weights(const void* source, int dtype, int64_t offset, int n, float* out) {
+  if (dtype == OPSIN_F32) {
+    std::memcpy(out, static_cast<const float*>(source) + offset, 4u * n);
+    return;
+  }
+  const uint16_t* p = static_cast<const uint16_t*>(source) + offset;
+  for (int i = 0; i < n; i++) out[i] = to_float(p[i], dtype == OPSIN_F16);
+}
+
+struct Place {
+  uint8_t* block;
+  int row;
+};
+
+Place place(const Matrix* m, int row, int i, int spread) {
+  const int target = row + i / kRows * kRows * spread + i % kRows;
+  return {m->data + target / kRows * m->block_bytes, target % kRows};
+}
+
+void put_scale(const Matrix* m, const Place& at, int group, uint16_t scale, uint16_t bias) {
+  uint16_t* head = reinterpret_cast<uint16_t*>(at.block + group * m->group_bytes);
+  head[at.row] = scale;
+  head[kRows + at.row] = bias;
+}
+
+// codes of one group, one byte each
+void put_codes(const Matrix* m, const Place& at, int group, int count, const uint8_t* codes) {
+  uint8_t* q = at.block + group * m->group_bytes + 64 + at.row * 4;
+  if (m->kind == kQ8) {
+    for (int i = 0; i < count; i += 4) std::memcpy(q + i * 16, codes + i, 4);
+    return;
+  }
+  for (int i = 0; i < count; i += 8) {
+    for (int j = 0; j < 4; j++) {
+      q[i * 8 + j] = static_cast<uint8_t>(codes[i + j] | codes[i + 4 + j] << 4);
+    }
+  }
+}
+
+void quantise_group(const Matrix* m, const Place& at, int group, const float* w, int count) {
+  const bool f16 = m->scale_f16 != 0;
+  float low = 0.0f, high = 0.0f;  // zero stays among the values a group can hold
+  for (int i = 0; i < count; i++) {
+    low = w[i] < low ? w[i] : low;
+    high = w[i] > high ? w[i] : high;
+  }
+  const bool wide = m->kind == kQ8;
+  const float most = -low > high ? -low : high;
+  const float exact = wide ? most / 127.0f : (high - low) / 15.0f;
+  const uint16_t scale = to_16(exact, f16);
+  const float s = to_float(scale, f16);
+  const uint16_t bias = to_16(wide ? -128.0f * s : low, f16);
+  const float b = to_float(bias, f16), top = wide ? 255.0f : 15.0f;
+  uint8_t codes[8];
+  put_scale(m, at, group, scale, bias);
+  uint8_t* q = at.block + group * m->group_bytes + 64 + at.row * 4;
+  for (int i = 0; i < m->group; i += 8) {
+    for (int j = 0; j < 8; j++) {
+      float c = s > 0.0f && i + j < count ? __builtin_rintf((w[i + j] - b) / s) : 0.0f;
+      c = c < 0.0f ? 0.0f : c > top ? top : c;
+      codes[j] = static_cast<uint8_t>(c);
+    }
+    if (wide) {
+      std::memcpy(q + i * 16, codes, 4);
+      std::memcpy(q + i * 16 + 64, codes + 4, 4);
+    } else {
+      for (int j = 0; j < 4; j++) q[i * 8 + j] = static_cast<uint8_t>(codes[j] | codes[j + 4] << 4);
+    }
+  }
+}
+
+void fill_row(const Matrix* m, const Place& at, const float* w) {
+  for (int g = 0; g < m->groups; g++) {
+    const int from = g * m->group, left = m->k - from;
+    if (left <= 0) continue;
+    quantise_group(m, at, g, w + from, left < m->group ? left : m->group);
+  }
+}
+
+// Codes of `bits` each from a stream of little-endian words.
+void unpack_bits(const uint32_t* words, int bits, int64_t from, int count, uint8_t* out) {
+  const uint32_t mask = (1u << bits) - 1;
+  int64_t bit = from * bits;
+  for (int i = 0; i < count; i++, bit += bits) {
+    const int64_t word = bit / 32;
+    const int shift = static_cast<int>(bit % 32);
+    uint32_t v = words[word] >> shift;
+    if (shift + bits > 32) v |= words[word + 1] << (32 - shift);
+    out[i] = static_cast<uint8_t>(v & mask);
+  }
+}
+
+bool fits(const Matrix* m, int row, int rows, int spread) {
+  if (!m || row < 0 || rows < 0 || spread < 1) return false;
+  if (rows == 0) return true;
+  const int64_t last = row + static_cast<int64_t>(rows - 1) / kRows * kRows * spread +
+                       (rows - 1) % kRows;
+  return last < m->n && (spread == 1 || row % kRows == 0);
+}
+
+// Rows of weights as they come: in memory, or in a file row after row.
+struct Source {
+  const uint8_t* data;
+  int file;
+  int64_t offset;  // of the file's first row
+  int64_t stride;  // bytes between rows
+  int dtype;
+};
+
+constexpr int64_t kReadAhead = 256 << 10;  // bytes of a file in one read: they stay in the cache
+
+bool read_bytes(int file, int64_t offset, int64_t bytes, uint8_t* out) {
+  while (bytes > 0) {
+    const ssize_t got = pread(file, out, static_cast<size_t>(bytes), static_cast<off_t>(offset));
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) return false;
+    out += got;
+    offset += got;
+    bytes -= got;
+  }
+  return true;
+}
+
+// Pairs of columns of `count` rows of bfloat16 beside each other.
+void interleave(uint8_t* block, int first, int count, const uint8_t* rows, int64_t stride, int k) {
+  uint32_t* out = reinterpret_cast<uint32_t*>(block) + first;
+  const int pairs = k / 2;
+  const auto pair = [&](int r, int c) {
+    uint32_t both;
+    std::memcpy(&both, rows + r * stride + 4 * c, 4);
+    return both;
+  };
+  if (count == kRows) {
+    for (int c = 0; c < pairs; c++) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; r++) out[c * kRows + r] = pair(r, c);
+    }
+  } else {
+    for (int c = 0; c < pairs; c++) {
+      for (int r = 0; r < count; r++) out[c * kRows + r] = pair(r, c);
+    }
+  }
+  for (int r = 0; k % 2 && r < count; r++) {
+    uint16_t last;
+    std::memcpy(&last, rows + r * stride + 4 * pairs, 2);
+    out[pairs * kRows + r] = last;
+  }
+}
+
+// Some rows of one block; `row` holds 17 rows of float32.
+void fill_rows(const Matrix* m, const Place& at, int count, const uint8_t* rows, int64_t stride,
+               int dtype, float* row) {
+  if (m->kind != kBf16) {
+    for (int r = 0; r < count; r++) {
+      read_weights(rows + r * stride, dtype, 0, m->k, row);
+      fill_row(m, {at.block, at.row + r}, row);
+    }
+    return;
+  }
+  if (dtype == OPSIN_BF16) {
+    interleave(at.block, at.row, count, rows, stride, m->k);
+    return;
+  }
+  uint16_t* narrow = reinterpret_cast<uint16_t*>(row + m->k);
+  for (int r = 0; r < count; r++) {
+    read_weights(rows + r * stride, dtype, 0, m->k, row);
+    kernels()->to_bf16(row, m->k, narrow + static_cast<int64_t>(r) * m->k);
+  }
+  interleave(at.block, at.row, count, reinterpret_cast<const uint8_t*>(narrow), 2 * m->k, m->k);
+}
+
+// Runs of rows that lie in one block: the first ends where the block of `row` does.
+struct Runs {
+  int row, rows;
+  int count() const { return rows == 0 ? 0 : (row % kRows + rows + kRows - 1) / kRows; }
+  int start(int run) const {
+    const int at = run * kRows - row % kRows;
+    return at < 0 ? 0 : at > rows ? rows : at;
+  }
+};
+
+int fill(const Matrix* m, int row, int rows, int spread, const Source& source) {
+  if (!fits(m, row, rows, spread) || source.dtype < OPSIN_F32 || source.dtype > OPSIN_F16) {
+    return OPSIN_BAD_ARGUMENT;
+  }
+  Pool& pool = Pool::instance();
+  std::lock_guard<std::mutex> lock(pool.region());
+  const Runs runs = {row, rows};
+  const int64_t width = static_cast<int64_t>(m->k) * (source.dtype == OPSIN_F32 ? 4 : 2);
+  const int64_t fit = kReadAhead / (width * kRows);
+  const int piece = static_cast<int>(fit < 1 ? 1 : fit > 4096 ? 4096 : fit);  // runs of one read
+  const int pieces = (runs.count() + piece - 1) / piece;
+  const int64_t floats = static_cast<int64_t>(m->k) * (kRows + 1) * 4;
+  std::atomic<bool> failed{false};
+  pool.run(1, [&](Team& team) {
+    uint8_t* own = pool.scratch(team.thread(), floats + piece * kRows * width);
+    team.phase(pieces, [&](int c) {
+      const int last = (c + 1) * piece < runs.count() ? (c + 1) * piece : runs.count();
+      const int from = runs.start(c * piece), until = runs.start(last);
+      const uint8_t* data = source.data + from * source.stride;
+      if (!source.data) {
+        uint8_t* buffer = own + floats;
+        const int64_t bytes = (until - from) * width;
+        if (!read_bytes(source.file, source.offset + from * width, bytes, buffer)) {
+          failed = true;
+          return;
+        }
+        data = buffer;
+      }
+      for (int run = c * piece; run < last; run++) {
+        const int i = runs.start(run), count = runs.start(run + 1) - i;
+        const Place at = spread == 1 ? place(m, row + i, 0, 1) : place(m, row, i, spread);
+        fill_rows(m, at, count, data + (i - from) * source.stride, source.stride, source.dtype,
+                  reinterpret_cast<float*>(own));
+      }
+    });
+  });
+  return failed ? OPSIN_NO_DATA : OPSIN_OK;
+}
+
+}  // namespace
+
+}  // namespace opsin
+
+using opsin::Matrix;
+
+int opsin_matrix_fill_dense(OpsinMatrix* m, int row, int rows, int spread, const void* weights,
+                            int dtype, int64_t stride) {
+  if (!weights && rows > 0) return OPSIN_BAD_ARGUMENT;
+  const int64_t size = dtype == OPSIN_F32 ? 4 : 2;
+  return opsin::fill(m, row, rows, spread,
+                     {static_cast<const uint8_t*>(weights), -1, 0, stride * size, dtype});
+}
+
+int opsin_matrix_fill_file(OpsinMatrix* m, int row, int rows, int spread, int file, int64_t offset,
+                           int dtype) {
+  if (!m || file < 0 || offset < 0) return OPSIN_BAD_ARGUMENT;
+  const int64_t size = dtype == OPSIN_F32 ? 4 : 2;
+  return opsin::fill(m, row, rows, spread, {nullptr, file, offset, m->k * size, dtype});
+}
+
+int opsin_matrix_fill_affine(OpsinMatrix* m, int row, int rows, int spread, const uint32_t* codes,
+                             int bits, const uint16_t* scales, const uint16_t* biases) {
+  if (!opsin::fits(m, row, rows, spread) || m->kind == opsin::kBf16) return OPSIN_BAD_ARGUMENT;
+  if (bits < 2 || bits > (m->kind == opsin::kQ4 ? 4 : 8)) return OPSIN_BAD_ARGUMENT;
+  if (static_cast<int64_t>(m->k) * bits % 32 != 0 || m->group > 1024) return OPSIN_BAD_ARGUMENT;
+  const int64_t words = static_cast<int64_t>(m->k) * bits / 32;
+  opsin::over_rows(rows, [&](int from, int to) {
+    uint8_t bytes[1024];
+    for (int i = from; i < to; i++) {
+      const opsin::Place at = opsin::place(m, row, i, spread);
+      for (int g = 0; g < m->groups; g++) {
+        const int64_t s = static_cast<int64_t>(i) * m->groups + g;
+        opsin::unpack_bits(codes + i * words, bits, static_cast<int64_t>(g) * m->group, m->group,
+                           bytes);
+        opsin::put_scale(m, at, g, scales[s], biases[s]);
+        opsin::put_codes(m, at, g, m->group, bytes);
+      }
+    }
+  });
+  return OPSIN_OK;
+}
+
+int opsin_matrix_fill_bias(OpsinMatrix* m, int row, int rows, int spread, const float* bias) {
+  if (!opsin::fits(m, row, rows, spread)) return OPSIN_BAD_ARGUMENT;
+  if (!m->bias) {
+    m->bias = static_cast<float*>(
+        std::calloc(static_cast<size_t>(m->blocks) * opsin::kRows, sizeof(float)));
+    if (!m->bias) return OPSIN_NO_MEMORY;
+  }
+  for (int i = 0; i < rows; i++) {
+    m->bias[row + i / opsin::kRows * opsin::kRows * spread + i % opsin::kRows] = bias[i];
+  }
+  return OPSIN_OK;
+}

@@ -1,0 +1,141 @@
+"""Weight matrices in a format of their own: what any of them can do, and the plain torch one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from opsin.quant.affine import dequantise, quantise, unpack_codes
+from opsin.quant.formats import Format
+
+
+class Packed(Protocol):
+    """A weight (n, k), with the bias of its products if it was given one."""
+
+    n: int
+    k: int
+    format: Format
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads."""
+        ...
+
+    def fill(self, weight: Tensor, row: int = 0, *, spread: int = 1) -> None:
+        """Put weight (rows, k) at `row`; spread 2 leaves every other sixteen rows for its pair."""
+        ...
+
+    def fill_file(
+        self, file: int, offset: int, rows: int, dtype: torch.dtype, row: int, spread: int
+    ) -> bool:
+        """Put rows from an open file, where they lie one after another; False if it cannot."""
+        ...
+
+    def fill_affine(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        biases: Tensor,
+        bits: int,
+        row: int = 0,
+        *,
+        spread: int = 1,
+    ) -> None:
+        """Put MLX codes (rows, k * bits / 32) uint32 with scales and biases (rows, k / group)."""
+        ...
+
+    def fill_bias(self, bias: Tensor, row: int = 0, *, spread: int = 1) -> None:
+        """Put the bias (rows,) that products add."""
+        ...
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x (rows, k) times the transpose, plus the bias: (rows, n) in x's dtype."""
+        ...
+
+    def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows as an embedding: (count, k)."""
+        ...
+
+
+class PlainMatrix:
+    """A quantised weight on any device, made whole again for each product."""
+
+    def __init__(self, form: Format, n: int, k: int, device: torch.device) -> None:
+        self.format = form
+        self.n = n
+        self.k = k
+        self.four = form.kind == "q4"
+        self.codes = torch.zeros(n, k // 2 if self.four else k, dtype=torch.uint8, device=device)
+        shape = (n, k // form.group)
+        self.scales = torch.zeros(shape, dtype=form.scale_dtype, device=device)
+        self.biases = torch.zeros(shape, dtype=form.scale_dtype, device=device)
+        self.bias: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return self.codes.nbytes + self.scales.nbytes + self.biases.nbytes
+
+    def fill(self, weight: Tensor, row: int = 0, *, spread: int = 1) -> None:
+        """Quantise weight (rows, k) and put it at `row`."""
+        self._put(*quantise(weight, self.format), row, spread)
+
+    def fill_file(
+        self, file: int, offset: int, rows: int, dtype: torch.dtype, row: int, spread: int
+    ) -> bool:
+        """It takes values only."""
+        return False
+
+    def fill_affine(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        biases: Tensor,
+        bits: int,
+        row: int = 0,
+        *,
+        spread: int = 1,
+    ) -> None:
+        """Put MLX codes (rows, k * bits / 32) uint32 with scales and biases (rows, k / group)."""
+        self._put(unpack_codes(codes, bits, self.k), scales, biases, row, spread)
+
+    def _put(self, codes: Tensor, scales: Tensor, biases: Tensor, row: int, spread: int) -> None:
+        assert spread == 1, "only native kernels read gate and up rows that alternate"
+        rows = slice(row, row + codes.shape[0])
+        if self.four:
+            codes = codes[:, 0::2] | codes[:, 1::2] << 4
+        self.codes[rows] = codes.to(self.codes.device)
+        self.scales[rows] = scales.to(self.scales)
+        self.biases[rows] = biases.to(self.biases)
+
+    def fill_bias(self, bias: Tensor, row: int = 0, *, spread: int = 1) -> None:
+        """Put the bias (rows,) that products add."""
+        if self.bias is None:
+            self.bias = torch.zeros(self.n, device=self.codes.device)
+        self.bias[row : row + bias.numel()] = bias
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x (rows, k) times the transpose, plus the bias: (rows, n) in x's dtype."""
+        whole = self.rows(torch.arange(self.n, device=self.codes.device), x.dtype)
+        return F.linear(x, whole, None if self.bias is None else self.bias.to(x.dtype))
+
+    def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows as an embedding: (count, k)."""
+        codes = self.codes[indices]
+        if self.four:
+            codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
+        return dequantise(codes, self.scales[indices], self.biases[indices]).to(dtype)
+
+
+def packed_experts(x: Tensor, experts: Sequence[Packed], expert_ids: Tensor) -> Tensor:
+    """Row i of x (rows, k) times the matrix of expert expert_ids[i], which rise: (rows, n)."""
+    counts = expert_ids.bincount(minlength=len(experts)).tolist()
+    parts = x.split(counts)
+    used = [(e, part) for e, part in zip(experts, parts, strict=True) if len(part)]
+    return (
+        torch.cat([e.multiply(part) for e, part in used]) if used else x.new_empty(0, experts[0].n)
+    )

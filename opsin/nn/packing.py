@@ -1,0 +1,146 @@
+"""Packed matrices in the place of linear layers, filled as the checkpoint is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from opsin.checkpoint.safetensors import StoredTensor
+from opsin.checkpoint.weights import Sink
+from opsin.kernels.packed import Packed
+from opsin.nn.experts import ExpertLinear
+from opsin.nn.linear import Embedding, Linear
+from opsin.quant.formats import Format
+from opsin.quant.mlx import AffineTensor
+
+ROWS = 16  # rows of one packed block
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# (format, rows, columns) to an empty matrix
+NewMatrix = Callable[[Format, int, int], Packed]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows of a tensor that go to `row` of a matrix."""
+
+    matrix: Packed
+    row: int
+    rows: int
+    spread: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSink:
+    """The rows of a tensor of `shape`, piece after piece, into packed matrices."""
+
+    shape: tuple[int, ...]
+    pieces: Sequence[Piece]
+
+    def read(self, tensor: StoredTensor) -> bool:
+        """Take rows straight from the file, or codes as they are."""
+        if isinstance(tensor, AffineTensor):
+            return self._take_codes(tensor)
+        if type(tensor) is not StoredTensor or tensor.dtype not in DTYPES:
+            return False
+        with tensor.path.open("rb", buffering=0) as file:
+            at = tensor.start
+            for piece in self.pieces:
+                taken = piece.matrix.fill_file(
+                    file.fileno(), at, piece.rows, tensor.dtype, piece.row, piece.spread
+                )
+                if not taken:
+                    return False
+                at += piece.rows * self.shape[-1] * tensor.dtype.itemsize
+        return True
+
+    def _take_codes(self, tensor: AffineTensor) -> bool:
+        if any(not tensor.fits(piece.matrix.format) for piece in self.pieces):
+            return False
+        parts = [x.flatten(0, -2) for x in tensor.parts()]  # codes, scales, biases
+        at = 0
+        for piece in self.pieces:
+            codes, scales, biases = (x[at : at + piece.rows] for x in parts)
+            piece.matrix.fill_affine(
+                codes, scales, biases, tensor.bits, piece.row, spread=piece.spread
+            )
+            at += piece.rows
+        return True
+
+    def fill(self, values: Tensor) -> None:
+        """Take values of the sink's shape."""
+        rows = values.reshape(-1, self.shape[-1])
+        at = 0
+        for piece in self.pieces:
+            piece.matrix.fill(rows[at : at + piece.rows], piece.row, spread=piece.spread)
+            at += piece.rows
+
+
+class ModulePacker:
+    """Gives the modules that it has a format for packed matrices as their first tensor comes.
+
+    `formats` says how each module's weight is kept; `interleaved` are those whose two outputs
+    alternate by sixteen rows; `new` makes an empty matrix; `nothing` is an empty tensor of the
+    model's dtype, on its device.
+    """
+
+    def __init__(
+        self,
+        formats: Mapping[nn.Module, Format],
+        new: NewMatrix,
+        nothing: Tensor,
+        *,
+        interleaved: frozenset[nn.Module] = frozenset(),
+    ) -> None:
+        self.formats = formats
+        self.interleaved = interleaved
+        self.new = new
+        self.nothing = nothing
+
+    def sink(
+        self, module: nn.Module, name: str, index: tuple[int, ...], tensor: StoredTensor
+    ) -> Sink | None:
+        """What takes the part `index` of a module's weight; None for what stays as it is."""
+        form = self.formats.get(module)
+        if form is None or name != "weight":
+            return None
+        if isinstance(module, ExpertLinear):
+            return self._experts(module, form, index)
+        if isinstance(module, Embedding):
+            matrix = module.packed or self.new(form, *module.weight.shape)
+            module.pack(matrix, self.nothing)
+            return PackedSink((matrix.n, matrix.k), [Piece(matrix, 0, matrix.n)])
+        assert isinstance(module, Linear)
+        return self._linear(module, form, index)
+
+    def _linear(self, module: Linear, form: Format, index: tuple[int, ...]) -> Sink:
+        matrix, splits = module.packed or self.new(form, *module.weight.shape), module.splits
+        module.pack(matrix, self.nothing)
+        rows = sum(splits)
+        if module in self.interleaved:
+            pieces = [Piece(matrix, ROWS * i, rows // 2, 2) for i in (0, 1)]
+            pieces = pieces[index[0] : index[0] + 1] if index else pieces
+        else:
+            start, rows = (sum(splits[: index[0]]), splits[index[0]]) if index else (0, rows)
+            pieces = [Piece(matrix, start, rows)]
+        return PackedSink((sum(piece.rows for piece in pieces), matrix.k), pieces)
+
+    def _experts(self, module: ExpertLinear, form: Format, index: tuple[int, ...]) -> Sink:
+        if not module.packed:
+            experts, rows, columns = module.weight.shape
+            module.pack([self.new(form, rows, columns) for _ in range(experts)], self.nothing)
+        splits, columns = module.splits, module.packed[0].k
+        start, rows = (sum(splits[: index[0]]), splits[index[0]]) if index else (0, sum(splits))
+        if len(index) > 1:
+            return PackedSink((rows, columns), [Piece(module.packed[index[1]], start, rows)])
+        pieces = [Piece(matrix, start, rows) for matrix in module.packed]
+        return PackedSink((len(pieces), rows, columns), pieces)
+
+    def finish(self) -> None:
+        """Hand the biases over too, when every tensor is in place."""
+        for module in self.formats:
+            if isinstance(module, Linear):
+                module.pack_bias(spread=2 if module in self.interleaved else 1)

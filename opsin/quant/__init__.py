@@ -1,0 +1,1 @@
+"""Quantised formats: which layers get which, and checkpoints that are stored in one."""

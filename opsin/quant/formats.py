@@ -1,0 +1,46 @@
+"""How a weight matrix is kept in memory, and which layers are kept how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from opsin.errors import InputError
+
+Kind = Literal["bf16", "q8", "q4"]
+BITS = (4, 8)
+GROUP = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A matrix as bfloat16, or as affine codes with a 16-bit scale and bias per `group` columns."""
+
+    kind: Kind
+    group: int = 0
+    scale_dtype: torch.dtype = torch.float16
+
+    @property
+    def bits(self) -> float:
+        """Bits of memory that a weight takes, its share of scale and bias included."""
+        if self.kind == "bf16":
+            return 16
+        return (8 if self.kind == "q8" else 4) + 32 / self.group
+
+
+def quantised(kind: Kind, columns: int) -> Format | None:
+    """The format of a matrix of so many columns; None if they are not whole groups."""
+    group = next((group for group in (GROUP, 32) if columns % group == 0), 0)
+    return Format(kind, group) if group else None
+
+
+def check_bits(bits: int | None) -> None:
+    """Raise InputError for a number of bits that nothing can be quantised to."""
+    if bits is not None and bits not in BITS:
+        raise InputError(
+            f"Cannot quantise to {bits} bits",
+            remedy=f"Use {' or '.join(map(str, BITS))}, or leave it out",
+            param="quant",
+        )

@@ -1,0 +1,52 @@
+"""Matrices filled from files hold what the same weights give from memory."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from opsin.errors import EngineError
+from opsin.kernels.cpu import Library, PackedMatrix
+
+
+def whole(matrix: PackedMatrix) -> torch.Tensor:
+    return matrix.rows(torch.arange(matrix.n), torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "q8", "q4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("first", "rows", "spread"), [(0, 75, 1), (5, 40, 1), (16, 40, 2)])
+def test_a_file_gives_what_memory_gives(
+    best: Library, tmp_path: Path, kind, dtype, first: int, rows: int, spread: int
+):
+    weight = torch.randn(rows, 192).to(dtype)
+    (tmp_path / "weights").write_bytes(b"head" + weight.view(torch.uint8).numpy().tobytes())
+    expected, got = (PackedMatrix(best, kind, 96, 192) for _ in range(2))
+    expected.fill(weight, first, spread=spread)
+    with (tmp_path / "weights").open("rb") as file:
+        assert got.fill_file(file.fileno(), 4, rows, dtype, first, spread)
+    assert torch.equal(whole(got), whole(expected))
+    places = torch.arange(rows)
+    places = first + places // 16 * 16 * spread + places % 16
+    near = whole(got)[places] - weight.float()
+    assert near.abs().max() < {"bf16": 0.02, "q8": 0.03, "q4": 0.4}[kind]
+    rest = torch.ones(96, dtype=torch.bool)
+    rest[places] = False
+    assert not whole(got)[rest].any(), "no other row was touched"
+
+
+def test_a_wide_matrix_and_odd_columns(best: Library, tmp_path: Path):
+    for shape in ((33, 20001), (3000, 7)):
+        weight = torch.randn(shape).bfloat16()
+        (tmp_path / "weights").write_bytes(weight.view(torch.uint8).numpy().tobytes())
+        matrix = PackedMatrix(best, "bf16", *shape)
+        with (tmp_path / "weights").open("rb") as file:
+            matrix.fill_file(file.fileno(), 0, shape[0], torch.bfloat16)
+        assert torch.equal(matrix.rows(torch.arange(shape[0])), weight)
+
+
+def test_a_file_that_ends_too_soon_is_an_error(best: Library, tmp_path: Path):
+    (tmp_path / "weights").write_bytes(bytes(64 * 64 * 2 - 1))
+    matrix = PackedMatrix(best, "bf16", 64, 64)
+    with (tmp_path / "weights").open("rb") as file, pytest.raises(EngineError, match="fill"):
+        matrix.fill_file(file.fileno(), 0, 64, torch.bfloat16)
