@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
 from .seeds import SEEDS
 from .tiny_tokenizer import TokenizerFiles
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,9 @@ class Case:
     Where the authors' layout is one that Transformers does not read, `publish` makes Opsin's folder
     from the reference's, `served_type` is its model_type, and `merge` makes the reference's folder
     with an adapter (by name) in its weights.
+
+    `oracle` names the module of `tests/oracles` that is the reference where Transformers has none;
+    `model_class` is empty then.
     """
 
     family: str
@@ -65,6 +67,7 @@ class Case:
     large: tuple[int, int] | None = None
     distinct: int = 8
     needs: Sequence[str] = ()
+    oracle: str = ""
 
     def __str__(self) -> str:
         return self.name
@@ -113,10 +116,12 @@ def _write_weights(case: Case, folder: Path) -> None:
     import transformers
     from safetensors.torch import load_file, save_file
 
+    if case.oracle:
+        _write_oracle_weights(case, folder)
+        return
     config = transformers.AutoConfig.from_pretrained(folder)
     model = getattr(transformers, case.model_class)._from_config(config, dtype=torch.float32)
-    seed = SEEDS.get(case.seed_of or case.name, 0) if case.seed is None else case.seed
-    randomise(model, seed, case.gains)
+    randomise(model, _seed(case), _is_tied(model.config.to_dict()), case.gains)
     if case.quiet:
         with torch.no_grad():
             model.get_output_embeddings().weight[list(case.quiet)] = 0
@@ -136,6 +141,25 @@ def _write_weights(case: Case, folder: Path) -> None:
     save_file(renamed, path, metadata={"format": "pt"})
 
 
+def _write_oracle_weights(case: Case, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    oracle = importlib.import_module(f"tests.oracles.{case.oracle}")
+    model = oracle.build(dict(case.config))
+    randomise(model, _seed(case), _is_tied(case.config), case.gains)
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _seed(case: Case) -> int:
+    return SEEDS.get(case.seed_of or case.name, 0) if case.seed is None else case.seed
+
+
+def _is_tied(settings: Mapping[str, Any]) -> bool:
+    inner = settings.get("text_config") or {}
+    return bool(settings.get("tie_word_embeddings", inner.get("tie_word_embeddings", False)))
+
+
 ATTENTION = re.compile(r"(q_proj|k_proj|qkv|qkv_proj|wq|wk|query|key)\.weight$")
 TOKEN_TABLE = re.compile(r"(embed_tokens|word_embeddings|wte|shared)\.weight$")
 NORM = re.compile(r"(norm|ln_|layernorm|layrnorm|ln\d|_ln)[^.]*\.weight$", re.IGNORECASE)
@@ -144,16 +168,15 @@ TABLE = re.compile(r"embed|pos|class|token|quer|latent|newline|separator|extenso
 
 
 @torch.no_grad()
-def randomise(model: PreTrainedModel, seed: int, gains: Sequence[tuple[str, float]] = ()) -> None:
+def randomise(
+    model: nn.Module, seed: int, tied: bool, gains: Sequence[tuple[str, float]] = ()
+) -> None:
     """Random weights that keep activations near one, so that every part of the model is heard.
 
     Matrices are scaled by their fan-in, scales of norms lie around the value the class starts them
     with, biases and tables are small but never zero.
     """
     generator = torch.Generator().manual_seed(seed)
-    settings = model.config.to_dict()
-    inner = settings.get("text_config") or {}
-    tied = settings.get("tie_word_embeddings", inner.get("tie_word_embeddings", False))
     matrices = {
         id(module.weight)
         for module in model.modules()

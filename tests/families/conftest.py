@@ -14,6 +14,7 @@ import torch
 from .checkpoints import Case, write_checkpoint
 from .oracle import Reference
 from .ours import Ours
+from .ported_reference import PortedReference
 from .scenes import Scene, scenes
 
 
@@ -29,8 +30,10 @@ class Lab:
     merged: dict[str, Reference] = field(default_factory=dict)
 
     @cached_property
-    def reference(self) -> Reference:
-        """The folder as Transformers loads it."""
+    def reference(self) -> Reference | PortedReference:
+        """The folder as Transformers loads it, or the oracle of a family that it lacks."""
+        if self.case.oracle:
+            return PortedReference(self.folder, self.case.oracle)
         return Reference(self.folder, self.case.encode)
 
     @cached_property
@@ -42,7 +45,7 @@ class Lab:
         self.case.publish(self.folder, target)
         return target
 
-    def reference_for(self, scene: Scene) -> Reference:
+    def reference_for(self, scene: Scene) -> Reference | PortedReference:
         """The reference with the adapter that the scene's media call for."""
         adapter = "vision" if scene.images else "speech" if scene.audio else None
         if self.case.merge is None or adapter is None:
