@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from opsin import __version__
-from opsin.cli import bench_serve, doctor, generate, models, ocr, serve
+from opsin.cli import bench_serve, chat, doctor, generate, models, ocr, serve
 
 app = typer.Typer(
     name="opsin",
@@ -39,6 +39,7 @@ def root(
 app.command("generate", help="Answer one prompt, with or without pictures.")(generate.command)
 app.command("run", hidden=True)(generate.command)
 app.command("ocr", help="Read pictures and PDF files: Markdown, JSON or HTML.")(ocr.command)
+app.command("chat", help="Talk with a model in the terminal.")(chat.command)
 app.add_typer(models.app, name="models")
 app.command("doctor", help="Say what this machine offers, and what is missing.")(doctor.command)
 app.command("serve", help="Serve models over HTTP: OpenAI's and Anthropic's protocols.")(
