@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from opsin.api_form import FORM_FIELDS, TOOL_FIELDS, wanted
 from opsin.checkpoint.hub import resolve
 from opsin.engine.fallback import engine_of, load_fallback
-from opsin.engine.loop import Engine, EngineLimits
+from opsin.engine.form import AnswerForm, Wanted, template_tool
+from opsin.engine.loop import Engine, EngineLimits, Stream
 from opsin.engine.memory import peak_memory
 from opsin.engine.model import Model, load_model
 from opsin.engine.processor import Processor
@@ -25,10 +27,11 @@ from opsin.grounding.layout import Layout
 from opsin.grounding.parsing import pointing_metadata, regions_of
 from opsin.grounding.regions import Region
 from opsin.media.limits import DEFAULT_LIMITS, MediaLimits
+from opsin.prompt.answer import Piece, joined
 from opsin.prompt.api import apply_chat_template, get_message_json
 from opsin.prompt.messages import Prompt as PromptForm
 from opsin.prompt.tasks import find_task, task_messages
-from opsin.types import Event, SamplingParams, Task, Timings, TokenLogprob
+from opsin.types import Event, SamplingParams, Task, Timings, TokenLogprob, ToolCall
 
 __all__ = [
     "GenerationResult",
@@ -45,7 +48,8 @@ __all__ = [
 DEFAULT_MODEL = "bundled"
 SAMPLING_FIELDS = frozenset(f.name for f in dataclasses.fields(SamplingParams))
 LIMIT_FIELDS = frozenset(f.name for f in dataclasses.fields(EngineLimits))
-TEMPLATE_FIELDS = frozenset({"enable_thinking", "chat_template_kwargs", "chat_template", "tools"})
+TEMPLATE_FIELDS = frozenset({"enable_thinking", "chat_template_kwargs", "chat_template"})
+WANTED_FIELDS = frozenset({*FORM_FIELDS, *TOOL_FIELDS})
 # Spellings of other libraries in this field, and the name each has here.
 OTHER_NAMES = {
     "temp": "temperature",
@@ -58,9 +62,11 @@ OTHER_NAMES = {
 class GenerationResult:
     """An answer, whole or so far.
 
-    text: the answer; while streaming, what is new. token: the last token's id; tokens: all of them.
-    logprobs: each token's, if asked. prompt_tps, generation_tps: tokens a second. peak_memory: the
-    process's, in GB (10^9 bytes). finish_reason: "stop", "length", or None while streaming.
+    text: the answer; while streaming, what is new. reasoning: what a thinking model wrote before
+    it. tool_calls: calls of tools, each with its name and its arguments as JSON text; while
+    streaming, pieces of them. token: the last token's id; tokens: all of them. logprobs: each
+    token's, if asked. prompt_tps, generation_tps: tokens a second. peak_memory: the process's, in
+    GB (10^9 bytes). finish_reason: "stop", "length", "tool_calls", or None while streaming.
     timings: seconds by stage. image_sizes: (width, height) that each picture was processed at.
     regions: boxes, points and polygons of the whole answer, in pixels of the original pictures;
     layout: the page, where the task reads one. pictures: the originals, kept where there are
@@ -76,6 +82,8 @@ class GenerationResult:
     generation_tps: float = 0.0
     peak_memory: float = 0.0
     finish_reason: str | None = None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
     timings: Timings = field(default_factory=Timings)
     image_sizes: tuple[tuple[int, int], ...] = ()
     regions: tuple[Region, ...] = ()
@@ -163,6 +171,7 @@ class _Options:
     template: dict[str, Any]
     processor: dict[str, Any]
     task: str | None
+    wanted: Wanted
 
     def prepare(
         self, processor: Processor, prompt: PromptForm, *, keep_pictures: bool, **media: Any
@@ -172,14 +181,17 @@ class _Options:
         if self.task is not None:
             prompt = task_messages(processor.family, self.task, prompt)
         grounds = bool(processor.family.grounding or (task and task.grounding))
+        form = AnswerForm.of(processor, self.wanted, self.template.get("chat_template"))
+        tools = [template_tool(tool) for tool in self.wanted.offered]
         ready = processor.prepare(
             prompt,
             **{f"{kind}s": _media_list(value) for kind, value in media.items()},
             options=self.processor,
             keep_pictures=keep_pictures and grounds,
+            **({"tools": tools} if tools else {}),
             **self.template,
         )
-        return _Asked(processor, ready, task, self.sampling.logprobs is not None)
+        return _Asked(processor, ready, task, self.sampling.logprobs is not None, form)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +202,12 @@ class _Asked:
     prompt: Prompt
     task: Task | None
     wants_logprobs: bool
+    form: AnswerForm
+
+    def start(self, engine: Engine, sampling: SamplingParams) -> Stream:
+        """Queue the prompt with an engine."""
+        guide = self.form.guide(self.prompt)
+        return engine.stream(self.prompt, sampling, guide=guide, keep=self.form.keep)
 
     def read(self, result: GenerationResult, tokens: Sequence[int]) -> GenerationResult:
         """The last result with what all the answer's tokens say of places in the pictures."""
@@ -217,7 +235,7 @@ def _options(arguments: Mapping[str, Any]) -> _Options:
     stop = given.get("stop")
     if stop is not None:
         given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-    known = SAMPLING_FIELDS | LIMIT_FIELDS | TEMPLATE_FIELDS
+    known = SAMPLING_FIELDS | LIMIT_FIELDS | TEMPLATE_FIELDS | WANTED_FIELDS
     for name in given:
         if name not in known:
             raise InputError(
@@ -232,6 +250,7 @@ def _options(arguments: Mapping[str, Any]) -> _Options:
         {k: v for k, v in given.items() if k in TEMPLATE_FIELDS},
         processor,
         task,
+        wanted(given),
     )
 
 
@@ -292,23 +311,30 @@ def stream_generate(
         processor, prompt, keep_pictures=True, image=image, audio=audio, video=video
     )
     engine = engine_for(model, processor, options.limits)
-    return _results(asked, engine.stream(asked.prompt, options.sampling))
+    return _results(asked, asked.start(engine, options.sampling))
 
 
 def _results(asked: _Asked, events: Iterator[Event] | Any) -> Iterator[GenerationResult]:
     sizes = tuple(item.processed_size for item in asked.prompt.media)
     tokens: list[int] = []
+    reader = asked.form.reader(asked.prompt)
     for event in events:
         tokens += event.token_ids
+        last = event.finish_reason is not None
+        piece: Piece = reader.push(event.text, last=last)
         result = GenerationResult(
-            event.text,
+            piece.text,
             tuple(event.token_ids),
             tuple(event.logprobs) if asked.wants_logprobs else None,
+            reasoning=piece.reasoning,
+            tool_calls=piece.calls,
             prompt_tokens=len(asked.prompt.token_ids),
             image_sizes=sizes,
         )
-        if event.finish_reason is not None:
+        if last:
             result = asked.read(_finished(result, event), tokens)
+            if reader.num_calls and event.finish_reason == "stop":
+                result = dataclasses.replace(result, finish_reason="tool_calls")
         yield result
 
 
@@ -332,9 +358,14 @@ def fold(results: Iterator[GenerationResult]) -> GenerationResult:
     """One result out of a stream of them."""
     parts = list(results)
     logprobs = [lp for part in parts for lp in part.logprobs or ()]
+    calls: list[ToolCall] = []
+    for piece in (piece for part in parts for piece in part.tool_calls):
+        calls = joined(calls, piece)
     return dataclasses.replace(
         parts[-1],
         text="".join(part.text for part in parts),
+        reasoning="".join(part.reasoning for part in parts),
+        tool_calls=tuple(calls),
         tokens=tuple(token for part in parts for token in part.tokens),
         logprobs=tuple(logprobs) if parts[-1].logprobs is not None else None,
     )
@@ -361,6 +392,11 @@ def generate(
     of EngineLimits (prefill_step_size, memory, ...); `resize_shape` and `processor_kwargs`;
     `enable_thinking` and `chat_template_kwargs`; `task`, one of the model's own (`opsin models
     tasks NAME` lists them), whose words are then the prompt. An unknown one is refused by name.
+
+    One of `json_schema` (an object, its text or a pydantic model), `regex`, `choice` (texts),
+    `grammar` (Lark) and `response_format` (as OpenAI's) holds the answer to a form. `tools` (as
+    OpenAI's) may be called, by `tool_choice` ("auto", "none", "required" or a function) and
+    `parallel_tool_calls`; the calls are in the result's `tool_calls`.
 
     verbose: print the answer as it comes and the figures at its end. Raises OpsinError.
     """
@@ -422,7 +458,7 @@ def batch_generate(
             image=images[i] if images is not None else None,
             audio=audios[i] if audios is not None else None,
         )
-        streams.append((asked, engine.stream(asked.prompt, options.sampling)))
+        streams.append((asked, asked.start(engine, options.sampling)))
     return [fold(_results(asked, stream)) for asked, stream in _tracked(streams, verbose)]
 
 
@@ -528,7 +564,10 @@ def generate_step(
         seen.append(logits.log_softmax(0))
         return logits
 
+    if options.wanted.tools:
+        raise InputError("Tools are part of a prompt", remedy="Use generate", param="tools")
+    form = AnswerForm.of(model.processor, dataclasses.replace(options.wanted, is_chat=False))
     engine = engine_for(model, model.processor, options.limits)
-    for event in engine.stream(prompt, options.sampling, (keep,)):
+    for event in engine.stream(prompt, options.sampling, (keep,), form.guide(prompt)):
         for token in event.token_ids:
             yield token, seen.popleft()

@@ -128,6 +128,18 @@ def command(
         list[str] | None,
         typer.Option(help="Text that ends the answer. Repeatable.", rich_help_panel=SAMPLING),
     ] = None,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(
+            help="Hold the answer to the JSON schema in a file.",
+            metavar="FILE",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    regex: Annotated[
+        str | None,
+        typer.Option(help="Hold the answer to a regular expression.", rich_help_panel=OUTPUT),
+    ] = None,
     prefill_step_size: Annotated[
         int, typer.Option(help="Prompt tokens computed at once.", rich_help_panel="Engine")
     ] = 2048,
@@ -184,6 +196,8 @@ def command(
         "processor_kwargs": json_option("--processor-kwargs", processor_kwargs),
         "enable_thinking": enable_thinking,
         "chat_template_kwargs": json_option("--chat-template-kwargs", chat_template_kwargs),
+        "json_schema": None if json_schema is None else schema_in(json_schema),
+        "regex": regex,
     }
     loaded, processor = load_with_progress(
         model, device=device, dtype=dtype, revision=revision, chat_template=chat_template
@@ -232,6 +246,17 @@ def split_words(
     if prompt == "-":
         prompt = sys.stdin.read()
     return [*images, *words], prompt
+
+
+def schema_in(file: Path) -> dict[str, Any]:
+    """The JSON schema that a file holds."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} cannot be read", why=str(error), param="json_schema") from error
+    schema = json_option("--json-schema", text)
+    assert schema is not None
+    return schema
 
 
 def is_source(word: str) -> bool:
@@ -296,6 +321,8 @@ def show(
         return whole
     kept = []
     for result in results:
+        if result.reasoning:  # beside the answer, which may go on to a file
+            typer.secho(result.reasoning, nl=False, err=True, dim=True)
         typer.echo(result.text, nl=False)
         sys.stdout.flush()
         kept.append(result)
@@ -310,6 +337,7 @@ def as_json(result: GenerationResult) -> dict[str, Any]:
     """A result as plain JSON values."""
     return {
         "text": result.text,
+        **({"reasoning": result.reasoning} if result.reasoning else {}),
         "finish_reason": result.finish_reason,
         "usage": {
             "prompt_tokens": result.prompt_tokens,

@@ -185,9 +185,10 @@ def _render(
         text = plain_prompt(messages, add_generation_prompt)
     else:
         dicts = [message for message in messages if isinstance(message, dict)]
-        dialect = dialect_for(template.source(with_tools=True))
+        source = template.source(with_tools=True)
+        dialect = dialect_for(source)
         if dialect is not None:
-            dicts = dialect.prepare_messages(dicts)
+            dicts = dialect.prepare_messages(dicts, options.get("tools") or (), source)
         variables = template_kwargs(template, enable_thinking) | options | dict(extra)
         name = override if isinstance(override, str) and override in template.sources else None
         text = template.render(

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from opsin.engine.asked import response_form
 from opsin.engine.form import Wanted
 from opsin.errors import InputError
 from opsin.prompt.tools.dialect import Tool
@@ -25,7 +26,6 @@ from opsin.server.fields import (
     SamplingFields,
     StopText,
     processor_fields,
-    response_form,
     sampling,
     template_fields,
     validated,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from opsin.engine.asked import response_form, schema_of
 from opsin.errors import InputError
 from opsin.types import Constraint, SamplingParams
 
@@ -262,36 +261,3 @@ def constraint(fields: FormFields) -> Constraint | None:
             param=found[1].param,
         )
     return found[0] if found else None
-
-
-def schema_of(value: Any, param: str) -> dict[str, Any]:
-    """A JSON schema that is given as an object or as the text of one."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            value = None
-    if not isinstance(value, Mapping):
-        raise InputError(f"{param} is not a JSON schema", param=param)
-    return dict(value)
-
-
-def response_form(value: Mapping[str, Any], where: str) -> Constraint | None:
-    """The form that OpenAI's `response_format` (or Responses' `text.format`) names."""
-    kind = value.get("type")
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return Constraint("json_object", None, where)
-    if kind != "json_schema":
-        raise InputError(
-            f"{where}.type is not known",
-            remedy="Use text, json_object or json_schema",
-            param=f"{where}.type",
-        )
-    # Responses puts the schema beside the type, chat one level deeper.
-    held = value.get("json_schema", value)
-    schema = held.get("schema") if isinstance(held, Mapping) else None
-    if not isinstance(schema, Mapping):
-        raise InputError(f"{where} has no schema", param=f"{where}.json_schema.schema")
-    return Constraint("json_schema", dict(schema), where)

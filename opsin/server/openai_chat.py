@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from opsin.engine.asked import parse_tool, parse_tool_choice
 from opsin.engine.form import Wanted
 from opsin.errors import InputError
-from opsin.prompt.tools.dialect import Tool
 from opsin.server.bounds import Bounds
 from opsin.server.conversation import conversation
 from opsin.server.fields import (
@@ -126,46 +126,6 @@ def _logprobs(fields: ChatBody) -> int | None:
     if fields.top_logprobs is not None and not fields.logprobs:
         raise InputError("top_logprobs needs logprobs", param="top_logprobs")
     return (fields.top_logprobs or 0) if fields.logprobs else None
-
-
-def parse_tool(tool: Any, where: str) -> Tool:
-    """A tool as chat completions and Responses write it."""
-    if not isinstance(tool, Mapping) or tool.get("type", "function") != "function":
-        raise InputError(
-            f"{where} is not a function", remedy="Only function tools exist here", param=where
-        )
-    held = tool.get("function", tool)
-    name = held.get("name") if isinstance(held, Mapping) else None
-    if not isinstance(name, str) or not 0 < len(name) <= 128:
-        raise InputError(f"{where} has no name", param=f"{where}.function.name")
-    parameters = held.get("parameters") or {}
-    if not isinstance(parameters, Mapping):
-        raise InputError(
-            f"{where}.function.parameters is not a JSON schema",
-            param=f"{where}.function.parameters",
-        )
-    return Tool(name, str(held.get("description") or ""), parameters, bool(held.get("strict")))
-
-
-def parse_tool_choice(choice: Any, tools: Sequence[Tool]) -> str:
-    """auto, none, required, or "=" and a tool's name."""
-    if choice is None:
-        return "auto"
-    if isinstance(choice, str):
-        if choice not in ("auto", "none", "required"):
-            raise InputError(
-                "tool_choice is not known",
-                remedy="Use auto, none, required or a function",
-                param="tool_choice",
-            )
-        if choice == "required" and not tools:
-            raise InputError("tool_choice needs tools", param="tool_choice")
-        return choice
-    held = choice.get("function", choice)
-    name = held.get("name") if isinstance(held, Mapping) else None
-    if name not in {tool.name for tool in tools}:
-        raise InputError("tool_choice names no tool of the request", param="tool_choice")
-    return f"={name}"
 
 
 # Replies.

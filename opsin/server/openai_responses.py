@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from opsin.engine.asked import parse_tool, parse_tool_choice, response_form
 from opsin.engine.form import Wanted
 from opsin.errors import InputError
 from opsin.server import openai_chat
@@ -24,7 +25,6 @@ from opsin.server.fields import (
     SamplingFields,
     StopText,
     processor_fields,
-    response_form,
     sampling,
     template_fields,
     validated,
@@ -100,9 +100,7 @@ def read(body: bytes) -> ResponseBody:
 def parse(fields: ResponseBody, before: Sequence[Any], bounds: Bounds) -> Asked:
     """The request that a body makes after the items `before` it."""
     given = _items(fields.input)
-    tools = tuple(
-        openai_chat.parse_tool(tool, f"tools[{i}]") for i, tool in enumerate(fields.tools or ())
-    )
+    tools = tuple(parse_tool(tool, f"tools[{i}]") for i, tool in enumerate(fields.tools or ()))
     for name in fields.include or ():
         if name not in INCLUDABLE:
             raise InputError(f"{name[:80]} cannot be included", param="include")
@@ -129,7 +127,7 @@ def parse(fields: ResponseBody, before: Sequence[Any], bounds: Bounds) -> Asked:
         processor=processor_fields(fields),
         wanted=Wanted(
             tools,
-            openai_chat.parse_tool_choice(fields.tool_choice, tools),
+            parse_tool_choice(fields.tool_choice, tools),
             fields.parallel_tool_calls is not False,
             None if form is None else response_form(form, "text.format"),
         ),

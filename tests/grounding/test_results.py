@@ -52,7 +52,7 @@ class Scripted:
         self.answer = answer
         self.prompts: list[str] = []
 
-    def stream(self, prompt: Any, sampling: SamplingParams) -> Iterator[Event]:
+    def stream(self, prompt: Any, sampling: SamplingParams, **options: Any) -> Iterator[Event]:
         self.prompts.append(prompt.text)
         ids = self.processor.tokenizer.encode(self.answer + "<|im_end|>", add_special_tokens=False)
         for i in range(0, len(ids), 2):
