@@ -121,6 +121,8 @@ def load(
     revision: str | None = None,
     chat_template: str | None = None,
     media_limits: MediaLimits = DEFAULT_LIMITS,
+    matformer_config: str | None = None,
+    matformer_slice: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Model, Processor]:
     """Load a checkpoint: a folder, a hub name, or "bundled", the small model in the package.
@@ -128,14 +130,18 @@ def load(
     device: "cpu", "cuda", "cuda:N" or "mps"; None picks the best there is. dtype: "float32",
     "bfloat16" or "float16"; None takes the checkpoint's. revision: a branch, tag or commit of a hub
     name. chat_template: jinja text, a file, or the name of a bundled one, in place of the
-    checkpoint's. on_progress is called with the bytes read so far and all. A model that has no
-    family here runs through Transformers, where that is installed, and says so on stderr. Raises
-    NotFoundError, CheckpointError, UnknownFamily or MissingDependency.
+    checkpoint's. matformer_slice: the name of a smaller model within a nested one, as in the table
+    that comes with its family, or in the CSV file matformer_config. on_progress is called with the
+    bytes read so far and all. A model that has no family here runs through Transformers, where that
+    is installed, and says so on stderr. Raises NotFoundError, CheckpointError, InputError,
+    UnknownFamily or MissingDependency.
     """
     folder = resolve(path_or_hf_repo, revision=revision)
     try:
         processor = Processor.from_folder(folder, chat_template=chat_template, limits=media_limits)
     except UnknownFamily as unknown:
+        if matformer_slice is not None or matformer_config is not None:
+            raise
         return load_fallback(
             folder,
             unknown,
@@ -144,7 +150,14 @@ def load(
             chat_template=chat_template,
             limits=media_limits,
         )
-    model = load_model(folder, device=device, dtype=dtype, on_progress=on_progress)
+    model = load_model(
+        folder,
+        device=device,
+        dtype=dtype,
+        matformer_config=matformer_config,
+        matformer_slice=matformer_slice,
+        on_progress=on_progress,
+    )
     model.processor = processor
     return model, processor
 

@@ -28,6 +28,22 @@ Revision: TypeAlias = Annotated[
     str | None,
     typer.Option(help="Branch, tag or commit of a hub name.", rich_help_panel=ENGINE),
 ]
+MatFormerConfig: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--matformer-config",
+        help="A CSV file of slices; the table that comes with the family by default.",
+        rich_help_panel=ENGINE,
+    ),
+]
+MatFormerSlice: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--matformer-slice",
+        help="Load a smaller model within a nested one, by its name in the table.",
+        rich_help_panel=ENGINE,
+    ),
+]
 ChatTemplate: TypeAlias = Annotated[
     str | None,
     typer.Option(

@@ -14,6 +14,8 @@ import typer
 from opsin.cli.flags import (
     ChatTemplate,
     Device,
+    MatFormerConfig,
+    MatFormerSlice,
     Model,
     Revision,
     json_option,
@@ -152,6 +154,8 @@ def command(
         ),
     ] = None,
     revision: Revision = None,
+    matformer_config: MatFormerConfig = None,
+    matformer_slice: MatFormerSlice = None,
     annotate: Annotated[
         Path | None,
         typer.Option(
@@ -200,7 +204,13 @@ def command(
         "regex": regex,
     }
     loaded, processor = load_with_progress(
-        model, device=device, dtype=dtype, revision=revision, chat_template=chat_template
+        model,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        chat_template=chat_template,
+        matformer_config=matformer_config,
+        matformer_slice=matformer_slice,
     )
     from opsin.api import stream_generate
 

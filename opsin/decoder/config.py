@@ -109,6 +109,17 @@ class MLPConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SparseMLPConfig(MLPConfig):
+    """A gated block in which about a share 1 - `sparsity` of the gates pass (statistical top-k).
+
+    Gates count from where that share would begin, were they normally distributed with the mean and
+    deviation that they have.
+    """
+
+    sparsity: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class PlainMLPConfig:
     """A feed-forward block of two layers with biases: down(activation(up x))."""
 
@@ -190,10 +201,36 @@ class EnrichedLayerConfig(LayerConfig):
 
 
 @dataclass(frozen=True, slots=True)
+class StreamsLayerConfig(LayerConfig):
+    """A layer over a decoder's parallel streams, with inputs of its own for each token.
+
+    Attention, with a learned shortcut of `shortcut_rank` beside it, and feed-forward compute one
+    stream; `input_dim` is the width of a token's input for the layer, which goes to all but the
+    first.
+    """
+
+    shortcut_rank: int = 0
+    input_dim: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StreamsConfig:
+    """Parallel streams of a decoder (AltUp, arXiv:2301.13310).
+
+    There are `count`, of which layers compute number `active`; `scaled` multiplies it by a learned
+    vector where a token's input for the layer meets it.
+    """
+
+    count: int
+    active: int = 0
+    scaled: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class LayerInputsConfig:
     """Inputs of every layer for every token: from a table of their own and from its embedding.
 
-    The table has `rows` rows of `dim` features a layer.
+    The table has `rows` rows of `dim` features a layer; tokens after them are looked up as token 0.
     """
 
     rows: int
@@ -211,7 +248,8 @@ class DecoderConfig:
     With `spans_pass_windows`, tokens of one run that is seen in both directions see each other
     however short a layer's window is. `adapters` are the rank and scale of each low-rank adapter
     that a token's linear layers may use. The tokens `blank_ids` are looked up as token 0: they
-    stand for media, and mean nothing where a model writes them itself.
+    stand for media, and mean nothing where a model writes them itself. The last `own_rows` tokens
+    are embedded by rows that the family gives (`Decoder.set_own_rows`), not by the table.
     """
 
     vocab_size: int
@@ -233,6 +271,8 @@ class DecoderConfig:
     embedding_norm: bool = False
     final_norm: bool = True
     head_bias: bool = False
+    own_rows: int = 0
+    streams: StreamsConfig | None = None
 
     @property
     def rope_configs(self) -> set[RopeConfig]:

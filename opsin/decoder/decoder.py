@@ -22,6 +22,7 @@ from opsin.decoder.config import (
     MLPConfig,
     MoEConfig,
     SharedAttentionConfig,
+    StreamsLayerConfig,
 )
 from opsin.decoder.cross_attention import CrossLayer
 from opsin.decoder.delta_net import DeltaNet
@@ -30,6 +31,7 @@ from opsin.decoder.moe import GroupedExperts, MixtureOfExperts
 from opsin.decoder.post_norm import PostNormLayer
 from opsin.decoder.shared_attention import SharedAttention
 from opsin.decoder.source import SourceStep
+from opsin.decoder.streams import Streams, StreamsLayer
 from opsin.kernels import AttentionBatch, Kernels
 from opsin.nn.linear import Embedding, Linear
 from opsin.nn.norm import norm
@@ -192,12 +194,13 @@ class LayerInputs(nn.Module):
         """token_ids (tokens,) and embeds (tokens, hidden) to (tokens, layers, dim)."""
         shape = (-1, self.config.dim)
         projected = (self.project(embeds) * embeds.shape[1] ** -0.5).unflatten(1, shape)
+        token_ids = token_ids.masked_fill(token_ids >= self.config.rows, 0)
         return (self.norm(projected) + self.table(token_ids).unflatten(1, shape)) * 2.0**-0.5
 
 
 def _layer(
     kernels: Kernels, config: LayerConfig, index: int, decoder: DecoderConfig
-) -> Layer | CrossLayer | PostNormLayer:
+) -> Layer | CrossLayer | PostNormLayer | StreamsLayer:
     """A layer of the kind that its config is of."""
     attention, mlp = config.attention, config.mlp
     if config.sum_norms:
@@ -206,6 +209,8 @@ def _layer(
         assert isinstance(mlp, MLPConfig)
         hidden, eps = decoder.hidden, decoder.norm_eps
         return CrossLayer(kernels, attention, mlp, index, hidden, decoder.norm, eps)
+    if isinstance(config, StreamsLayerConfig):
+        return StreamsLayer(kernels, config, index, decoder)
     if isinstance(config, EnrichedLayerConfig):
         return EnrichedLayer(kernels, config, index, decoder)
     return Layer(kernels, config, index, decoder)
@@ -236,7 +241,11 @@ class Decoder(nn.Module):
         self.layer_inputs = None
         if config.layer_inputs is not None:
             self.layer_inputs = LayerInputs(kernels, config.layer_inputs, config)
+        self.streams = None
+        if config.streams is not None:
+            self.streams = Streams(kernels, config.streams, config.hidden)
         self.head = None if config.tied_head else Linear(kernels, config.hidden, config.vocab_size)
+        self.own_rows: Tensor | None = None
         self.angles: RotaryAngles | None = None
         self.native: NativeLayers | None = None  # takes the layers over where it is there
 
@@ -246,7 +255,17 @@ class Decoder(nn.Module):
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Token ids (tokens,) to embeddings (tokens, hidden)."""
-        return self.embedding(self.looked_up(token_ids))
+        embeds: Tensor = self.embedding(self.looked_up(token_ids))
+        if self.own_rows is None:
+            return embeds
+        places = token_ids - (self.config.vocab_size - len(self.own_rows))
+        own = self.own_rows[places.clamp(min=0)]
+        return torch.where((places >= 0)[:, None], own, embeds)
+
+    def set_own_rows(self, rows: Tensor) -> None:
+        """Embed the last tokens of the vocabulary by rows (own_rows, hidden), not by the table."""
+        assert len(rows) == self.config.own_rows
+        self.own_rows = rows
 
     def looked_up(self, token_ids: Tensor) -> Tensor:
         """The ids whose rows stand for these tokens."""
@@ -285,14 +304,15 @@ class Decoder(nn.Module):
             step.adapters,
             self.inputs(step),
         )
-        x = step.embeds
+        x = step.embeds if self.streams is None else self.streams.opened(step.embeds)
         x = self.placed(x, step.positions)
         for i, layer in enumerate(self.layers):
             x = layer(x, context)
             if i in step.layer_adds:
                 rows, values = step.layer_adds[i]
                 x.index_add_(0, rows, values.to(x.dtype))
-        return self.logits(self.norm(x[step.logit_rows]))
+        x = x[step.logit_rows]
+        return self.logits(self.norm(x if self.streams is None else self.streams.closed(x)))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Normalised hidden states (rows, hidden) to logits (rows, vocab), float32."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from opsin.decoder.config import MLPConfig, PlainMLPConfig
+from opsin.decoder.config import MLPConfig, PlainMLPConfig, SparseMLPConfig
 from opsin.kernels import Kernels
 from opsin.nn.linear import Linear, adapted_linear
 
@@ -50,3 +53,20 @@ class GatedMLP(nn.Module):
             gated = self.kernels.gated(self.gate_up(x, adapters), self.activation)
             return self.down(gated, adapters)
         return self.down(self.kernels.gated(self.gate_up(x), self.activation))
+
+
+class SparseMLP(GatedMLP):
+    """See `SparseMLPConfig`; adapters are not for it."""
+
+    def __init__(self, kernels: Kernels, config: MLPConfig, hidden: int) -> None:
+        assert isinstance(config, SparseMLPConfig)
+        super().__init__(kernels, config, hidden)
+        self.deviations = NormalDist().inv_cdf(config.sparsity)
+
+    def forward(self, x: Tensor, adapters: Mapping[int, Tensor] | None = None) -> Tensor:
+        """x (tokens, hidden) to the same shape."""
+        del adapters
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        deviation, mean = torch.std_mean(gate, dim=-1, keepdim=True, correction=0)
+        passed = F.relu(gate - (mean + deviation * self.deviations))
+        return self.down(self.kernels.activation(passed, self.activation) * up)

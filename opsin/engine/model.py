@@ -128,20 +128,26 @@ def load_model(
     *,
     device: str | None = None,
     dtype: str | None = None,
+    matformer_config: str | None = None,
+    matformer_slice: str | None = None,
     quantize: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Read a checkpoint folder into memory, tensor by tensor.
 
     `quantize`, 8 or 4, is the bits that matrices are quantised to as they are read.
-    `on_progress` is called with the bytes read so far and the bytes there are. Peak memory is the model's own and one tensor. Raises CheckpointError
+    `matformer_slice` names one of the smaller models within a nested one, `matformer_config` a CSV
+    file of them in place of the family's own. `on_progress` is called with the bytes read so far
+    and the bytes there are. Peak memory is the model's own and one tensor. Raises CheckpointError
     for a folder that does not hold what its config.json says, InputError for what cannot be meant.
     """
     check_bits(quantize)
     place = pick_device(device)
     config = read_config(folder)
     family = families.load(config, read_processor_config(folder))
-    tensors = stored_weights(folder, config)
+    if matformer_slice is not None or matformer_config is not None:
+        take_slice(family, matformer_slice, matformer_config)
+    tensors = [family.sliced(tensor) for tensor in stored_weights(folder, config)]
     if quantize is not None and any(isinstance(tensor, mlx.AffineTensor) for tensor in tensors):
         raise InputError(
             f"The checkpoint {folder.name} is quantised already",
@@ -168,6 +174,7 @@ def load_model(
         if isinstance(module, FinishesLoading):
             module.finish_loading()
     packer.finish()
+    family.connect(model.decoder, model.towers)
     if native is not None:
         model.decoder.native = NativeStack(native, model.decoder)
     return model.eval()
@@ -177,6 +184,17 @@ def stored_weights(folder: Path, config: Config) -> list[StoredTensor]:
     """Every tensor of a checkpoint folder, with what is quantised there brought together."""
     tensors = list(weights.all_tensors(weights.weight_files(folder)))
     return mlx.grouped(tensors, config.get("quantization"))
+
+
+def take_slice(family: Family, name: str | None, table: str | None) -> None:
+    """Make a family one of the smaller models within it, as a table of them describes it."""
+    if name is None:
+        raise InputError(
+            "matformer_config says which slices there are, but not which to load",
+            remedy="Name one with matformer_slice",
+            param="matformer_slice",
+        )
+    family.take_slice(name, None if table is None else Path(table))
 
 
 def refuse_lost_adapters(folder: Path, decoder: Decoder) -> None:

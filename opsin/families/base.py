@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from opsin.checkpoint.safetensors import StoredTensor
 from opsin.checkpoint.weights import Rename
 from opsin.decoder.config import DecoderConfig
+from opsin.decoder.decoder import Decoder
 from opsin.errors import CheckpointError, InputError
 from opsin.kernels import Kernels
 from opsin.media.sampling import Chooser, Video
@@ -182,6 +184,31 @@ class Family:
     def towers(self, kernels: Kernels) -> nn.ModuleDict:
         """The encoders and projectors, by the names that `rename` gives their weights."""
         raise NotImplementedError
+
+    def connect(self, decoder: Decoder, towers: nn.ModuleDict) -> None:
+        """Give the decoder what it needs of the towers' weights.
+
+        Called once, when every weight is in place; does nothing by default.
+        """
+        del decoder, towers
+
+    def take_slice(self, name: str, config: Path | None) -> None:
+        """Be one of the smaller models within this one; called, if at all, before `decoder`.
+
+        config: a table of them in place of the family's own. Raises InputError if there is none of
+        that name, or none at all.
+        """
+        del config
+        raise InputError(
+            f"There is no slice {name!r}",
+            why=f"models of type {self.config['model_type']!r} hold no smaller ones",
+            remedy="Leave it out",
+            param="matformer_slice",
+        )
+
+    def sliced(self, tensor: StoredTensor) -> StoredTensor:
+        """What a slice keeps of a tensor; all of it by default."""
+        return tensor
 
     # What goes in.
 

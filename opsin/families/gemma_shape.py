@@ -96,7 +96,7 @@ def _attention(text: Mapping[str, Any], kind: str, *, sliding: bool) -> Attentio
         heads=text["num_attention_heads"],
         kv_heads=text["num_key_value_heads"],
         head_dim=text["head_dim"],
-        rope=_rope(text, sliding=sliding) if third else _one_rope(text),
+        rope=gemma_rope(text, sliding=sliding) if third else _one_rope(text),
         qkv_bias=bias,
         out_bias=bias,
         qk_norm="rms_unit_offset" if third else None,
@@ -117,7 +117,7 @@ def _one_rope(text: Mapping[str, Any]) -> RopeConfig:
     )
 
 
-def _rope(text: Mapping[str, Any], *, sliding: bool) -> RopeConfig:
+def gemma_rope(text: Mapping[str, Any], *, sliding: bool) -> RopeConfig:
     """The rope of a kind of layer: scaled and slow where all is seen, plain and fast in windows."""
     stated = (text.get("rope_parameters") or {}).get(
         "sliding_attention" if sliding else "full_attention"

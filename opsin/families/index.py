@@ -7,6 +7,7 @@ MODULES = {
     "deepseekocr_2": "deepseekocr_2",
     "ernie4_5_moe_vl": "ernie4_5_moe_vl",
     "gemma3": "gemma3",
+    "gemma3n": "gemma3n",
     "gemma4": "gemma4",
     "idefics2": "idefics2",
     "idefics3": "idefics3",

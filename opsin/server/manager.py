@@ -238,6 +238,8 @@ class Manager:
                 dtype=settings.dtype,
                 chat_template=settings.chat_template if source.own else None,
                 media_limits=settings.media_limits(),
+                matformer_config=settings.matformer_config if source.own else None,
+                matformer_slice=settings.matformer_slice if source.own else None,
             )
             engine = engine_of(model, processor, engine_limits(settings))
         except OpsinError:

@@ -70,6 +70,12 @@ class ServeSettings:
     chat_template: str | None = _flag(
         None, "text", MODEL, "A jinja file, JSON holding one, or a template's name.", "-c"
     )
+    matformer_slice: str | None = _flag(
+        None, "text", MODEL, "Load a smaller model within --model, by its name in the table."
+    )
+    matformer_config: str | None = _flag(
+        None, "text", MODEL, "A CSV file of slices; the table of the model's family by default."
+    )
 
     max_num_seqs: int = _flag(64, "count", ENGINE, "Requests computed at once.", low=1)
     max_queue: int = _flag(256, "count", ENGINE, "Requests that may wait; more get 429.", low=1)

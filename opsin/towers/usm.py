@@ -25,7 +25,11 @@ UNSEEN = -1e9
 class USMConfig:
     """The encoder's shape.
 
-    `channels` are the two convolutions'. A vector sees itself and the `past` - 1 before it.
+    `channels` are the two convolutions'. A vector sees itself and the `past` - 1 before it. `out`
+    is the width that the result is projected to, 0 for none; one vector in `every` is kept.
+    `scaled_keys` multiplies keys by a constant. With `running_eps`, the convolutions look at frames
+    to come and not past ones, and are normalised over all channels and bins so far, with it under
+    the root.
     """
 
     hidden: int
@@ -40,6 +44,9 @@ class USMConfig:
     activation: Activation = "silu"
     norm_eps: float = 1e-6
     clipped: bool = True
+    every: int = 1
+    scaled_keys: bool = True
+    running_eps: float | None = None
 
 
 class Stride(nn.Module):
@@ -48,11 +55,41 @@ class Stride(nn.Module):
     def __init__(self, kernels: Kernels, inside: int, outside: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outside, inside, 3, 3), requires_grad=False)
-        self.norm = norm(kernels, "layer", outside, eps, bias=False)
+        self.norm: nn.Module = norm(kernels, "layer", outside, eps, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (1, in, time, bins) to (1, out, time / 2, bins / 2)."""
         x = F.conv2d(x, self.weight, None, 2, 1).permute(0, 2, 3, 1)
+        return F.relu(self.norm(x)).permute(0, 3, 1, 2)
+
+
+class RunningNorm(nn.Module):
+    """A norm over all channels and bins up to each time, in float32, with a weight a channel."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (1, time, bins, channels) to the same shape."""
+        wide = x.float()
+        count = torch.arange(1, x.shape[1] + 1, device=x.device)[:, None, None] * wide[0, 0].numel()
+        away = wide - wide.sum((2, 3), keepdim=True).cumsum(1) / count
+        spread = away.square().sum((2, 3), keepdim=True).cumsum(1) / count
+        return (away * (spread + self.eps).rsqrt() * self.weight.float()).to(x.dtype)
+
+
+class AheadStride(Stride):
+    """The same, of each time and the two after it, normalised over all that came before."""
+
+    def __init__(self, kernels: Kernels, inside: int, outside: int, eps: float) -> None:
+        super().__init__(kernels, inside, outside, eps)
+        self.norm: nn.Module = RunningNorm(outside, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (1, in, time, bins) to (1, out, time / 2, bins / 2)."""
+        x = F.conv2d(F.pad(x, (1, 1, 0, 2)), self.weight, None, 2).permute(0, 2, 3, 1)
         return F.relu(self.norm(x)).permute(0, 3, 1, 2)
 
 
@@ -98,7 +135,8 @@ class USMAttention(nn.Module):
         )  # (heads, time, dim)
         base = query.shape[-1] ** -0.5 / math.log(2)
         query = query * base * F.softplus(self.per_dim_scale.float())
-        key = key * (math.log(1 + math.e) / math.log(2))
+        if self.config.scaled_keys:
+            key = key * (math.log(1 + math.e) / math.log(2))
         far = self.distance(waves.to(x.dtype)).float().unflatten(-1, (heads, -1)).permute(1, 2, 0)
         # Each query meets its own window: itself, then one before it, and so on.
         steps = torch.arange(past, device=x.device)
@@ -155,26 +193,30 @@ class USMLayer(nn.Module):
 
 
 class USMEncoder(nn.Module):
-    """Log-mel features to one vector for every four frames."""
+    """Log-mel features to one vector for every four frames, or fewer."""
 
     def __init__(self, kernels: Kernels, config: USMConfig) -> None:
         super().__init__()
         self.config = config
         first, second = config.channels
-        self.first = Stride(kernels, 1, first, config.norm_eps)
-        self.second = Stride(kernels, first, second, config.norm_eps)
+        ahead, eps = config.running_eps, config.norm_eps
+        stride, eps = (Stride, eps) if ahead is None else (AheadStride, ahead)
+        self.first = stride(kernels, 1, first, eps)
+        self.second = stride(kernels, first, second, eps)
         self.project = Linear(kernels, MELS // 4 * second, config.hidden)
         self.layers = nn.ModuleList(USMLayer(kernels, config) for _ in range(config.layers))
-        self.out = Linear(kernels, config.hidden, config.out, bias=True)
+        self.out: nn.Module = nn.Identity()
+        if config.out:
+            self.out = Linear(kernels, config.hidden, config.out, bias=True)
 
     def forward(self, features: Tensor) -> Tensor:
-        """features (frames, mels) of one sound to (ceil(frames / 4), out)."""
+        """features (frames, mels) of one sound to (ceil(ceil(frames / 4) / every), width)."""
         x = self.second(self.first(features.to(self.project.weight)[None, None]))
         x = self.project(x[0].permute(1, 2, 0).flatten(1))
         waves = self.waves(x.device)
         for layer in self.layers:
             x = layer(x, waves)
-        return self.out(x)
+        return self.out(x[:: self.config.every])
 
     def waves(self, device: torch.device) -> Tensor:
         """Sines and cosines of each distance into the past, (past, hidden)."""

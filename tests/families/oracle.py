@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .separate_sounds import separate_sounds
+from .separate_sounds import separate_features, separate_sounds
 from .torchvision_operators import declare
 
 TORCHVISION = declare()
@@ -88,7 +88,8 @@ class Reference:
         if name == "image_processor":
             return transformers.AutoImageProcessor.from_pretrained(self.folder, backend="pil")
         if name in ("feature_extractor", "audio_processor"):
-            return transformers.AutoFeatureExtractor.from_pretrained(self.folder)
+            extractor = transformers.AutoFeatureExtractor.from_pretrained(self.folder)
+            return separate_features(extractor)
         return None
 
     def inputs(

@@ -25,4 +25,5 @@ SEEDS: dict[str, int] = {
     "voxtral-published": 1,
     "phi4_multimodal-tied": 6,
     "voxtral-wide_encoder": 4,
+    "gemma3n-shared_values": 8,
 }
