@@ -341,7 +341,7 @@ def _results(asked: _Asked, events: Iterator[Event] | Any) -> Iterator[Generatio
             tuple(event.logprobs) if asked.wants_logprobs else None,
             reasoning=piece.reasoning,
             tool_calls=piece.calls,
-            prompt_tokens=len(asked.prompt.token_ids),
+            prompt_tokens=len(asked.prompt.text_ids),
             image_sizes=sizes,
         )
         if last:

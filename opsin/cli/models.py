@@ -117,8 +117,9 @@ def tasks(
     if as_json:
         typer.echo(json.dumps(rows, ensure_ascii=False))
         return
+    wide = max(16, *(len(str(row["task"])) + 2 for row in rows), 0)
     for row in rows:
-        typer.echo(f"  {row['task']:<16}{row['about']}\n  {'':<16}{row['prompt']!r}")
+        typer.echo(f"  {row['task']:<{wide}}{row['about']}\n  {'':<{wide}}{row['prompt']!r}")
     if not rows:
         typer.echo("  no tasks of its own: ask in the prompt")
 

@@ -60,7 +60,8 @@ class EngineLimits:
     memory            bytes for the key-value cache; None: a quarter of the machine's memory on a
                       CPU, 80 % of what is free on a GPU
     block_size        tokens in one cache block
-    max_context       tokens of prompt and answer together; None: as many as the model was made for
+    max_context       tokens of prompt and answer together (of each, where an encoder reads the
+                      prompt); None: as many as the model was made for
     prefix_cache      keep what finished requests computed, for requests that begin the same
     media_cache       bytes of encoded media kept: a picture asked again is not encoded again
     """
@@ -207,13 +208,14 @@ class Engine:
         return request_id
 
     def _check_length(self, prompt: Prompt) -> None:
-        length = len(prompt.token_ids)
-        if length == 0:
+        length, read = len(prompt.token_ids), len(prompt.text_ids)
+        if read == 0:
             raise InputError("The prompt is empty", remedy="Send some text", param="prompt")
-        if length >= self.max_context:
+        apart = prompt.encoder_ids is not None
+        if length >= self.max_context or read > self.max_context:
             raise PromptTooLong(
-                f"The prompt has {length} tokens",
-                why=f"the model takes {self.max_context} with the answer",
+                f"The prompt has {read} tokens",
+                why=f"the model takes {self.max_context}{'' if apart else ' with the answer'}",
                 remedy="Shorten it, or send fewer or smaller pictures",
                 param="prompt",
             )
@@ -221,8 +223,8 @@ class Engine:
         if not self.scheduler.can_ever_run(0, rows):
             size = self.scheduler.source_pool.num_blocks * self.limits.block_size
             raise PromptTooLong(
-                f"The pictures take {rows} places",
-                why=f"the cache holds {size} for encoded pictures",
+                f"The {'prompt takes' if apart else 'pictures take'} {rows} places",
+                why=f"the cache holds {size} for what an encoder made",
                 remedy="Send fewer pictures, or give the cache more memory",
                 param="prompt",
             )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from opsin import families, kernels
 from opsin.checkpoint import weights
-from opsin.checkpoint.config import Config, read_config, read_processor_config
+from opsin.checkpoint.config import Config, read_config, read_json, read_processor_config
 from opsin.checkpoint.safetensors import StoredTensor
 from opsin.config import settings
 from opsin.decoder.decoder import Decoder
@@ -155,6 +155,7 @@ def load_model(
             param="quant",
         )
     family.inspect(tensors)
+    family.read_generation(read_json(folder / "generation_config.json"))
     with torch.device("meta"):
         model = Model(family, config, kernels.select(place))
     refuse_lost_adapters(folder, model.decoder)

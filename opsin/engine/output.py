@@ -24,7 +24,8 @@ class Output:
         self.sequence = sequence
         self.detokenizer = None
         if processor is not None:
-            self.detokenizer = Detokenizer(processor.tokenizer, keep=keep)
+            kept = processor.answer_ids.union(keep)
+            self.detokenizer = Detokenizer(processor.tokenizer, keep=kept)
         self.stop = StopMatcher(sampling.stop)
         self.end_ids = set(sampling.stop_token_ids)
         if processor is not None and not sampling.ignore_eos:
@@ -97,7 +98,7 @@ class Output:
         for item in self.sequence.prompt.media:
             media[item.kind] += item.num_tokens
         return Usage(
-            prompt_tokens=self.sequence.num_prompt,
+            prompt_tokens=len(self.sequence.prompt.text_ids),
             generation_tokens=self.sequence.num_generated,
             cached_tokens=self.sequence.num_cached,
             media_tokens=dict(media),

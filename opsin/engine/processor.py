@@ -13,7 +13,7 @@ from opsin import families
 from opsin.checkpoint.config import Config, read_config, read_processor_config
 from opsin.engine.grammar import Grammars
 from opsin.errors import CheckpointError, InputError, UnsupportedMedia
-from opsin.families.base import Family, MediaInput, Prompt, check_options
+from opsin.families.base import Family, MediaInput, Prompt, SourceViews, check_options
 from opsin.media.key import array_key, image_key
 from opsin.media.limits import DEFAULT_LIMITS, MediaLimits
 from opsin.media.loading import load
@@ -52,6 +52,8 @@ class Processor:
         self.grammars = Grammars(tokenizer, self.eos_token_ids)
         self.pointing_metadata: Mapping[str, Any] | None = None
         self.media_token_ids = {kind: self._token_id(kind) for kind in family.modalities}
+        answer_ids = map(tokenizer.token_to_id, family.answer_tokens)
+        self.answer_ids = frozenset(token_id for token_id in answer_ids if token_id is not None)
 
     @classmethod
     def from_folder(
@@ -67,7 +69,7 @@ class Processor:
         """
         config = read_config(folder)
         family = families.load(config, read_processor_config(folder))
-        tokenizer = Tokenizer.from_folder(folder, family.extra_eos())
+        tokenizer = Tokenizer.from_folder(folder, family.extra_eos(), family.answer_tokens)
         template = ChatTemplate.from_folder(folder)
         unfit = template is None or not family.template_serves(template.sources.get("default", ""))
         if unfit and family.default_template is not None:
@@ -84,6 +86,8 @@ class Processor:
     def _token_id(self, kind: str) -> int:
         token = self.family.media_token(kind)
         token_id = self.tokenizer.token_to_id(token)
+        if token_id is None:
+            token_id = self.family.media_token_id(kind)
         if token_id is None:
             raise CheckpointError(
                 "The checkpoint's tokenizer does not fit its model_type",
@@ -241,19 +245,37 @@ class Processor:
             token_ids = self.tokenizer.encode_prompt(expanded)
         else:
             token_ids = self.tokenizer.encode(expanded, add_special_tokens=False)
-        self.family.locate(token_ids, ready, self.media_token_ids)
-        positions, following = self.family.positions(token_ids, ready)
+        return self.of_tokens(token_ids, ready, expanded, timings)
+
+    def of_tokens(
+        self,
+        token_ids: list[int],
+        ready: Sequence[MediaInput] = (),
+        text: str = "",
+        timings: Timings | None = None,
+    ) -> Prompt:
+        """The prompt that tokens and the media among them are."""
+        family, media = self.family, list(ready)
+        token_ids = family.with_media(token_ids, media, self.media_token_ids)
+        family.locate(token_ids, media, self.media_token_ids)
+        encoder_ids = None
+        source = family.source_views(token_ids, media)
+        if family.decoder_start:
+            encoder_ids, token_ids = token_ids, list(family.decoder_start)
+            source = SourceViews.whole(len(encoder_ids), len(token_ids))
+        positions, following = family.positions(token_ids, media)
         return Prompt(
             token_ids,
             positions,
             following,
-            ready,
-            self.family.atomic_spans(token_ids, ready),
-            expanded,
+            media,
+            family.atomic_spans(token_ids, media),
+            text,
             timings or Timings(),
-            self.family.source_views(token_ids, ready),
-            expert_groups=self.family.expert_groups(token_ids),
-            adapter=self.family.adapter(ready),
+            source,
+            expert_groups=family.expert_groups(token_ids),
+            adapter=family.adapter(media),
+            encoder_ids=encoder_ids,
         )
 
 

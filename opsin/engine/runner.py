@@ -14,7 +14,7 @@ from opsin.engine.media_cache import EncodedCache
 from opsin.engine.model import Model
 from opsin.engine.scheduler import Scheduled
 from opsin.engine.sequence import Sequence
-from opsin.engine.source import source_step
+from opsin.engine.source import encode_prompts, source_step
 from opsin.families.base import MediaInput
 from opsin.kernels import AttentionBatch
 
@@ -34,7 +34,9 @@ class Runner:
         return self.model.decoder(self._step(step), self.cache)
 
     def _encode_media(self, step: list[Scheduled]) -> None:
-        """Run the towers over the media whose tokens this step meets first, by kind."""
+        """Run the towers over the media whose tokens this step meets first, by kind; then the
+        encoder over the prompts that one reads.
+        """
         pending: dict[str, list[tuple[Sequence, int]]] = defaultdict(list)
         for scheduled in step:
             sequence = scheduled.sequence
@@ -54,6 +56,7 @@ class Runner:
                 sequence.encoded[i] = result
             for sequence in {id(sequence): sequence for sequence, _ in wanted}.values():
                 sequence.timings.encode += seconds
+        encode_prompts(self.model, step)
 
     def _step(self, step: list[Scheduled]) -> Step:
         device = self.model.device
@@ -179,8 +182,10 @@ def _long(step: list[Scheduled], ends: list[int], device: torch.device) -> Tenso
 
 
 def _is_needed(item: MediaInput, scheduled: Scheduled) -> bool:
-    """Whether a step must encode a medium: its first one if layers read it, else its tokens'."""
-    if item.source_tokens:
+    """Whether a step must encode a medium: its first one if layers or an encoder read it, else its
+    tokens'.
+    """
+    if item.source_tokens or scheduled.sequence.prompt.encoder_ids is not None:
         return scheduled.start == 0
     first, last = int(item.indices[0]), int(item.indices[-1])
     return first < scheduled.end and last >= scheduled.start

@@ -1,7 +1,8 @@
-"""Gathers what cross-attention layers read in one step: see `opsin.decoder.source`."""
+"""Makes and gathers what cross-attention layers read in one step: see `opsin.decoder.source`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 
 import torch
@@ -9,8 +10,50 @@ from torch import Tensor
 
 from opsin.decoder.cache import cache_slots
 from opsin.decoder.source import SourceStep
+from opsin.engine.model import Model
 from opsin.engine.scheduler import Scheduled
 from opsin.engine.sequence import Sequence
+from opsin.families.base import Encoded
+
+# Most tokens of prompts that go through an encoder together, one prompt at the least.
+GROUP_TOKENS = 4096
+
+
+def encode_prompts(model: Model, step: SequenceOf[Scheduled]) -> None:
+    """Run the encoder over the prompts that start in a step, where one reads them.
+
+    Their media are encoded already; the states take the place of what was encoded. A few prompts at
+    a time go through, which bounds the memory between the layers.
+    """
+    starting = [s.sequence for s in step if s.start == 0]
+    for group in _groups([s for s in starting if s.prompt.encoder_ids is not None]):
+        texts = [sequence.prompt.text_ids for sequence in group]
+        lengths = [len(ids) for ids in texts]
+        flat = torch.tensor([token for ids in texts for token in ids], device=model.device)
+        embeds = model.decoder.embed(flat)
+        for sequence, own in zip(group, embeds.split(lengths), strict=True):
+            for i, encoded in sequence.encoded.items():
+                if encoded.embeds is not None:
+                    rows = sequence.prompt.media[i].indices.to(own.device)
+                    own[rows] = encoded.embeds.to(own.dtype)
+        states = model.family.encode_prompts(model.towers, embeds, lengths)
+        for sequence, own in zip(group, states.split(lengths), strict=True):
+            sequence.encoded = {0: Encoded(None, source=own)}
+
+
+def _groups(sequences: SequenceOf[Sequence]) -> Iterator[list[Sequence]]:
+    """Sequences in runs of at most so many prompt tokens."""
+    group: list[Sequence] = []
+    taken = 0
+    for sequence in sequences:
+        length = len(sequence.prompt.text_ids)
+        if group and taken + length > GROUP_TOKENS:
+            yield group
+            group, taken = [], 0
+        group.append(sequence)
+        taken += length
+    if group:
+        yield group
 
 
 def source_step(
@@ -57,11 +100,11 @@ def source_step(
 
 
 def _taken(sequence: Sequence) -> list[Tensor]:
-    """The encoded rows of a sequence's media, in order; it no longer holds them."""
+    """The encoded rows of a sequence's media or prompt, in order; it no longer holds them."""
     rows = []
-    for i in range(len(sequence.prompt.media)):
-        encoded = sequence.encoded.get(i)
-        if encoded is not None and encoded.source is not None:
+    for i in sorted(sequence.encoded):
+        encoded = sequence.encoded[i]
+        if encoded.source is not None:
             rows.append(encoded.source)
             if encoded.embeds is None:
                 del sequence.encoded[i]

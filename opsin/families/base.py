@@ -82,6 +82,11 @@ class SourceViews:
     views: Tensor
     view_of: Tensor
 
+    @classmethod
+    def whole(cls, rows: int, tokens: int) -> SourceViews:
+        """Every one of so many tokens sees all of so many rows."""
+        return cls(torch.ones(1, rows, dtype=torch.bool), torch.zeros(tokens, dtype=torch.long))
+
 
 @dataclass(slots=True, eq=False)
 class Prompt:
@@ -92,6 +97,9 @@ class Prompt:
     they see each other in both directions. Requests with different `cache_salt` share no cache.
     expert_groups (tokens,) sends each token to a group of experts; None is group 0 for all.
     adapter is the number of the low-rank adapter that computes it, None for the model as it is.
+
+    Where an encoder reads the prompt, encoder_ids are its tokens, in which the media stand, and
+    token_ids those that the decoder starts from; source rows are the encoder's states.
     """
 
     token_ids: list[int]
@@ -105,6 +113,12 @@ class Prompt:
     cache_salt: bytes = b""
     expert_groups: Tensor | None = None
     adapter: int | None = None
+    encoder_ids: list[int] | None = None
+
+    @property
+    def text_ids(self) -> list[int]:
+        """The tokens of the prompt's text, whether the decoder or an encoder reads them."""
+        return self.token_ids if self.encoder_ids is None else self.encoder_ids
 
 
 class Family:
@@ -129,7 +143,11 @@ class Family:
     default_template the chat template of checkpoints that are published without one, or with one
                      that `template_serves` rejects
     no_repeat_ngram  (size, window, allowed tokens): no run of `size` generated tokens comes twice
-                     within `window` of them, unless it ends in an allowed one
+                     within `window` of them (None: at all), unless it ends in an allowed one
+    answer_tokens    tokens that belong to an answer's text even where the tokenizer calls them
+                     special; a tokenizer whose files lack them gets them, in this order
+    decoder_start    the tokens that the decoder starts from where an encoder reads the prompt;
+                     none where the decoder reads it
     """
 
     modalities: ClassVar[tuple[str, ...]] = ("image",)
@@ -145,7 +163,9 @@ class Family:
     default_template: str | None = None
     grounding: tuple[Grounding, ...] = ()
     tasks: Mapping[str, Task] = MappingProxyType({})
-    no_repeat_ngram: tuple[int, int, tuple[str, ...]] | None = None
+    no_repeat_ngram: tuple[int, int | None, tuple[str, ...]] | None = None
+    answer_tokens: tuple[str, ...] = ()
+    decoder_start: tuple[int, ...] = ()
 
     def __init__(self, config: dict[str, Any], processor_config: dict[str, Any]) -> None:
         self.config = config
@@ -176,6 +196,14 @@ class Family:
 
         Called once, before `decoder`; does nothing by default.
         """
+
+    def read_generation(self, stated: Mapping[str, Any]) -> None:
+        """Take over how the checkpoint keeps from repeating itself, by its generation_config.json.
+
+        Called once, before `decoder`, with nothing in it where there is no such file.
+        """
+        if size := stated.get("no_repeat_ngram_size"):
+            self.no_repeat_ngram = (int(size), None, ())
 
     def decoder(self) -> DecoderConfig:
         """The decoder's shape."""
@@ -240,6 +268,24 @@ class Family:
     def media_token(self, kind: str) -> str:
         """The token that a kind's embeddings replace."""
         return self.media_tokens.get(kind, self.placeholders[kind])
+
+    def media_token_id(self, kind: str) -> int | None:
+        """The id of a kind's media token that the tokenizer does not know; None if there is none.
+
+        Such a token cannot stand in the text: `with_media` puts it among the text's tokens.
+        """
+        del kind
+        return None
+
+    def with_media(
+        self, token_ids: list[int], media: Sequence[MediaInput], ids: Mapping[str, int]
+    ) -> list[int]:
+        """The tokens of an expanded prompt with those of media that its text does not hold.
+
+        `ids` gives the media token's id by kind.
+        """
+        del media, ids
+        return token_ids
 
     def expand(self, text: str, media: Sequence[MediaInput]) -> str:
         """A rendered prompt with each placeholder replaced by what stands for that medium.
@@ -327,6 +373,14 @@ class Family:
 
     def encode(self, towers: nn.ModuleDict, items: Sequence[MediaInput]) -> list[Encoded]:
         """Run the towers over media of one kind, several requests' together."""
+        raise NotImplementedError
+
+    def encode_prompts(
+        self, towers: nn.ModuleDict, embeds: Tensor, lengths: Sequence[int]
+    ) -> Tensor:
+        """Run the encoder over prompts of `lengths` tokens, one after another: embeds (tokens,
+        hidden), those of media in place, to states of the same shape.
+        """
         raise NotImplementedError
 
     # What comes out.

@@ -6,6 +6,7 @@ MODULES = {
     "deepseek_vl_hybrid": "deepseek_vl_hybrid",
     "deepseekocr_2": "deepseekocr_2",
     "ernie4_5_moe_vl": "ernie4_5_moe_vl",
+    "florence2": "florence2",
     "gemma3": "gemma3",
     "gemma3n": "gemma3n",
     "gemma4": "gemma4",

@@ -47,8 +47,16 @@ class Tokenizer:
         self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos_token_ids, *own]))
 
     @classmethod
-    def from_folder(cls, folder: str | Path, extra_eos: Iterable[str] = ()) -> "Tokenizer":
-        """The tokenizer of a checkpoint folder; `extra_eos` are further tokens that end an answer.
+    def from_folder(
+        cls,
+        folder: str | Path,
+        extra_eos: Iterable[str] = (),
+        answer_tokens: Iterable[str] = (),
+    ) -> "Tokenizer":
+        """The tokenizer of a checkpoint folder.
+
+        `extra_eos` are further tokens that end an answer, `answer_tokens` tokens that it gets after
+        all others where its files lack them.
 
         Raises CheckpointError where its files are missing or broken, MissingDependency where they
         need an optional package to be read.
@@ -57,6 +65,8 @@ class Tokenizer:
         config = read_tokenizer_config(folder)
         backend, own_names = read_backend(folder, config)
         extra = [backend.token_to_id(token) for token in extra_eos]
+        lacking = [token for token in answer_tokens if backend.token_to_id(token) is None]
+        backend.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in lacking])
         return cls(
             backend,
             own_names | special_token_map(config),

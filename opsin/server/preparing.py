@@ -143,9 +143,7 @@ def _from_ids(processor: Processor, token_ids: tuple[int, ...]) -> Prompt:
             remedy="Send pictures to /v1/chat/completions",
             param="prompt",
         )
-    ids = list(token_ids)
-    positions, following = processor.family.positions(ids, [])
-    return Prompt(ids, positions, following)
+    return processor.of_tokens(list(token_ids))
 
 
 def _check_thinking(processor: Processor, request: Request) -> None:

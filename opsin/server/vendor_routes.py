@@ -122,7 +122,7 @@ async def create_message(http: HttpRequest) -> Response:
         http,
         [request],
         lambda loaded, job: anthropic.EventRenderer(
-            head("msg_", loaded), len(job.prompts[0].token_ids)
+            head("msg_", loaded), len(job.prompts[0].text_ids)
         ),
         line=named_event,
         end=b"",
@@ -138,7 +138,7 @@ async def count_tokens(http: HttpRequest) -> Response:
 
     def count(loaded: Loaded) -> int:
         size = loaded.model.decoder.config.vocab_size
-        return len(prepare(loaded.processor, request, size).token_ids)
+        return len(prepare(loaded.processor, request, size).text_ids)
 
     tokens = await service.with_model(http, request.model, count, media=request.has_media)
     return JsonReply({"input_tokens": tokens})

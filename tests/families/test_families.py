@@ -53,7 +53,7 @@ def test_the_reference_says_something(lab: Lab) -> None:
 def test_token_ids_are_the_reference_s(lab: Lab) -> None:
     for name, scene in lab.scenes.items():
         expected = lab.reference_inputs(name)["input_ids"][0].tolist()
-        assert lab.ours.prompt(scene).token_ids == expected, name
+        assert lab.ours.prompt(scene).text_ids == expected, name
 
 
 def test_pixels_are_the_reference_s(lab: Lab) -> None:
@@ -147,7 +147,7 @@ def test_odd_pictures_are_answered_or_refused(lab: Lab) -> None:
                 assert expected is None or (width, height) == EXTREME, scene.name
             else:
                 assert len(tokens(events)) == 3
-                assert expected in (None, prompt.token_ids), scene.name
+                assert expected in (None, prompt.text_ids), scene.name
             (events,) = answers(engine, [lab.ours.prompt(lab.scenes["one"])], count=8)
             assert tokens(events) == lab.reference_greedy("one")[:8], "the next request"
 

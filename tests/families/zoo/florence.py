@@ -137,7 +137,6 @@ def _florence2() -> tuple[Case, Case]:
             },
             gains=((r"shared|embed_tokens", 0.4),),
             images=1,
-            text_only=False,
             two_turns=False,
             **settings,
         )
