@@ -116,6 +116,7 @@ def cases() -> list[dict[str, str]]:
         ("receipt.png", "What is the date?", "2026-11-21"),
         ("receipt.png", "Which store is it?", "Corner Cafe"),
         ("shapes.png", "How many circles are there?", "2"),
+        ("shapes.png", "How many red circles are there?", "2"),
         ("shapes.png", "How many shapes are there?", "5"),
         ("shapes.png", "How many black squares are there?", "0"),
         ("shapes.png", "What color is the triangle?", "green"),

@@ -22,14 +22,14 @@ MAKERS: dict[str, Callable[[Random, str], Sample]] = {
 }
 # Shares of a training batch.
 SHARES = {
-    "line": 0.2,
-    "paragraph": 0.18,
-    "receipt": 0.17,
-    "table": 0.1,
+    "line": 0.15,
+    "paragraph": 0.15,
+    "receipt": 0.1,
+    "table": 0.08,
     "chart": 0.03,
-    "locate_text": 0.08,
-    "shapes": 0.12,
-    "locate_shape": 0.06,
+    "locate_text": 0.16,
+    "shapes": 0.23,
+    "locate_shape": 0.05,
     "several": 0.04,
     "talk": 0.02,
 }
