@@ -39,9 +39,10 @@ def read_backend(folder: Path, config: Mapping[str, Any]) -> tuple[Tokenizer, di
         _set_bos_and_eos(tokenizer, config)
         return tokenizer, {}
     if has_pair:
-        return _through_transformers(folder, ("transformers",))
+        return _through_transformers(folder, config, ("transformers",))
     if any((folder / name).is_file() for name in _SENTENCEPIECE_FILES):
-        return _through_transformers(folder, ("transformers", "sentencepiece", "google.protobuf"))
+        needs = ("transformers", "sentencepiece", "google.protobuf")
+        return _through_transformers(folder, config, needs)
     raise CheckpointError(
         "The checkpoint has no tokenizer",
         why="there is no tokenizer.json, tekken.json, vocab.json or tokenizer.model",
@@ -119,14 +120,20 @@ def _set_bos_and_eos(tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
     tokenizer.post_processor = processors.Sequence([tokenizer.post_processor, around])
 
 
-def _through_transformers(folder: Path, modules: Sequence[str]) -> tuple[Tokenizer, dict[str, str]]:
-    """Let Transformers convert a tokenizer; no code of the folder is run."""
+def _through_transformers(
+    folder: Path, config: Mapping[str, Any], modules: Sequence[str]
+) -> tuple[Tokenizer, dict[str, str]]:
+    """Let Transformers convert a tokenizer; no code of the folder is run.
+
+    Where the folder brings a class of its own, what the sentencepiece model says of itself counts.
+    """
     for module in modules:
         _require(module)
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, TokenizersBackend
 
+    own = "AutoTokenizer" in (config.get("auto_map") or {}) and "sentencepiece" in modules
     try:
-        loaded = AutoTokenizer.from_pretrained(
+        loaded = (TokenizersBackend if own else AutoTokenizer).from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:

@@ -161,7 +161,7 @@ def test_vocab_and_merges(tmp_path: Path) -> None:
     assert (ids[0], ids[-1]) == (ours.bos_id, ours.eos_id)
 
 
-def sentencepiece_folder(folder: Path) -> None:
+def sentencepiece_folder(folder: Path, **settings: Any) -> None:
     import sentencepiece
 
     corpus = folder / "corpus.txt"
@@ -173,6 +173,7 @@ def sentencepiece_folder(folder: Path) -> None:
         model_type="bpe",
         byte_fallback=True,
         minloglevel=2,
+        **settings,
     )
     write(
         folder, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>"}
@@ -191,6 +192,32 @@ def test_sentencepiece_goes_through_transformers(tmp_path: Path) -> None:
         )
     assert ours.bos_id == theirs.bos_token_id
     assert ours.eos_id == theirs.eos_token_id
+
+
+def test_a_class_of_the_folder_s_own_is_not_run(tmp_path: Path) -> None:
+    """What its sentencepiece model says of spaces counts instead."""
+    pytest.importorskip("google.protobuf")
+    import sentencepiece
+
+    kept = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    sentencepiece_folder(tmp_path, add_dummy_prefix=False, **kept)
+    own = "tokenization_own.OwnTokenizer"
+    write(
+        tmp_path,
+        "tokenizer_config.json",
+        {
+            "tokenizer_class": "OwnTokenizer",
+            "auto_map": {"AutoTokenizer": [own, None]},
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+        },
+    )
+    (tmp_path / "tokenization_own.py").write_text("raise SystemExit('this must not run')")
+    ours = Tokenizer.from_folder(tmp_path)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    for text in ("You are helpful.", "  two  spaces é", "a"):
+        assert ours.encode(text, add_special_tokens=False) == theirs.encode(text)
+        assert ours.decode(ours.encode(text)) == text
 
 
 def test_without_transformers_the_remedy_is_told(
