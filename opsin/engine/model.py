@@ -147,7 +147,11 @@ def load_model(
     family = families.load(config, read_processor_config(folder))
     if matformer_slice is not None or matformer_config is not None:
         take_slice(family, matformer_slice, matformer_config)
-    tensors = [family.sliced(tensor) for tensor in stored_weights(folder, config)]
+    tensors = [
+        part
+        for tensor in stored_weights(folder, config)
+        for part in family.apart(family.sliced(tensor))
+    ]
     if quantize is not None and any(isinstance(tensor, mlx.AffineTensor) for tensor in tensors):
         raise InputError(
             f"The checkpoint {folder.name} is quantised already",

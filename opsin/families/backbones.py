@@ -58,6 +58,17 @@ DEFAULTS = {
         "rms_norm_eps": 1e-5,
         "sliding_window": None,
     },
+    "internlm2": {**DEFAULTS["llama"], "vocab_size": 103168, "bias": True},
+    "internlm3": {**DEFAULTS["llama"], "vocab_size": 128512, "max_position_embeddings": 32768},
+    "phi3": {
+        **DEFAULTS["llama"],
+        "vocab_size": 32064,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    },
     "qwen3": {**DEFAULTS["qwen2"], "head_dim": 128},
     "qwen3_moe": {
         **DEFAULTS["qwen2"],
@@ -92,8 +103,9 @@ def backbone(text: Mapping[str, Any], *, tied: bool) -> DecoderConfig:
             why=f"this family takes {', '.join(DEFAULTS)}",
             remedy="Choose a checkpoint of this family with one of those",
         )
-    filled = {**DEFAULTS[kind], **text}
-    decoder = llama_decoder(filled, tied=tied, **FACTS.get(kind, {}))
+    filled = respelled({**DEFAULTS[kind], **text})
+    facts = {"qkv_bias": filled["qkv_bias"]} if "qkv_bias" in filled else FACTS.get(kind, {})
+    decoder = llama_decoder(filled, tied=tied, **facts)
     if "num_experts" in filled:
         moe = dataclasses.replace(expert_config(filled), normalise=filled["norm_topk_prob"])
         decoder = with_experts(decoder, moe, expert_layers(filled))
@@ -104,6 +116,25 @@ def backbone(text: Mapping[str, Any], *, tied: bool) -> DecoderConfig:
         every = float(filled["rope_parameters"]["original_max_position_embeddings"])
         decoder = with_attention(decoder, temperature=(every, float(beta), 0.0))
     return decoder
+
+
+def respelled(text: Mapping[str, Any]) -> dict[str, Any]:
+    """A text config in the commonest keys, where it is written in others."""
+    found = dict(text)
+    if "bias" in text and text.get("model_type") == "internlm3":
+        found["mlp_bias"] = text["bias"]
+    if "bias" in text:
+        found["attention_bias"] = text["bias"]
+    original = text.get("original_max_position_embeddings")
+    scaling = text.get("rope_parameters") or text.get("rope_scaling")
+    if original and scaling:
+        found["rope_parameters"] = {
+            "original_max_position_embeddings": original,
+            "rope_theta": text.get("rope_theta", 10000.0),
+            "partial_rotary_factor": text.get("partial_rotary_factor", 1.0),
+            **scaling,
+        }
+    return found
 
 
 def expert_layers(text: Mapping[str, Any]) -> set[int]:

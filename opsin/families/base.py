@@ -238,6 +238,13 @@ class Family:
         """What a slice keeps of a tensor; all of it by default."""
         return tensor
 
+    def apart(self, tensor: StoredTensor) -> Sequence[StoredTensor]:
+        """A tensor that holds what lies elsewhere in the decoder, cut up; itself by default.
+
+        The names of the parts are what `rename` and `inspect` see.
+        """
+        return (tensor,)
+
     # What goes in.
 
     def prepare_image(self, image: Image.Image, options: Mapping[str, Any]) -> MediaInput:

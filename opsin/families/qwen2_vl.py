@@ -44,10 +44,14 @@ from opsin.types import Grounding, Task
 class Qwen2VL(Family):
     """The first of the line; the later ones say what they change."""
 
-    modalities = ("image", "video")
+    modalities: ClassVar[tuple[str, ...]] = ("image", "video")
     message_format = "list_with_image"
     placeholders = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
-    processor_options = ("min_pixels", "max_pixels", "cap_pixels_per_frame")
+    processor_options: ClassVar[tuple[str, ...]] = (
+        "min_pixels",
+        "max_pixels",
+        "cap_pixels_per_frame",
+    )
     image_pixels: ClassVar[tuple[int, int]] = (56 * 56, 28 * 28 * 1280)
     video_pixels: ClassVar[tuple[int, int]] = (128 * 28 * 28, 768 * 28 * 28)
     # Settings of pictures that do not hold for the videos of a checkpoint that states no others.
