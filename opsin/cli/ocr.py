@@ -233,7 +233,7 @@ class Run:
 
     def all(self, sources: list[Source], concurrency: int) -> Report:
         """Read every page of every document and write or print the texts."""
-        from opsin.cli.ocr_reading import windowed
+        from opsin.cli.windowed import windowed
 
         start = time.perf_counter()
         self.total = len(sources)

@@ -1,10 +1,9 @@
-"""Reads the pages of many documents through one engine: a window of pages is always at work."""
+"""Reads pages: asks a model for the text of a picture, and cuts out the pictures on it."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,7 +14,6 @@ from opsin.api import GenerationResult, fold, stream_generate
 from opsin.cli.ocr_pages import PageText
 from opsin.engine.model import Model
 from opsin.engine.processor import Processor
-from opsin.errors import OpsinError
 from opsin.media.document import Document
 
 # What is asked of a model whose family has no task for it.
@@ -106,40 +104,3 @@ class Reader:
                     raise Stopped
                 kept.append(result)
         return fold(iter(kept))
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """One page's end: its text, or what went wrong."""
-
-    job: Any
-    value: Any = None
-    error: OpsinError | None = None
-
-
-def windowed(jobs: Iterable[Any], work: Callable[[Any], Any], window: int) -> Iterator[Done]:
-    """`work(job)` for every job, as many at once as the window holds, in the order they end.
-
-    Jobs are drawn only when there is room. An OpsinError is an outcome; any other ends the run.
-    """
-    running: dict[Future[Any], Any] = {}
-    pool = ThreadPoolExecutor(window, "opsin-ocr")
-
-    def ended(until: int) -> Iterator[Done]:
-        while len(running) > until:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                job, error = running.pop(future), future.exception()
-                if error is None:
-                    yield Done(job, future.result())
-                elif isinstance(error, OpsinError):
-                    yield Done(job, error=error)
-                else:
-                    raise error
-
-    try:
-        for job in jobs:
-            running[pool.submit(work, job)] = job
-            yield from ended(window - 1)
-        yield from ended(0)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -158,6 +159,7 @@ FORM = {
                         "language": {"type": "string"},
                         "prompt": {"type": "string"},
                         "response_format": {"type": "string", "enum": list(audio.FORMATS)},
+                        "timestamp_granularities[]": {"type": "array", "items": {"type": "string"}},
                         "temperature": {"type": "number", "minimum": 0, "maximum": 2},
                         "stream": {"type": "boolean"},
                     },
@@ -175,16 +177,20 @@ async def transcribe(http: HttpRequest) -> Response:
     body = await service.body(http)
     parts = parse_form(http.headers.get("content-type", ""), body)
     asked = audio.parse(parts, service.bounds.max_tokens)
-    if asked.request.stream:
+    plan = await service.with_model(
+        http, asked.model, lambda loaded: asked.plan(loaded.processor), media=True
+    )
+    if asked.stream:
         return await service.streamed(
-            http, [asked.request], lambda loaded, job: audio.EventRenderer(head("", loaded))
+            http, plan.requests, lambda loaded, job: audio.EventRenderer(len(plan.pieces))
         )
     reply = await service.whole(
-        http, [asked.request], lambda loaded, job, answers: audio.render(answers[0])
+        http, plan.requests, lambda loaded, job, answers: plan.render(answers)
     )
-    if asked.response_format == "text":
-        return PlainTextResponse(audio.text_of(reply.body))
-    return reply
+    kind = audio.MEDIA_TYPES.get(asked.response_format)
+    if kind is None:
+        return reply
+    return PlainTextResponse(json.loads(bytes(reply.body))["text"], media_type=kind)
 
 
 BODIES: tuple[type[BaseModel], ...] = (

@@ -14,8 +14,8 @@ from PIL import Image
 
 from opsin.cli.ocr import Report, Run, Target
 from opsin.cli.ocr_pages import DocumentText, PageStore, PageText, as_html
-from opsin.cli.ocr_reading import windowed
 from opsin.cli.ocr_sources import find_sources, parse_pages
+from opsin.cli.windowed import windowed
 from opsin.errors import InputError, MediaError, NotFoundError
 from opsin.grounding.layout import Element
 from opsin.grounding.regions import Box
