@@ -18,6 +18,7 @@ from torch import Tensor
 from opsin.engine.gate import Gate
 from opsin.errors import InputError, OpsinError
 from opsin.prompt.tokenizer import Tokenizer
+from opsin.prompt.vocabulary import Vocabulary
 from opsin.types import Constraint
 
 # Between the parts of a JSON document: a model may set it out in lines, not fill them for ever.
@@ -112,18 +113,18 @@ class Grammars:
         """llguidance's view of the tokenizer; made once, which takes up to a second."""
         with self._lock:
             if self._vocabulary is None:
-                end = sorted(self.eos_token_ids) or None
-                size = self.tokenizer.vocab_size
-                try:
-                    self._vocabulary = llguidance.LLTokenizer(
-                        self.tokenizer.backend.to_str(), n_vocab=size, eos_token=end
-                    )
-                except ValueError as error:
+                ends = sorted(self.eos_token_ids)
+                if not ends:
                     raise InputError(
                         "The form of an answer cannot be enforced with this model",
-                        why=f"its tokenizer is of a kind that grammars cannot read: {error}"[:300],
+                        why="its tokenizer has no token that ends an answer",
                         remedy="Leave the form out, or choose another model",
-                    ) from error
+                    )
+                self._vocabulary = llguidance.LLTokenizer(
+                    Vocabulary(self.tokenizer, ends[0]),  # type: ignore[arg-type]
+                    n_vocab=self.tokenizer.vocab_size,
+                    eos_token=ends,
+                )
             return self._vocabulary
 
 

@@ -11,6 +11,7 @@ from pydantic import Field
 from opsin.engine.form import Wanted
 from opsin.engine.processor import Processor
 from opsin.errors import InputError
+from opsin.prompt.token_bytes import TokenNames
 from opsin.server import openai_chat
 from opsin.server.bounds import Bounds
 from opsin.server.fields import (
@@ -25,7 +26,6 @@ from opsin.server.fields import (
     validated,
 )
 from opsin.server.request import Answer, Delta, Head, Request, Totals
-from opsin.server.tokens import TokenNames
 from opsin.types import TokenLogprob
 
 MAX_PROMPTS = 128

@@ -25,8 +25,8 @@ from opsin.engine.loop import Engine, EngineLimits
 from opsin.engine.model import Model
 from opsin.engine.processor import Processor
 from opsin.errors import EngineError, NotFoundError, OpsinError
+from opsin.prompt.token_bytes import TokenNames
 from opsin.server.settings import ServeSettings
-from opsin.server.tokens import TokenNames
 
 DEFAULT = "default"
 

@@ -11,6 +11,7 @@ from pydantic import Field
 from opsin.engine.asked import parse_tool, parse_tool_choice
 from opsin.engine.form import Wanted
 from opsin.errors import InputError
+from opsin.prompt.token_bytes import TokenNames
 from opsin.server.bounds import Bounds
 from opsin.server.conversation import conversation
 from opsin.server.fields import (
@@ -31,7 +32,6 @@ from opsin.server.fields import (
     validated,
 )
 from opsin.server.request import Answer, Delta, Head, Request, Totals
-from opsin.server.tokens import TokenNames
 from opsin.types import Timings, TokenLogprob, ToolCall
 
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from opsin.prompt.token_bytes import TokenNames
 from opsin.server import openai_chat
 from opsin.server.openai_responses import Asked
 from opsin.server.request import Answer, Delta, Head, Totals
-from opsin.server.tokens import TokenNames
 from opsin.types import TokenLogprob, ToolCall
 
 

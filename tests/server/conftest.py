@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from ..families.checkpoints import write_checkpoint
 from ..families.pictures import picture
 from ..families.zoo import qwen
 from .running import Running, serving
+from .tool_template import TOOL_TEMPLATE
 
 CASE = next(case for case in qwen.CASES if case.family == "qwen3_vl")
 KEY = "a-key-for-tests"
@@ -37,6 +39,15 @@ def server(checkpoint: Path, media_root: Path) -> Iterator[Running]:
 
 
 @pytest.fixture(scope="session")
+def caller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server whose model takes tools and thinks."""
+    case = dataclasses.replace(CASE, chat_template=TOOL_TEMPLATE)
+    folder = write_checkpoint(case, tmp_path_factory.mktemp("tools") / "tiny-caller")
+    with serving(folder, max_tokens=400) as running:
+        yield running.ready()
+
+
+@pytest.fixture(scope="session")
 def keyed(checkpoint: Path) -> Iterator[Running]:
     with serving(checkpoint, api_key=(KEY, "another-key")) as running:
         running.client.headers["authorization"] = f"Bearer {KEY}"
@@ -56,7 +67,7 @@ def _quiet(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     from .running import wait_for
 
-    for name in ("server", "keyed"):
+    for name in ("server", "keyed", "caller"):
         if name in request.fixturenames:
             running = request.getfixturevalue(name)
             wait_for(running.is_quiet)

@@ -1,4 +1,4 @@
-"""The bytes that single tokens stand for, as log probabilities and /detokenize report them."""
+"""The bytes that single tokens stand for."""
 
 from __future__ import annotations
 
