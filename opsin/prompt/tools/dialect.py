@@ -70,17 +70,14 @@ class Output:
         self._space: list[str] = []
 
     @property
-    def is_open(self) -> bool:
-        """Whether a call has begun and is not over."""
-        return self._is_open
-
-    @property
     def num_calls(self) -> int:
         """How many calls have begun."""
         return self._num_calls
 
     def text(self, text: str) -> None:
-        """Text outside calls; white space waits for what comes after it."""
+        """Text outside calls; white space waits for what comes after it, and goes after a call."""
+        if self._after_call:
+            text = text.lstrip()
         kept = text.rstrip()
         if kept:
             self._add_text("".join(self._space) + kept)
@@ -117,8 +114,7 @@ class Output:
     def finish(self) -> None:
         """At the end of the text: end the open call, give out white space that ends plain text."""
         self.end(broken_off=True)
-        if not self._after_call:
-            self._add_text("".join(self._space))
+        self._add_text("".join(self._space))
         self._space.clear()
 
     def take(self) -> list[ToolEvent]:
@@ -128,9 +124,7 @@ class Output:
         return events
 
     def _add_text(self, text: str) -> None:
-        if text and self._events and isinstance(self._events[-1], TextPiece):
-            self._events[-1] = TextPiece(self._events[-1].text + text)
-        elif text:
+        if text:
             self._events.append(TextPiece(text))
 
 
@@ -217,11 +211,11 @@ class Dialect(ABC):
     def prepare_messages(
         self,
         messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Tool] = (),
+        tools: Sequence[Mapping[str, Any]] = (),
         template: str | None = None,
     ) -> list[dict[str, Any]]:
         """The conversation with earlier calls and results as this dialect's templates read them.
 
-        `messages` are in OpenAI's form, `template` is the text of the chat template.
+        `messages` and `tools` are in OpenAI's form, `template` is the text of the chat template.
         """
         return prepared(messages, template)

@@ -85,10 +85,15 @@ def with_calls_in_text(
         calls = [_with_object(dict(each)) for each in functions if isinstance(each, Mapping)]
         if calls:
             del changed["tool_calls"]
-            content = message.get("content")
-            changed["content"] = (content if isinstance(content, str) else "") + write(calls)
+            changed["content"] = _with_more_text(message.get("content"), write(calls))
         found.append(changed)
     return found
+
+
+def _with_more_text(content: Any, text: str) -> Any:
+    if isinstance(content, list | tuple):
+        return [*content, {"type": "text", "text": text}]
+    return (content or "") + text
 
 
 def _calls(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -71,7 +71,7 @@ class MarkedList(JsonList):
     def prepare_messages(
         self,
         messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Tool] = (),
+        tools: Sequence[Mapping[str, Any]] = (),
         template: str | None = None,
     ) -> list[dict[str, Any]]:
         if template is not None and "tool_calls" in template:
@@ -93,12 +93,9 @@ def _written(calls: list[dict[str, Any]]) -> str:
     return f"{_TOOL_CALL}{json.dumps(listed, ensure_ascii=False)}{_TOOL_CALL_END}"
 
 
-def _described(tool: Tool) -> dict[str, Any]:
-    return {
-        "name": tool.name,
-        "description": tool.description,
-        "parameters": dict(tool.parameters),
-    }
+def _described(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    function = tool.get("function")
+    return function if isinstance(function, Mapping) else tool
 
 
 def marked_list() -> JsonList:

@@ -64,7 +64,7 @@ class MarkedCalls(Dialect):
     def prepare_messages(
         self,
         messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Tool] = (),
+        tools: Sequence[Mapping[str, Any]] = (),
         template: str | None = None,
     ) -> list[dict[str, Any]]:
         return with_short_ids(super().prepare_messages(messages, tools, template))
