@@ -31,6 +31,16 @@ def opsin(*words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+def whole_points(image: Image.Image) -> Image.Image:
+    """The picture with white added until its sides are whole points at 150 dots per inch.
+
+    PDF sizes are single-precision points: between them, a page is drawn resampled.
+    """
+    canvas = Image.new("RGB", (-(-image.width // 25) * 25, -(-image.height // 25) * 25), "white")
+    canvas.paste(image)
+    return canvas
+
+
 def texts(path: Path) -> list[str]:
     return [page["text"] for page in json.loads(path.read_text(encoding="utf-8"))["pages"]]
 
@@ -38,7 +48,7 @@ def texts(path: Path) -> list[str]:
 def test_pages_of_a_pdf_read_as_the_same_pictures_do_and_once(tmp_path: Path) -> None:
     given, out = tmp_path / "in", tmp_path / "out"
     given.mkdir()
-    images = [Image.open(path) for path in PICTURES]
+    images = [whole_points(Image.open(path)) for path in PICTURES]
     (given / "scan.pdf").write_bytes(scanned(*images))
     for number, image in enumerate(images):
         image.save(given / f"{number}.png")
