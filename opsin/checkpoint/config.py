@@ -47,7 +47,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> Config:
-    """A checkpoint's config.json, which must be there and name a `model_type`."""
+    """A checkpoint's config.json, which must be there and name a `model_type`.
+
+    The adapter_config.json of folders within it are under "adapter_configs", by folder.
+    """
     config = read_json(folder / "config.json")
     if not (folder / "config.json").is_file():
         raise NotFoundError(
@@ -62,7 +65,8 @@ def read_config(folder: Path) -> Config:
             why="its config.json has no model_type",
             remedy="Use the config.json that the model's authors published",
         )
-    return Config(config)
+    adapters = {path.parent.name: read_json(path) for path in folder.glob("*/adapter_config.json")}
+    return Config({**config, "adapter_configs": adapters} if adapters else config)
 
 
 def read_processor_config(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from opsin import families, kernels
 from opsin.checkpoint import weights
+from opsin.checkpoint.adapters import adapter_tensors
 from opsin.checkpoint.config import Config, read_config, read_json, read_processor_config
 from opsin.checkpoint.safetensors import StoredTensor
 from opsin.config import settings
@@ -149,7 +150,7 @@ def load_model(
         take_slice(family, matformer_slice, matformer_config)
     tensors = [
         part
-        for tensor in stored_weights(folder, config)
+        for tensor in stored_weights(folder, config, family)
         for part in family.apart(family.sliced(tensor))
     ]
     if quantize is not None and any(isinstance(tensor, mlx.AffineTensor) for tensor in tensors):
@@ -162,7 +163,7 @@ def load_model(
     family.read_generation(read_json(folder / "generation_config.json"))
     with torch.device("meta"):
         model = Model(family, config, kernels.select(place))
-    refuse_lost_adapters(folder, model.decoder)
+    refuse_lost_adapters(folder, family, model.decoder)
     kind = pick_dtype(dtype, config, tensors)
     native = None if why_not_native(model.decoder, place, kind) else native_library()
     packer = pick_packer(model, tensors, quantize, torch.empty(0, dtype=kind, device=place), native)
@@ -185,10 +186,11 @@ def load_model(
     return model.eval()
 
 
-def stored_weights(folder: Path, config: Config) -> list[StoredTensor]:
+def stored_weights(folder: Path, config: Config, family: Family) -> list[StoredTensor]:
     """Every tensor of a checkpoint folder, with what is quantised there brought together."""
     tensors = list(weights.all_tensors(weights.weight_files(folder)))
-    return mlx.grouped(tensors, config.get("quantization"))
+    apart = adapter_tensors(folder, family.adapter_folders if family.adapters_beside else {})
+    return [*mlx.grouped(tensors, config.get("quantization")), *apart]
 
 
 def take_slice(family: Family, name: str | None, table: str | None) -> None:
@@ -202,14 +204,15 @@ def take_slice(family: Family, name: str | None, table: str | None) -> None:
     family.take_slice(name, None if table is None else Path(table))
 
 
-def refuse_lost_adapters(folder: Path, decoder: Decoder) -> None:
-    """Raise CheckpointError if a folder holds adapters beside weights that do not include them."""
+def refuse_lost_adapters(folder: Path, family: Family, decoder: Decoder) -> None:
+    """Raise CheckpointError if a folder holds adapters that the model does not have."""
     stated = sorted([*folder.glob("adapter_config.json"), *folder.glob("*/adapter_config.json")])
-    if stated and not decoder.config.adapters:
+    read = family.adapter_folders if decoder.config.adapters else {}
+    lost = [path for path in stated if path.parent == folder or path.parent.name not in read]
+    if lost:
         raise CheckpointError(
             f"The adapters of the checkpoint {folder.name} would be lost",
-            why=f"{stated[0].relative_to(folder)} describes one, and only adapters that lie within "
-            "the model's own weights are read",
+            why=f"{lost[0].relative_to(folder)} describes one that is none of the model's own",
             remedy="Use the authors' layout, or merge them into the weights",
         )
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -131,6 +131,7 @@ class Family:
     message_format   the name of the `MessageFormat` its chat template expects
     placeholders     for each kind of media, the text that stands for it in a rendered prompt
     media_tokens     for each kind, the token that embeddings replace; default: the placeholder
+    stand_ins        kinds that the chat template knows as another one: a video as a picture
     rename, ignored  rules from checkpoint names to ours, and patterns of tensors to leave out
     bare_prompt      the prompt is the last message's text alone, without a chat template
     tokenizer_frame  the tokenizer puts its special tokens around the prompt, where it would
@@ -142,6 +143,9 @@ class Family:
     sampling_rate    samples a second of the sounds that `prepare_audio` takes
     default_template the chat template of checkpoints that are published without one, or with one
                      that `template_serves` rejects
+    adapter_folders  folders beside the weights that may hold the family's adapters once more, and
+                     what each is called within the weights; `adapters_beside` says that the
+                     checkpoint has them there alone
     no_repeat_ngram  (size, window, allowed tokens): no run of `size` generated tokens comes twice
                      within `window` of them (None: at all), unless it ends in an allowed one
     answer_tokens    tokens that belong to an answer's text even where the tokenizer calls them
@@ -154,6 +158,7 @@ class Family:
     message_format: ClassVar[str] = "list_with_image"
     placeholders: ClassVar[Mapping[str, str]] = {"image": "<image>"}
     media_tokens: ClassVar[Mapping[str, str]] = {}
+    stand_ins: ClassVar[Mapping[str, Literal["image", "audio"]]] = {}
     rename: tuple[Rename, ...] = ()
     ignored: tuple[str, ...] = ()
     bare_prompt: ClassVar[bool] = False
@@ -163,6 +168,8 @@ class Family:
     default_template: str | None = None
     grounding: tuple[Grounding, ...] = ()
     tasks: Mapping[str, Task] = MappingProxyType({})
+    adapter_folders: Mapping[str, str] = MappingProxyType({})
+    adapters_beside: bool = False
     no_repeat_ngram: tuple[int, int | None, tuple[str, ...]] | None = None
     answer_tokens: tuple[str, ...] = ()
     decoder_start: tuple[int, ...] = ()
@@ -301,8 +308,10 @@ class Family:
         the length of the text.
         """
         for kind in self.modalities:
+            if kind in self.stand_ins:
+                continue
             pieces = text.split(self.placeholders[kind])
-            items = [item for item in media if item.kind == kind]
+            items = [item for item in media if self.stand_ins.get(item.kind, item.kind) == kind]
             if len(pieces) - 1 != len(items):
                 raise InputError(
                     f"The prompt has a place for {len(pieces) - 1} {kind}s but {len(items)} came",

@@ -20,7 +20,8 @@ from opsin.errors import MediaError
 from opsin.families.base import Encoded, Family, MediaInput
 from opsin.families.clip_shape import clip_config, layer_counts, one_side
 from opsin.families.llama_shape import ACTIVATIONS, llama_decoder
-from opsin.families.phi4mm_names import ADAPTERS, IMAGE, PHI4MM_RENAME
+from opsin.families.phi4mm_adapters import ADAPTER_FOLDERS, beside
+from opsin.families.phi4mm_names import ADAPTERS, IMAGE, NESTED, PHI4MM_RENAME, SPEECH_NAMES
 from opsin.kernels import Kernels
 from opsin.towers import pixels
 from opsin.towers.conformer import Conformer, ConformerConfig
@@ -41,29 +42,21 @@ VISION_DEFAULTS = {
     "layer_norm_eps": 1e-6,
     "feature_layer": -2,
 }
-# The authors' names of what Transformers calls otherwise, in the speech encoder's config.
-SPEECH_NAMES = {
-    "attention_dim": "hidden_size",
-    "attention_heads": "num_attention_heads",
-    "depthwise_seperable_out_channel": "depthwise_separable_out_channel",
-    "linear_units": "intermediate_size",
-    "conv_channels": "nemo_conv_channels",
-    "t5_bias_max_distance": "bias_max_distance",
-}
-NESTED = ("nemo_conv_settings", "relative_attention_bias_args")
 
 
 class Phi4Multimodal(Family):
-    """The published layout and the one that Transformers saves, which leaves the adapters out."""
+    """The published layout and the one that Transformers saves, whose adapters lie beside it."""
 
     modalities = ("image", "audio")
     message_format = "numbered_image_tokens"
     placeholders = {"image": "<|image_1|>", "audio": "<|audio_1|>"}
     processor_options = ("dynamic_hd",)
     rename = PHI4MM_RENAME
+    adapter_folders = ADAPTER_FOLDERS
 
     def __init__(self, config: dict[str, Any], processor_config: dict[str, Any]) -> None:
-        super().__init__(config, processor_config)
+        super().__init__({**config, **beside(config)}, processor_config)
+        self.adapters_beside = bool(beside(config))
         published = config.get("embd_layer") or {}
         image = published.get("image_embd_layer") or {}
         self.vision = {**VISION_DEFAULTS, **image, **(config.get("vision_config") or {})}

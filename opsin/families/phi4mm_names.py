@@ -10,6 +10,16 @@ IMAGE = r"^model\.embed_tokens_extend\.image_embed\."
 AUDIO = r"^model\.embed_tokens_extend\.audio_embed\."
 BLOCK = r"^(towers\.audio\.layers\.\d+)\."
 ADAPTERS = {"vision": 0, "speech": 1}
+# The authors' names of what Transformers calls otherwise, in the speech encoder's config.
+SPEECH_NAMES = {
+    "attention_dim": "hidden_size",
+    "attention_heads": "num_attention_heads",
+    "depthwise_seperable_out_channel": "depthwise_separable_out_channel",
+    "linear_units": "intermediate_size",
+    "conv_channels": "nemo_conv_channels",
+    "t5_bias_max_distance": "bias_max_distance",
+}
+NESTED = ("nemo_conv_settings", "relative_attention_bias_args")
 
 
 def _stage(number: int) -> str:
