@@ -22,6 +22,7 @@ from opsin.engine.model import Model, load_model
 from opsin.engine.processor import Processor
 from opsin.errors import InputError, UnknownFamily
 from opsin.families.base import MediaInput, Prompt
+from opsin.grounding import notebook
 from opsin.grounding.drawing import as_png, draw_all
 from opsin.grounding.layout import Layout
 from opsin.grounding.parsing import pointing_metadata, regions_of
@@ -108,6 +109,15 @@ class GenerationResult:
         """What a notebook shows: the pictures with the regions; its text if there are none."""
         drawn = self.annotated()
         return as_png(drawn) if drawn else None
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows of a page that was read: the picture with its parts, its text."""
+        return None if self.layout is None else notebook.page(self.layout, self._repr_png_())
+
+    def _repr_markdown_(self) -> str | None:
+        """What a notebook shows of an answer without regions: its text, tables as tables."""
+        shown_otherwise = self.regions or self.layout is not None
+        return None if shown_otherwise else notebook.markdown(self.text)
 
     def __str__(self) -> str:
         return self.text
