@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from opsin.prompt.messages import Prompt as PromptForm
 from opsin.prompt.messages import parse_messages
 from opsin.prompt.template import ChatTemplate
 from opsin.prompt.tokenizer import Tokenizer
-from opsin.types import Media, Timings
+from opsin.types import Media, Part, Text, Timings
 
 GENERAL_OPTIONS = ("resize_shape",)
 
@@ -172,7 +173,9 @@ class Processor:
         template: Mapping[str, Any],
     ) -> str:
         variables = dict(template)
-        if videos:
+        if self.family.stand_ins:
+            prompt, held = self._stood_in(prompt, held)
+        elif videos:
             variables["video"] = list(videos)
         text = apply_chat_template(
             self,
@@ -185,6 +188,24 @@ class Processor:
         if not isinstance(text, str):
             raise InputError("The last message is not plain text", param="prompt")
         return text
+
+    def _stood_in(
+        self, prompt: PromptForm, held: Sequence[Media]
+    ) -> tuple[PromptForm, Sequence[Media]]:
+        """A prompt and its media as the chat template knows them: some kinds as another one."""
+        kinds = self.family.stand_ins
+
+        def shown(part: Part) -> Part:
+            if isinstance(part, Text) or part.kind not in kinds:
+                return part
+            return Media(kinds[part.kind], part.source)
+
+        if not isinstance(prompt, str):
+            prompt = tuple(
+                replace(message, content=tuple(shown(part) for part in message.content))
+                for message in parse_messages(prompt)
+            )
+        return prompt, [Media(kinds.get(item.kind, item.kind), item.source) for item in held]
 
     def _check_modalities(self, held: Sequence[Media]) -> None:
         for item in held:

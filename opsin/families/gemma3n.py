@@ -29,19 +29,22 @@ from opsin.families.gemma3n_shape import (
     audio_shape,
     decoder_shape,
     feeding_layers,
+    mel_shape,
     text_shape,
     vision_shape,
 )
 from opsin.families.slices import Slice, find_slice
 from opsin.kernels import Kernels
+from opsin.media.sampling import Chooser, Video, uniform_indices
 from opsin.towers import pixels
-from opsin.towers.mel import UniversalMel, too_short
+from opsin.towers.mel import too_short
 from opsin.towers.mobilenet_v5 import MobileNetV5
 from opsin.towers.token_embedder import TokenEmbedder
 from opsin.towers.usm import USMEncoder
 
 SLICES = Path(__file__).with_name("data") / "gemma3n_slices.csv"
 LONGEST = 30 * 16000
+FRAMES = 32
 LAYER = r"(language_model\.(?:model\.)?layers\.)"
 WIDE = re.compile(r"language_model\.(?:model\.)?layers\.(\d+)\.mlp\.(gate|up|down)_proj\.weight$")
 
@@ -49,9 +52,14 @@ WIDE = re.compile(r"language_model\.(?:model\.)?layers\.(\d+)\.mlp\.(gate|up|dow
 class Gemma3n(Family):
     """Every picture and every sound takes as many tokens as every other."""
 
-    modalities = ("image", "audio")
+    modalities = ("image", "video", "audio")
     message_format = "list_with_image_type_text"
-    placeholders = {"image": "<image_soft_token>", "audio": "<audio_soft_token>"}
+    placeholders = {
+        "image": "<image_soft_token>",
+        "video": "<image_soft_token>",
+        "audio": "<audio_soft_token>",
+    }
+    stand_ins = {"video": "image"}
     rename = GEMMA3N_RENAME
     is_slice = False
 
@@ -146,23 +154,43 @@ class Gemma3n(Family):
 
     def prepare_image(self, image: Image.Image, options: Mapping[str, Any]) -> MediaInput:
         del options
+        return self._pictures("image", [image])
+
+    def frame_chooser(self, options: Mapping[str, Any]) -> Chooser:
+        """Evenly, a second apart unless asked otherwise."""
+        rate, most = options.get("fps", 1.0), options.get("max_frames", FRAMES)
+        return lambda info: uniform_indices(info, rate, most)
+
+    def prepare_video(self, video: Video, options: Mapping[str, Any]) -> MediaInput:
+        """As many pictures."""
+        del options
+        return self._pictures("video", [Image.fromarray(frame) for frame in video.frames])
+
+    def _pictures(self, kind: str, pictures: Sequence[Image.Image]) -> MediaInput:
         config = self.processor_config
-        width, height = config["size"]["width"], config["size"]["height"]
-        resized = pixels.resize(image, width, height, config.get("resample", 2))
-        values = pixels.normalised(resized, *pixels.normalisation(config))
+        size = config["size"]["width"], config["size"]["height"]
+        normalisation = pixels.normalisation(config)
+        values = [
+            pixels.normalised(
+                pixels.resize(picture, *size, config.get("resample", 2)), *normalisation
+            )
+            for picture in pictures
+        ]
         soft = self.placeholders["image"] * self.image_tokens
         return MediaInput(
-            kind="image",
-            features={"pixel_values": values},
-            text=f"\n\n<start_of_image>{soft}<end_of_image>\n\n",
-            num_tokens=self.image_tokens,
-            size=image.size,
-            processed_size=(width, height),
+            kind=kind,
+            features={"pixel_values": torch.stack(values)},
+            text=f"\n\n<start_of_image>{soft}<end_of_image>\n\n" * len(pictures),
+            num_tokens=self.image_tokens * len(pictures),
+            size=pictures[0].size,
+            processed_size=size,
         )
 
     def prepare_audio(self, samples: np.ndarray, options: Mapping[str, Any]) -> MediaInput:
         del options
-        features, _ = self.mel()(np.pad(samples, (0, -len(samples) % 128)), len(samples))
+        features, _ = mel_shape(self.processor_config)(
+            np.pad(samples, (0, -len(samples) % 128)), len(samples)
+        )
         if not len(features):
             raise too_short("33 milliseconds")
         vectors = math.ceil(math.ceil(len(features) / 4) / self.audio["conf_reduction_factor"])
@@ -176,22 +204,6 @@ class Gemma3n(Family):
         soft = self.placeholders["audio"] * self.audio_tokens
         text = f"\n\n<start_of_audio>{soft}<end_of_audio>\n\n"
         return MediaInput("audio", {"input_features": features}, text, self.audio_tokens)
-
-    def mel(self) -> UniversalMel:
-        """The features' settings."""
-        config = self.processor_config
-        return UniversalMel(
-            frame=512,
-            fft=1024 if config.get("fft_overdrive", True) else 512,
-            low=config.get("min_frequency", 125.0),
-            high=config.get("max_frequency", 7600.0),
-            preemphasis=config.get("preemphasis", 0.97),
-            floor=config.get("mel_floor", 1e-5),
-            least=True,
-            centred=False,
-            mean=tuple(config.get("per_bin_mean") or ()),
-            deviation=tuple(config.get("per_bin_stddev") or ()),
-        )
 
     # Towers.
 
@@ -211,10 +223,11 @@ class Gemma3n(Family):
         )
 
     def encode(self, towers: nn.ModuleDict, items: Sequence[MediaInput]) -> list[Encoded]:
-        if items[0].kind == "image":
-            features = towers["vision"](torch.stack([i.features["pixel_values"] for i in items]))
+        if items[0].kind != "audio":
+            features = towers["vision"](torch.cat([i.features["pixel_values"] for i in items]))
             embeds = _embedder(towers, "vision")(features * features.shape[-1] ** 0.5)
-            return [Encoded(each) for each in embeds]
+            parts = embeds.flatten(0, 1).split([item.num_tokens for item in items])
+            return [Encoded(part) for part in parts]
         embedder = _embedder(towers, "audio")
         silence = embedder.rows()[-1:]
         encoded = []

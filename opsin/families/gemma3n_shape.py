@@ -17,6 +17,7 @@ from opsin.decoder.config import (
 from opsin.errors import CheckpointError
 from opsin.families.gemma_shape import gemma_rope
 from opsin.families.llama_shape import ACTIVATIONS
+from opsin.towers.mel import UniversalMel
 from opsin.towers.mobilenet_v5 import MobileNetConfig, mobilenet_v5_300m
 from opsin.towers.usm import USMConfig
 
@@ -179,6 +180,22 @@ def audio_shape(audio: Mapping[str, Any]) -> USMConfig:
         every=audio["conf_reduction_factor"],
         scaled_keys=False,
         running_eps=audio["sscp_conv_group_norm_eps"],
+    )
+
+
+def mel_shape(config: Mapping[str, Any]) -> UniversalMel:
+    """The features of sounds that a processor config describes."""
+    return UniversalMel(
+        frame=512,
+        fft=1024 if config.get("fft_overdrive", True) else 512,
+        low=config.get("min_frequency", 125.0),
+        high=config.get("max_frequency", 7600.0),
+        preemphasis=config.get("preemphasis", 0.97),
+        floor=config.get("mel_floor", 1e-5),
+        least=True,
+        centred=False,
+        mean=tuple(config.get("per_bin_mean") or ()),
+        deviation=tuple(config.get("per_bin_stddev") or ()),
     )
 
 
