@@ -74,6 +74,42 @@ def short_id(text: str) -> str:
     return "".join(_DIGITS[byte % len(_DIGITS)] for byte in digest[:_SHORT])
 
 
+def with_single_calls(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Calls that were made together as one after the other, each followed by its results.
+
+    For templates that take one call a message.
+    """
+    found: list[dict[str, Any]] = []
+    calls: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    for message in messages:
+        if message.get("role") == "tool":
+            results.append(dict(message))
+            continue
+        found += _answered(calls, results)
+        results = []
+        each: list[Mapping[str, Any] | None] = [*_calls(message)]
+        calls = [
+            {**message, "tool_calls": [call]} if call else dict(message) for call in each or [None]
+        ]
+        for later in calls[1:]:
+            later["content"] = ""
+    return found + _answered(calls, results)
+
+
+def _answered(calls: list[dict[str, Any]], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages of a call each, with the results that name them behind, and then the other ones."""
+    by_call: dict[Any, list[dict[str, Any]]] = {}
+    for result in results:
+        by_call.setdefault(str(result.get("tool_call_id")), []).append(result)
+    found: list[dict[str, Any]] = []
+    for message in calls:
+        found.append(message)
+        for call in _calls(message):
+            found += by_call.pop(str(call.get("id")), [])
+    return found + [result for group in by_call.values() for result in group]
+
+
 def with_calls_in_text(
     messages: Sequence[Mapping[str, Any]], write: Callable[[list[dict[str, Any]]], str]
 ) -> list[dict[str, Any]]:

@@ -49,6 +49,21 @@ class JsonList(Dialect):
             rules=json_object_calls(tools),
         )
 
+    def prepare_messages(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        template: str | None = None,
+    ) -> list[dict[str, Any]]:
+        """As ever; but templates that know no calls get them as text of their messages."""
+        if template is None or "tool_calls" in template:
+            return super().prepare_messages(messages, tools, template)
+        return with_calls_in_text(messages, self._written)
+
+    def _written(self, calls: list[dict[str, Any]]) -> str:
+        listed = [{"name": call.get("name"), "arguments": call.get("arguments")} for call in calls]
+        return f"{self.starts[0]}{json.dumps(listed, ensure_ascii=False)}{self._end}"
+
     def _parse(self, tape: Tape, output: Output, rules: ObjectRules) -> Steps[None]:
         starts = Markers(*self.starts)
         while True:
@@ -63,7 +78,7 @@ class JsonList(Dialect):
 
 
 class MarkedList(JsonList):
-    """A list between markers, for templates that know of tools only as text of the system message.
+    """A list between markers, for templates that read tools as text of the system message.
 
     They write every other message down as its role and its text.
     """
@@ -74,9 +89,9 @@ class MarkedList(JsonList):
         tools: Sequence[Mapping[str, Any]] = (),
         template: str | None = None,
     ) -> list[dict[str, Any]]:
-        if template is not None and "tool_calls" in template:
-            return super().prepare_messages(messages, tools, template)
-        chat = with_calls_in_text(messages, _written)
+        chat = super().prepare_messages(messages, tools, template)
+        if template is None or "message['tools']" not in template:
+            return chat
         if tools and not any(message.get("role") == "system" for message in chat):
             chat.insert(0, {"role": "system", "content": _SYSTEM})
         for message in chat:
@@ -86,11 +101,6 @@ class MarkedList(JsonList):
         if first is not None and tools:
             first["tools"] = json.dumps([_described(tool) for tool in tools], ensure_ascii=False)
         return chat
-
-
-def _written(calls: list[dict[str, Any]]) -> str:
-    listed = [{"name": call.get("name"), "arguments": call.get("arguments")} for call in calls]
-    return f"{_TOOL_CALL}{json.dumps(listed, ensure_ascii=False)}{_TOOL_CALL_END}"
 
 
 def _described(tool: Mapping[str, Any]) -> Mapping[str, Any]:

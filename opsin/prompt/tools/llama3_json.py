@@ -1,15 +1,20 @@
 """Calls as bare JSON: `{"name": ..., "parameters": {...}}`, with or without a marker in front."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from opsin.prompt.tools.dialect import Dialect, Output, Reader, Tool
 from opsin.prompt.tools.grammars import Form, Marks, json_object_calls, literal
+from opsin.prompt.tools.history import with_single_calls
 from opsin.prompt.tools.json_calls import ObjectRules, read_objects
 from opsin.prompt.tools.tape import Markers, Steps, Tape
 
 _TAG = "<|python_tag|>"
 _START = "<|python_start|>"
 _END = "<|python_end|>"
+# What templates say that refuse a message with several calls.
+_SINGLE = "only supports single tool-calls"
+
 _BEFORE = Markers(_TAG, _START)
 
 
@@ -34,6 +39,15 @@ class BareJson(Dialect):
             joint=literal("; "),
             rules=json_object_calls(tools, arguments_key="parameters"),
         )
+
+    def prepare_messages(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        template: str | None = None,
+    ) -> list[dict[str, Any]]:
+        chat = super().prepare_messages(messages, tools, template)
+        return with_single_calls(chat) if _SINGLE in (template or "") else chat
 
 
 def _parse(tape: Tape, output: Output, bare: ObjectRules) -> Steps[None]:

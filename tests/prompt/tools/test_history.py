@@ -117,6 +117,52 @@ def test_tools_and_calls_become_text_where_the_template_knows_neither() -> None:
     assert "tools" not in dialect.prepare_messages(own, (), SYSTEM_TOOLS)[0]
 
 
+def test_calls_become_text_where_the_template_writes_messages_only() -> None:
+    template = "{% for message in messages %}{{ message['role'] + message['content'] }}{% endfor %}"
+    found = DIALECTS["granite"].prepare_messages(conversation(), (), template)
+    assert found[1] == {
+        "role": "assistant",
+        "content": '<|tool_call|>[{"name": "f", "arguments": {"a": 1}}]',
+    }
+    parts = [{"role": "assistant", "content": [{"type": "text", "text": "Well. "}]}]
+    parts[0]["tool_calls"] = conversation()[1]["tool_calls"]
+    content = DIALECTS["granite"].prepare_messages(parts, (), template)[0]["content"]
+    assert [part["text"][:5] for part in content] == ["Well.", "<|too"]
+
+
+def test_calls_made_together_are_told_one_by_one_where_they_must() -> None:
+    single = "{{ raise_exception('This model only supports single tool-calls at once!') }}"
+    calls = [
+        {"id": f"call_{name}", "type": "function", "function": {"name": name, "arguments": "{}"}}
+        for name in "abc"
+    ]
+    chat = [
+        {"role": "user", "content": "Go"},
+        {"role": "assistant", "content": "Yes", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "call_b", "content": "B"},
+        {"role": "tool", "tool_call_id": "call_a", "content": "A"},
+        {"role": "tool", "tool_call_id": "call_x", "content": "X"},
+        {"role": "assistant", "content": "Done"},
+    ]
+    dialect = DIALECTS["llama3_json"]
+    assert len(dialect.prepare_messages(chat)) == len(chat)
+    found = dialect.prepare_messages(chat, (), single)
+    told = [
+        (message["content"], [call["id"] for call in message.get("tool_calls", ())])
+        for message in found
+    ]
+    assert told == [
+        ("Go", []),
+        ("Yes", ["call_a"]),
+        ("A", []),
+        ("", ["call_b"]),
+        ("B", []),
+        ("", ["call_c"]),
+        ("X", []),
+        ("Done", []),
+    ]
+
+
 # What each published template says of tools, cut down to that.
 PHRASES = {
     "hermes": "within <tool_call></tool_call> XML tags: <tool_call>\n{",
