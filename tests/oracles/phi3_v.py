@@ -264,7 +264,7 @@ def encode(
         for part in message["content"]:
             if part["type"] == "image":
                 number += 1
-                content += f"<|image_{number}|>\n"
+                content += f"<|image_{number}|>"
             else:
                 content += part["text"]
         flat.append({"role": message["role"], "content": content})
