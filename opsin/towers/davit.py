@@ -126,7 +126,8 @@ class WindowAttention(nn.Module):
         """x (pictures, height, width, hidden) to the same shape."""
         side = self.window
         pictures, height, width, _ = x.shape
-        x = F.pad(x, (0, 0, 0, -width % side, 0, -height % side))
+        if width % side or height % side:
+            x = F.pad(x, (0, 0, 0, -width % side, 0, -height % side))
         rows, columns = x.shape[1] // side, x.shape[2] // side
         squares = x.unflatten(2, (columns, side)).unflatten(1, (rows, side)).transpose(2, 3)
         parts = self.qkv(squares.flatten(0, 4)).chunk(3, dim=-1)
