@@ -6,7 +6,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,19 +16,12 @@ import torch
 from torch import Tensor
 
 from opsin.engine.gate import Gate
+from opsin.engine.json_schema import enforceable
 from opsin.errors import InputError, OpsinError
 from opsin.prompt.tokenizer import Tokenizer
 from opsin.prompt.vocabulary import Vocabulary
 from opsin.types import Constraint
 
-# Between the parts of a JSON document: a model may set it out in lines, not fill them for ever.
-JSON_SPACE = r"( |\n[ \t]{0,24})?"
-# The formats that a grammar can hold a string to; by the standard any other is a remark.
-FORMATS = frozenset(
-    ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
-)
-# Keywords whose value is data, not a schema.
-_DATA = frozenset({"const", "default", "enum", "example", "examples"})
 _EXCERPT = re.compile(r"^(?:\s*\d+ \|.*|\s*\^+)$", re.MULTILINE)
 
 
@@ -229,8 +222,6 @@ class Guide:
 
     def compute(self) -> None:
         """Find out which tokens may come next."""
-        if self.ready:
-            return
         allowed = _mask(self._matcher, self.grammar.size, self.grammar.eos_token_ids)
         if self._matcher.is_error():
             self._failed = self._matcher.get_error()
@@ -244,7 +235,8 @@ class Guide:
         Where the processors before left none of those that may, `raw` decides, as the model gave
         them. Raises GrammarTooComplex where the grammar cannot be followed any further.
         """
-        self.compute()
+        if not self.ready:
+            self.compute()
         if self.failure is not None:
             raise self.failure
         allowed = self._allowed_tokens()
@@ -303,11 +295,9 @@ def grammar_text(constraint: Constraint | None, calls: str | None) -> str | None
 def _answer(constraint: Constraint) -> dict[str, Any]:
     value, param = constraint.value, constraint.param
     if constraint.kind == "json_object":
-        return {"json_schema": _spaced({"type": "object"})}
+        return {"json_schema": enforceable({"type": "object"}, param)}
     if constraint.kind == "json_schema":
-        if not isinstance(value, Mapping):
-            raise InputError(f"{param} is not a JSON schema", param=param)
-        return {"json_schema": _spaced(enforceable(value, param))}
+        return {"json_schema": enforceable(value, param)}
     if constraint.kind == "choice":
         return {"lark_grammar": f"start: {' | '.join(_literals(value, param))}"}
     if not isinstance(value, str) or not value:
@@ -325,35 +315,3 @@ def _literals(texts: Any, param: str) -> list[str]:
     if not whole or not texts or not all(isinstance(text, str) and text for text in texts):
         raise InputError(f"{param} is not a list of texts", param=param)
     return [json.dumps(text, ensure_ascii=False) for text in dict.fromkeys(texts)]
-
-
-def _spaced(schema: dict[str, Any]) -> dict[str, Any]:
-    own = schema.get("x-guidance")
-    settings = own if isinstance(own, dict) else {}
-    return {**schema, "x-guidance": {"whitespace_pattern": JSON_SPACE, **settings}}
-
-
-def enforceable(schema: Mapping[str, Any], param: str) -> dict[str, Any]:
-    """A schema as the grammar takes it: without formats that are only a remark."""
-    try:
-        kept: dict[str, Any] = _without_remarks(schema)
-        json.dumps(kept, allow_nan=False)
-    except (RecursionError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{param} is not a JSON schema",
-            why=f"it cannot be written as JSON: {error}",
-            param=param,
-        ) from None
-    return kept
-
-
-def _without_remarks(schema: Any) -> Any:
-    if isinstance(schema, list | tuple):
-        return [_without_remarks(item) for item in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    return {
-        key: value if key in _DATA else _without_remarks(value)
-        for key, value in schema.items()
-        if not (key == "format" and isinstance(value, str) and value not in FORMATS)
-    }
