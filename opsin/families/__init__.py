@@ -14,7 +14,7 @@ from opsin.families.index import ALIASES, BY_ARCHITECTURE, BY_TOWER, MODULES
 if TYPE_CHECKING:
     from opsin.families.base import Family
 
-__all__ = ["bundled_template", "find", "load", "model_types"]
+__all__ = ["bundled_template", "bundled_templates", "find", "load", "model_types"]
 
 DATA = Path(__file__).with_name("data")
 
@@ -52,6 +52,11 @@ def load(config: dict[str, Any], processor_config: dict[str, Any]) -> Family:
     for architecture in config.get("architectures") or ():
         model_type = BY_ARCHITECTURE.get(architecture, model_type)
     return find(BY_TOWER.get((model_type, tower), model_type))(config, processor_config)
+
+
+def bundled_templates() -> list[str]:
+    """The names of the chat templates that come with the package."""
+    return sorted(path.stem for path in DATA.glob("*.jinja"))
 
 
 def bundled_template(name: str) -> str | None:

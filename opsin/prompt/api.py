@@ -89,8 +89,8 @@ def apply_chat_template(
     of bare prompts gives the last message only, and such media go there.
 
     kwargs: `enable_thinking`, `video` (path, URL or list), `max_pixels` (224 * 224), `fps` (1),
-    `chat_template` (text or file), `chat_template_kwargs`, `tools`, `documents`, `tokenize`; any
-    other reaches the template as a variable.
+    `chat_template` (text, file or name), `chat_template_kwargs`, `tools`, `documents`, `tokenize`;
+    any other reaches the template as a variable.
     """
     if processor is None:
         message_format = _format_of(_model_type(config))
@@ -211,11 +211,17 @@ def tool_dialect(processor: PromptProcessor, chat_template: str | None = None) -
 
 
 def _template(processor: PromptProcessor | None, override: Any) -> ChatTemplate | None:
-    """The template to use: a name, text or file of the user's before the checkpoint's own."""
+    """The template to use: a name, text or file of the user's before the checkpoint's own.
+
+    A name is one of the checkpoint's templates, or of those that come with the package.
+    """
+    from opsin import families
+
     own = processor.chat_template if processor is not None else None
     if override is None or (own is not None and override in own.sources):
         return own
-    return ChatTemplate.from_user(override, own.variables if own is not None else None)
+    bundled = families.bundled_template(override) if isinstance(override, str) else None
+    return ChatTemplate.from_user(bundled or override, own.variables if own is not None else None)
 
 
 def _videos(options: dict[str, Any]) -> VideoOptions:

@@ -41,9 +41,16 @@ class ChatTemplate:
         cls, path: str | Path, variables: Mapping[str, str] | None = None
     ) -> "ChatTemplate":
         """A template file: Jinja text, or JSON holding one, alone or as its `chat_template`."""
+        from opsin import families
+
         path = Path(path)
         if not path.is_file():
-            raise InputError(f"There is no chat template file {path.name}", param="chat_template")
+            raise InputError(
+                f"There is no chat template {path.name}",
+                why="no file has that name, and none of the bundled ones",
+                remedy=f"Name a file, or one of {', '.join(families.bundled_templates())}",
+                param="chat_template",
+            )
         if path.suffix.lower() != ".json":
             return cls.from_text(path.read_text(encoding="utf-8"), variables)
         value = read_value(path)

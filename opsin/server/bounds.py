@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from opsin import families
 from opsin.errors import InputError, MediaTooLarge
 from opsin.server.settings import ServeSettings
 from opsin.types import Message
@@ -59,10 +60,11 @@ class Bounds:
     def check_template(self, template: Mapping[str, Any]) -> None:
         """Refuse a request's own chat template unless the operator allowed them.
 
-        What is let through must be a template itself: any other text would name a file.
+        What is let through must be a template itself: any other text would name a file. The name of
+        one that comes with the package is nobody's program, and may always be chosen.
         """
         text = template.get("chat_template")
-        if text is None:
+        if text is None or families.bundled_template(text) is not None:
             return
         if not self.allow_templates:
             raise InputError(

@@ -10,6 +10,8 @@ import pytest
 
 from opsin import families
 from opsin.engine.processor import Processor
+from opsin.errors import InputError
+from opsin.prompt.api import tool_dialect
 from opsin.prompt.template import ChatTemplate
 
 from .checkpoints import Case
@@ -77,7 +79,28 @@ def test_mistral_small_names_tools_before_the_last_question(name: str, call: str
     assert rendered(name, TOOL_TURNS, tools=TOOLS, add_generation_prompt=True) == expected
 
 
+def test_a_request_chooses_one_by_name(labs: Callable[[Case], Lab]) -> None:
+    """Against the checkpoint's own, for one request, its tools included."""
+    processor = labs(
+        next(case for case in CASES if case.name == "llava-clip_default")
+    ).ours.processor
+    asked = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    own = processor.prepare(asked).text
+    text = processor.prepare(asked, chat_template="vicuna").text
+    assert text == "Be kind. USER: Hi ASSISTANT:"
+    plain = processor.prepare(asked, chat_template="{{ messages[1].role }}!").text
+    assert plain == "user!"
+    with_tools = processor.prepare(asked, chat_template="mistral_small_tool_call", tools=TOOLS).text
+    assert f"[AVAILABLE_TOOLS]{TOOLS_TEXT}[/AVAILABLE_TOOLS][INST]Hi[/INST]" in with_tools
+    dialect = tool_dialect(processor, "mistral_small_tool_call")
+    assert dialect is not None
+    assert processor.prepare(asked).text == own
+    with pytest.raises(InputError, match="vicuna"):
+        processor.prepare(asked, chat_template="vicunna")
+
+
 def test_names_lead_to_bundled_templates_only() -> None:
+    assert {"vicuna", "mistral_small_tool_call"} <= set(families.bundled_templates())
     assert families.bundled_template("nothing_like_it") is None
     assert families.bundled_template("../data/vicuna") is None
 

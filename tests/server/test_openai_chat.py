@@ -206,6 +206,10 @@ def test_a_template_of_a_request_needs_the_operators_leave() -> None:
     body["chat_template"] = "some/file.jinja"
     with pytest.raises(InputError, match="not a Jinja template"):
         openai_chat.parse(json.dumps(body).encode(), allowed)
+    body["chat_template"] = "vicuna"
+    assert openai_chat.parse(json.dumps(body).encode(), BOUNDS).template == {
+        "chat_template": "vicuna"
+    }
 
 
 def answer(**changes: Any) -> Answer:
