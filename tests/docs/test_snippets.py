@@ -1,0 +1,127 @@
+"""Runs what README and docs show: fences below `<!-- run -->`, and what they are said to print."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import io
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from opsin.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"(<!-- run -->\n)?```(\w*)\n(.*?)^```$\n?(\n```text\n(.*?)^```$)?", re.M | re.S)
+LINK = re.compile(r"\]\((?!https?://)([^)#\s]+)(#[^)\s]*)?\)")
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """A fence that is to be run, with the output that stands under a Python one."""
+
+    language: str
+    text: str
+    printed: str
+
+
+def snippets(page: Path) -> list[Snippet]:
+    found = FENCE.finditer(page.read_text(encoding="utf-8"))
+    return [Snippet(each[2], each[3], each[5] or "") for each in found if each[1]]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which docs/images is there, and anything may be written."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "images").symlink_to(ROOT / "docs" / "images")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPSIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(ROOT))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if snippets(page)], ids=lambda page: page.stem
+)
+def test_what_a_page_shows_is_what_happens(page: Path, place: Path) -> None:
+    script = ""
+    expected = ""
+    for snippet in snippets(page):
+        if snippet.language == "python":
+            script += snippet.text
+            expected += snippet.printed
+            continue
+        assert snippet.language == "console", snippet
+        for command, printed in commands(snippet.text):
+            check(printed, run(command), command)
+    if script:
+        (place / "script.py").write_text(script, encoding="utf-8")
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            runpy.run_path(str(place / "script.py"), run_name="snippet")
+        check(expected, out.getvalue(), script)
+
+
+def commands(text: str) -> Iterator[tuple[str, str]]:
+    """Each line after `$ ` with the output that stands below it; a price is no command."""
+    parts = re.split(r"^\$ ", text, flags=re.M)
+    assert parts[0] == "", text
+    for part in parts[1:]:
+        command, _, printed = part.partition("\n")
+        yield command, printed
+
+
+def run(command: str) -> str:
+    """What a command prints: `opsin` in this process, a pipe in a shell."""
+    if "|" in command:
+        here = f"{shlex.quote(sys.executable)} -m opsin"
+        done = subprocess.run(
+            ["sh", "-c", command.replace("opsin chat", f"{here} chat")],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    words = shlex.split(command)
+    assert words[0] == "opsin", command
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        before, sys.argv = sys.argv, words
+        try:
+            main()
+        except SystemExit as ended:
+            # An error is shown as the one line that a person sees.
+            shown = [line for line in err.getvalue().splitlines() if "bundled model" not in line]
+            return out.getvalue() if not ended.code else "\n".join(shown) + "\n"
+        finally:
+            sys.argv = before
+    return out.getvalue()
+
+
+def check(expected: str, printed: str, what: str) -> None:
+    """Compare, `...` standing for anything."""
+    pattern = "*".join(re.sub(r"([\[\]*?])", r"[\1]", part) for part in expected.split("..."))
+    assert fnmatch.fnmatchcase(printed, pattern), f"{what}\nprinted:\n{printed}\nnot:\n{expected}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    missing = [name for name, _ in LINK.findall(text) if not (page.parent / name).exists()]
+    assert missing == []
+
+
+def test_a_marked_fence_is_found() -> None:
+    assert len(snippets(ROOT / "docs" / "quickstart.md")) >= 2
+    with pytest.raises(AssertionError):
+        check("a...c", "abd", "")
+    check("a[...c", "a[bc", "")
