@@ -32,6 +32,8 @@ def opsin_answers(args: argparse.Namespace) -> Answer:
     chosen = {"quantize": args.quant, "device": args.device}
     given = {name: value for name, value in chosen.items() if value is not None}
     model, processor = opsin.load(args.model, **given)
+    cache = {"kv_bits": args.kv_bits, "kv_group_size": args.kv_group_size}
+    cache |= {"quantized_kv_start": args.quantized_kv_start, "max_kv_size": args.max_kv_size}
 
     def answer(images: list[list[Image.Image]], questions: list[str]) -> list[str]:
         results = opsin.batch_generate(
@@ -41,6 +43,7 @@ def opsin_answers(args: argparse.Namespace) -> Answer:
             prompts=questions,
             max_tokens=args.max_tokens,
             temperature=0.0,
+            **cache,
         )
         return [result.text for result in results]
 
@@ -51,8 +54,8 @@ def transformers_answers(args: argparse.Namespace) -> Answer:
     """Answers through Transformers: the reference."""
     from training.bundled.engine import TransformersEngine
 
-    if args.quant is not None:
-        raise SystemExit("--quant needs --engine opsin")
+    if args.quant is not None or args.kv_bits is not None or args.max_kv_size is not None:
+        raise SystemExit("--quant, --kv-bits and --max-kv-size need --engine opsin")
     folder = str(BUNDLED) if args.model == "bundled" else args.model
     engine = TransformersEngine(folder, args.device or "cpu")
     return lambda images, questions: engine.answer(images, questions, args.max_tokens)
@@ -94,6 +97,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="bundled", help="'bundled', a folder or a hub name")
     parser.add_argument("--quant", type=int, default=None, help="bits to quantise to while loading")
+    parser.add_argument("--kv-bits", type=int, default=None, help="bits of the cache: 16, 8 or 4")
+    parser.add_argument("--kv-group-size", type=int, default=64)
+    parser.add_argument("--quantized-kv-start", type=int, default=0)
+    parser.add_argument("--max-kv-size", type=int, default=None)
     parser.add_argument("--device", default=None)
     parser.add_argument("--engine", choices=("opsin", "transformers"), default="opsin")
     parser.add_argument("--samples", type=int, default=200, help="pictures for each score")
@@ -113,6 +120,10 @@ def main() -> None:
         "bench": "accuracy",
         "model": args.model,
         "quant": args.quant,
+        "kv_bits": args.kv_bits,
+        "kv_group_size": args.kv_group_size if args.kv_bits else None,
+        "quantized_kv_start": args.quantized_kv_start if args.kv_bits else None,
+        "max_kv_size": args.max_kv_size,
         "device": args.device,
         "engine": args.engine,
         "samples": args.samples,

@@ -55,6 +55,37 @@ ChatTemplate: TypeAlias = Annotated[
     ),
 ]
 
+KVBits: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        "--kv-bits", help="Bits of cached keys and values: 16, 8 or 4.", rich_help_panel=ENGINE
+    ),
+]
+KVGroupSize: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        "--kv-group-size",
+        help="Cached values that share a scale below 16 bits: 32, 64 or 128.",
+        rich_help_panel=ENGINE,
+    ),
+]
+QuantizedKVStart: TypeAlias = Annotated[
+    int,
+    typer.Option(
+        "--quantized-kv-start",
+        help="Tokens that stay at 16 bits, up to the next whole block.",
+        rich_help_panel=ENGINE,
+    ),
+]
+MaxKVSize: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        "--max-kv-size",
+        help="Tokens that the next one sees: the first 4 and the last ones; all by default.",
+        rich_help_panel=ENGINE,
+    ),
+]
+
 BUNDLED_NOTE = "opsin: using the small bundled model; for real work name one: --model {suggestion}"
 
 
@@ -92,3 +123,13 @@ def load_with_progress(name: str, **options: Any) -> tuple[LoadedModel, Processo
             bar.update(task, completed=done, total=total)
 
         return load(name, on_progress=on_progress, **options)
+
+
+def note_window(max_kv_size: int | None) -> None:
+    """Say on stderr what a window forgets."""
+    if max_kv_size is not None:
+        typer.echo(
+            f"opsin: of more than {max_kv_size} tokens only the first 4 and the last "
+            f"{max_kv_size - 4} are seen",
+            err=True,
+        )

@@ -14,12 +14,17 @@ import typer
 from opsin.cli.flags import (
     ChatTemplate,
     Device,
+    KVBits,
+    KVGroupSize,
     MatFormerConfig,
     MatFormerSlice,
+    MaxKVSize,
     Model,
+    QuantizedKVStart,
     Revision,
     json_option,
     load_with_progress,
+    note_window,
 )
 from opsin.errors import InputError
 
@@ -145,6 +150,10 @@ def command(
     prefill_step_size: Annotated[
         int, typer.Option(help="Prompt tokens computed at once.", rich_help_panel="Engine")
     ] = 2048,
+    kv_bits: KVBits = None,
+    kv_group_size: KVGroupSize = 64,
+    quantized_kv_start: QuantizedKVStart = 5000,
+    max_kv_size: MaxKVSize = None,
     device: Device = None,
     dtype: Annotated[
         str | None,
@@ -196,6 +205,10 @@ def command(
         "stop": stop,
         "task": task,
         "prefill_step_size": prefill_step_size,
+        "kv_bits": kv_bits,
+        "kv_group_size": kv_group_size,
+        "quantized_kv_start": quantized_kv_start,
+        "max_kv_size": max_kv_size,
         "resize_shape": resize_shape or None,
         "processor_kwargs": json_option("--processor-kwargs", processor_kwargs),
         "enable_thinking": enable_thinking,
@@ -212,6 +225,7 @@ def command(
         matformer_config=matformer_config,
         matformer_slice=matformer_slice,
     )
+    note_window(max_kv_size)
     from opsin.api import stream_generate
 
     results = stream_generate(

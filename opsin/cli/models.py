@@ -98,6 +98,8 @@ def inspect(
         f"  cache            {memory['cache'] / 1e9:.2f} GB for {context:,} tokens"
         f" ({memory['cache_per_token'] / 1e3:.1f} kB each)"
     )
+    for bits, size in memory["cache_at_kv_bits"].items():
+        typer.echo(f"{'':<19}{size / 1e9:.2f} GB with --kv-bits {bits} --quantized-kv-start 0")
     typer.echo(f"  on a CPU         {facts['cpu']}")
     for size, tokens in facts["image_tokens"].items():
         typer.echo(f"  a picture        {size} costs {tokens} tokens")
@@ -141,7 +143,7 @@ def inspection(name: str, revision: str | None, sizes: list[str], context: int) 
     from PIL import Image
 
     from opsin.checkpoint import hub, weights
-    from opsin.decoder.cache import PagedCache
+    from opsin.decoder.cache import CacheFormat, PagedCache
     from opsin.decoder.native import why_not
     from opsin.engine.model import build, pick_dtype
 
@@ -151,6 +153,12 @@ def inspection(name: str, revision: str | None, sizes: list[str], context: int) 
     dtype = pick_dtype(None, model.config, tensors)
     per_token = PagedCache.bytes_per_token(model.decoder.config, dtype)
     reason = why_not(model.decoder.config)
+    forms = {bits: CacheFormat(bits) for bits in (8, 4)}
+    smaller = {
+        str(bits): context * PagedCache.bytes_per_token(model.decoder.config, dtype, form)
+        for bits, form in forms.items()
+        if not form.why_not(model.decoder.config)
+    }
     tokens = {}
     if "image" in model.family.modalities:
         for size in sizes:
@@ -171,6 +179,7 @@ def inspection(name: str, revision: str | None, sizes: list[str], context: int) 
             "on_disk": sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors),
             "cache_per_token": per_token,
             "cache": per_token * context,
+            "cache_at_kv_bits": smaller,
         },
     }
 

@@ -38,6 +38,8 @@ class CrossAttention(nn.Module):
         config, source = self.config, context.source
         assert source is not None
         keys, values = context.cache.keys[self.layer], context.cache.values[self.layer]
+        assert isinstance(keys, Tensor)  # what encoded media leave is never quantised
+        assert isinstance(values, Tensor)
         if source.states.shape[0]:
             fresh = self.source(source.states).unflatten(-1, (2, config.kv_heads, -1))
             key = self.k_norm(fresh[:, 0].contiguous())

@@ -148,11 +148,15 @@ class NativeStack:
         positions = torch.cat(places)
         until = positions + 1 if batch.visible_until is None else batch.visible_until
         tables: dict[RopeConfig, tuple[Tensor, Tensor]] = angles.at(step.positions, step.long)
+        tables_of = batch.block_tables
+        if not cache.form.packed:
+            # A block that is gone is masked, but its values must be numbers: the sequence's own.
+            tables_of = torch.where(tables_of < 0, tables_of[:, :1], tables_of)
         native_step = StackStep(
             hidden=step.embeds.float().contiguous(),
             query_start=torch.tensor(starts),
             num_keys=torch.tensor(contexts),
-            block_tables=batch.block_tables,
+            block_tables=tables_of,
             block_size=batch.block_size,
             slots=batch.slot_mapping,
             positions=positions,
@@ -160,6 +164,9 @@ class NativeStack:
             rope=[tables[config] for config in self.ropes],
             logit_rows=step.logit_rows,
             adds=step.layer_adds,
+            early_blocks=cache.layout.early_blocks,
+            early_size=cache.layout.early_size,
+            kept=batch.kept,
         )
         with self.lock:
             if self.cache is not cache:

@@ -286,6 +286,15 @@ class FallbackEngine(Engine):
         self.model: FallbackModel = model
         self.processor = processor
         self.limits = limits or EngineLimits()
+        asked = {"kv_bits": self.limits.kv_bits, "max_kv_size": self.limits.max_kv_size}
+        for name, value in asked.items():
+            if value is not None:
+                raise InputError(
+                    f"{name} cannot be used with this model",
+                    why="it runs through Transformers, whose cache is not Opsin's",
+                    remedy="Leave it out",
+                    param=name,
+                )
         self.max_context = self.limits.max_context or model.decoder.config.max_positions
         self.steps = 0
         self._ids = itertools.count()

@@ -18,6 +18,7 @@ import torch
 from opsin.decoder.cache import PagedCache
 from opsin.engine.blocks import BlockPool
 from opsin.engine.grammar import Guide
+from opsin.engine.limits import EngineLimits as EngineLimits
 from opsin.engine.memory import default_cache_memory
 from opsin.engine.model import Model
 from opsin.engine.output import Output
@@ -48,32 +49,6 @@ STEP_ERRORS = (
 
 # How long the other requests of a step wait for what a grammar lets come next.
 GRAMMAR_PATIENCE = 0.002  # seconds
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLimits:
-    """What the engine may use.
-
-    max_num_seqs      requests computed at once; the others wait
-    max_queue         requests that may wait; one more is refused (QueueFull)
-    prefill_step_size tokens computed in one step over all requests
-    memory            bytes for the key-value cache; None: a quarter of the machine's memory on a
-                      CPU, 80 % of what is free on a GPU
-    block_size        tokens in one cache block
-    max_context       tokens of prompt and answer together (of each, where an encoder reads the
-                      prompt); None: as many as the model was made for
-    prefix_cache      keep what finished requests computed, for requests that begin the same
-    media_cache       bytes of encoded media kept: a picture asked again is not encoded again
-    """
-
-    max_num_seqs: int = 64
-    max_queue: int = 1024
-    prefill_step_size: int = 2048
-    memory: int | None = None
-    block_size: int = 32
-    max_context: int | None = None
-    prefix_cache: bool = True
-    media_cache: int = 2**28
 
 
 @dataclass(slots=True, eq=False)
@@ -128,6 +103,7 @@ class Engine:
         self.max_context = self.limits.max_context or model.decoder.config.max_positions
         size = self.limits.block_size
         config = model.decoder.config
+        form, kept = self.limits.cache_format(config), self.limits.kept_tokens(config)
         plan = CachePlan.of(
             config,
             model.dtype,
@@ -135,6 +111,9 @@ class Engine:
             block_size=size,
             max_num_seqs=self.limits.max_num_seqs,
             max_context=self.max_context,
+            form=form,
+            kept=kept,
+            step=self.limits.prefill_step_size,
         )
         self.cache = PagedCache(
             config,
@@ -144,17 +123,19 @@ class Engine:
             model.device,
             plan.num_state_slots,
             plan.num_source_blocks,
+            form,
         )
         self.scheduler = Scheduler(
             BlockPool(plan.num_blocks),
-            size,
+            self.cache.layout,
             max_num_seqs=plan.num_state_slots,
             max_num_batched_tokens=self.limits.prefill_step_size,
             source_pool=BlockPool(plan.num_source_blocks),
             prefix_cache=self.limits.prefix_cache and not model.decoder.config.has_states,
             long_after=model.decoder.config.long_after,
+            kept=kept,
         )
-        self.runner = Runner(model, self.cache, self.limits.media_cache)
+        self.runner = Runner(model, self.cache, self.limits.media_cache, kept)
         self.steps = 0
         self._requests: dict[int, _Request] = {}
         self._held: dict[int, torch.Tensor] = {}  # logits that wait for their grammar
@@ -228,7 +209,8 @@ class Engine:
                 remedy="Send fewer pictures, or give the cache more memory",
                 param="prompt",
             )
-        if not self.scheduler.can_ever_run(length + 1):
+        span = max((last - first for first, last in prompt.atomic_spans), default=0)
+        if not self.scheduler.can_ever_run(length + 1, longest_span=span):
             size = self.scheduler.pool.num_blocks * self.limits.block_size
             raise PromptTooLong(
                 f"The prompt has {length} tokens",
@@ -388,13 +370,19 @@ class Engine:
             sequence.first_token = time.perf_counter()
         sequence.token_ids.append(token)
         full = len(sequence.token_ids) >= self.max_context
-        full = full or not self.scheduler.can_ever_run(len(sequence.token_ids) + 1)
+        full = full or not self._fits(sequence)
         complete = sampler.accept(token)
         event, reason = request.output.push(token, logprob, out_of_room=full, complete=complete)
         if reason is not None:
             self._finish(request, reason)
         elif event is not None:
             request.on_event(event)
+
+    def _fits(self, sequence: Sequence) -> bool:
+        """Whether the cache, all of it, would hold the sequence with one more token."""
+        spans = sequence.prompt.atomic_spans
+        longest = max((last - first for first, last in spans), default=0)
+        return self.scheduler.can_ever_run(len(sequence.token_ids) + 1, longest_span=longest)
 
     def _finish(
         self, request: _Request, reason: FinishReason, error: Exception | None = None

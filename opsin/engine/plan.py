@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from opsin.decoder.cache import PagedCache
+from opsin.decoder.cache import CacheFormat, PagedCache
 from opsin.decoder.config import DecoderConfig
+from opsin.decoder.layout import KeptTokens
 from opsin.errors import InputError
 
 
@@ -29,8 +30,11 @@ class CachePlan:
         block_size: int,
         max_num_seqs: int,
         max_context: int,
+        form: CacheFormat = CacheFormat(),  # noqa: B008  frozen
+        kept: KeptTokens | None = None,
+        step: int = 0,
     ) -> CachePlan:
-        """A plan for so many bytes.
+        """A plan for so many bytes, where a step computes up to `step` tokens.
 
         States take at most half, for as many sequences as that holds; encoded media take half of
         the rest if the decoder has layers that read them. Raises InputError for too few bytes.
@@ -42,13 +46,17 @@ class CachePlan:
         per_row = PagedCache.bytes_per_source_token(config, dtype)
         source_blocks = left // 2 // per_row // block_size if per_row else 0
         left -= source_blocks * block_size * per_row
-        per_token = PagedCache.bytes_per_token(config, dtype)
-        tokens = min(left // max(per_token, 1), max_context * slots)
-        if tokens < block_size:
+        per_token = PagedCache.bytes_per_token(config, dtype, form)
+        tokens = left // max(per_token, 1)
+        if min(tokens, max_context * slots) < block_size:
             raise InputError(
                 "The memory for the key-value cache is too small",
                 why=f"{memory} bytes hold {max(tokens, 0)} tokens",
                 remedy="Raise it",
                 param="memory",
             )
-        return cls(-(-tokens // block_size), slots, source_blocks)
+        layout = form.layout(block_size, dtype)
+        most = layout.blocks_for(max_context)
+        if kept is not None:
+            most = kept.blocks_for(layout, max_context, step)
+        return cls(min(-(-tokens // block_size), most * slots), slots, source_blocks)

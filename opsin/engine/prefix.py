@@ -6,6 +6,7 @@ import hashlib
 import secrets
 import struct
 
+from opsin.decoder.layout import BlockLayout
 from opsin.engine.sequence import Sequence
 
 # A key says nothing to who does not know this process's secret: contents cannot be guessed by
@@ -13,7 +14,7 @@ from opsin.engine.sequence import Sequence
 _SECRET = secrets.token_bytes(32)
 
 
-def extend_keys(sequence: Sequence, block_size: int, num_tokens: int) -> list[bytes]:
+def extend_keys(sequence: Sequence, layout: BlockLayout, num_tokens: int) -> list[bytes]:
     """The keys of a sequence's full blocks within its first `num_tokens`, kept on the sequence.
 
     A key is SHA-256 over the key before it, the block's token ids, and for each medium whose tokens
@@ -22,12 +23,12 @@ def extend_keys(sequence: Sequence, block_size: int, num_tokens: int) -> list[by
     `cache_salt`.
     """
     keys = sequence.block_keys
-    for index in range(len(keys), num_tokens // block_size):
-        start, end = index * block_size, (index + 1) * block_size
+    for index in range(len(keys), layout.full_blocks(num_tokens)):
+        start, end = layout.start(index), layout.start(index + 1)
         adapter = repr((sequence.prompt.adapter, sequence.long)).encode()
         parent = keys[-1] if keys else _SECRET + adapter + b":" + sequence.prompt.cache_salt
         digest = hashlib.sha256(parent)
-        digest.update(struct.pack(f"<{block_size}q", *sequence.token_ids[start:end]))
+        digest.update(struct.pack(f"<{end - start}q", *sequence.token_ids[start:end]))
         for item in sequence.prompt.media:
             first, last = int(item.indices[0]), int(item.indices[-1])
             if first < end and last >= start:
@@ -45,7 +46,7 @@ def is_cacheable(sequence: Sequence) -> bool:
     return sequence.num_source == 0 and all(item.key for item in sequence.prompt.media)
 
 
-def usable_tokens(sequence: Sequence, matched: int, block_size: int) -> int:
+def usable_tokens(sequence: Sequence, matched: int, layout: BlockLayout) -> int:
     """How many of `matched` cached tokens a sequence may skip.
 
     At least its last token is computed, and an atomic span is computed whole: one that the match
@@ -55,4 +56,4 @@ def usable_tokens(sequence: Sequence, matched: int, block_size: int) -> int:
     for first, last in sorted(sequence.prompt.atomic_spans, reverse=True):
         if first < limit < last:
             limit = first
-    return limit // block_size * block_size
+    return layout.start(layout.full_blocks(limit))

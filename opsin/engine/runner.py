@@ -8,8 +8,9 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from opsin.decoder.cache import PagedCache, cache_slots
+from opsin.decoder.cache import PagedCache, sequence_slots
 from opsin.decoder.decoder import Step
+from opsin.decoder.layout import HOLE, KeptTokens
 from opsin.engine.media_cache import EncodedCache
 from opsin.engine.model import Model
 from opsin.engine.scheduler import Scheduled
@@ -22,9 +23,16 @@ from opsin.kernels import AttentionBatch
 class Runner:
     """Turns scheduled tokens into tensors, runs the model, returns logits."""
 
-    def __init__(self, model: Model, cache: PagedCache, media_cache_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        model: Model,
+        cache: PagedCache,
+        media_cache_bytes: int = 0,
+        kept: KeptTokens | None = None,
+    ) -> None:
         self.model = model
         self.cache = cache
+        self.kept = kept
         self.encoded = EncodedCache(media_cache_bytes)
 
     @torch.inference_mode()
@@ -108,20 +116,20 @@ class Runner:
         }
 
     def _batch(self, step: list[Scheduled], ends: list[int]) -> AttentionBatch:
-        size = self.cache.block_size
+        layout = self.cache.layout
         device = self.model.device
-        mapping: list[int] = []
-        slots: list[slice | Tensor] = []
-        for scheduled in step:
-            table = scheduled.sequence.block_table
-            mapping.extend(
-                table[p // size] * size + p % size for p in range(scheduled.start, scheduled.end)
-            )
-            slots.append(cache_slots(table, scheduled.end, size, device))
-        width = max(len(s.sequence.block_table) for s in step)
-        tables = [
-            s.sequence.block_table + [0] * (width - len(s.sequence.block_table)) for s in step
+        held = [s.sequence.block_table for s in step]
+        mapping = [
+            layout.slot(table, position)
+            for table, s in zip(held, step, strict=True)
+            for position in range(s.start, s.end)
         ]
+        slots = [
+            sequence_slots(table, s.end, layout, device)
+            for table, s in zip(held, step, strict=True)
+        ]
+        width = max(map(len, held))
+        tables = [table + [HOLE] * (width - len(table)) for table in held]
         since = until = None
         if any(_in_span(scheduled) for scheduled in step):
             since, until = _visible(step, device)
@@ -129,12 +137,15 @@ class Runner:
             slot_mapping=torch.tensor(mapping, device=device),
             query_start=ends,
             context_lens=[s.end for s in step],
-            slots=slots,
+            slots=[each.early for each in slots],
             block_tables=torch.tensor(tables, dtype=torch.int32, device=device),
-            block_size=size,
+            block_size=layout.size,
             visible_until=until,
             visible_from=since if self.model.decoder.config.spans_pass_windows else None,
             state_slots=self._state_slots(step),
+            late_slots=[each.late for each in slots],
+            kept=None if self.kept is None else (self.kept.first, self.kept.last),
+            key_positions=[each.positions for each in slots],
         )
 
     def _state_slots(self, step: list[Scheduled]) -> Tensor | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from opsin.decoder.layout import HOLE, BlockLayout, KeptTokens
 from opsin.engine.blocks import BlockPool
 from opsin.engine.prefix import extend_keys, is_cacheable, usable_tokens
 from opsin.engine.sequence import Sequence
@@ -35,25 +36,27 @@ class Scheduler:
 
     `source_pool` hands out the blocks for encoded media, which a sequence holds while it runs. A
     sequence of more than `long_after` tokens has other rope angles: when one grows past that, all
-    of it is computed again.
+    of it is computed again. With `kept`, blocks that no later token sees are given back.
     """
 
     def __init__(
         self,
         pool: BlockPool,
-        block_size: int,
+        layout: BlockLayout | int,
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         source_pool: BlockPool | None = None,
         prefix_cache: bool = True,
         long_after: int | None = None,
+        kept: KeptTokens | None = None,
     ) -> None:
         self.pool = pool
         self.prefix_cache = prefix_cache
         self.long_after = long_after
         self.source_pool = source_pool or BlockPool(0)
-        self.block_size = block_size
+        self.layout = BlockLayout(layout) if isinstance(layout, int) else layout
+        self.kept = kept
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: deque[Sequence] = deque()
@@ -65,10 +68,17 @@ class Scheduler:
         """Whether any sequence is unfinished."""
         return bool(self.waiting or self.running)
 
-    def can_ever_run(self, num_tokens: int, num_source: int = 0) -> bool:
-        """Whether a sequence of this many tokens and source rows fits the cache when alone."""
-        fits = self._blocks_for(num_tokens) <= self.pool.num_blocks
-        return fits and self._blocks_for(num_source) <= self.source_pool.num_blocks
+    def can_ever_run(self, num_tokens: int, num_source: int = 0, longest_span: int = 0) -> bool:
+        """Whether a sequence of this many tokens and source rows fits the cache when alone.
+
+        `longest_span` is that of its atomic spans, which one step computes whole.
+        """
+        blocks = self.layout.blocks_for(num_tokens)
+        if self.kept is not None:
+            step = max(self.max_num_batched_tokens, longest_span)
+            blocks = self.kept.blocks_for(self.layout, num_tokens, step)
+        fits = blocks <= self.pool.num_blocks
+        return fits and self._source_blocks(num_source) <= self.source_pool.num_blocks
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
@@ -122,7 +132,7 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, num_tokens: int) -> bool:
         """Everything that a sequence needs to start, or nothing."""
-        source = self.source_pool.allocate(self._blocks_for(sequence.num_source))
+        source = self.source_pool.allocate(self._source_blocks(sequence.num_source))
         if source is None:
             return False
         if not self._grow(sequence, num_tokens):
@@ -132,7 +142,7 @@ class Scheduler:
         return True
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        missing = self._blocks_for(num_tokens) - len(sequence.block_table)
+        missing = self.layout.blocks_for(num_tokens) - len(sequence.block_table)
         if missing <= 0:
             return True
         last = sequence.block_table[-1] if sequence.block_table else None
@@ -142,20 +152,21 @@ class Scheduler:
         sequence.block_table.extend(blocks)
         return True
 
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
+    def _source_blocks(self, num_rows: int) -> int:
+        return -(-num_rows // self.layout.size)
 
     def _reuse(self, sequence: Sequence) -> None:
         """Start a sequence from cached blocks that hold the beginning of its tokens."""
         if not self.prefix_cache or sequence.num_source or not is_cacheable(sequence):
             return
-        keys = extend_keys(sequence, self.block_size, len(sequence.token_ids))
+        keys = extend_keys(sequence, self.layout, len(sequence.token_ids))
         blocks = self.pool.match(keys)
-        usable = usable_tokens(sequence, len(blocks) * self.block_size, self.block_size)
-        count = usable // self.block_size
+        usable = usable_tokens(sequence, self.layout.start(len(blocks)), self.layout)
+        count = self.layout.full_blocks(usable)
         self.pool.release(blocks[count:])
         sequence.block_table = blocks[:count]
         sequence.num_computed = sequence.num_cached = usable
+        self._drop(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)
@@ -169,9 +180,21 @@ class Scheduler:
         self.free_state_slots.append(sequence.state_slot)
 
     def _release(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.block_table)
+        self.pool.release([block for block in sequence.block_table if block != HOLE])
         self.source_pool.release(sequence.source_table)
         sequence.block_table, sequence.source_table = [], []
+        sequence.num_dropped = 0
+
+    def _drop(self, sequence: Sequence) -> None:
+        """Give back the blocks that nothing of a sequence sees any more."""
+        if self.kept is None:
+            return
+        table = sequence.block_table
+        gone = self.kept.droppable(self.layout, sequence.num_computed, sequence.num_dropped)
+        self.pool.release([table[i] for i in gone])
+        for i in gone:
+            table[i] = HOLE
+        sequence.num_dropped = gone.stop
 
     def computed(self, step: list[Scheduled]) -> None:
         """Record that a step has run."""
@@ -179,11 +202,11 @@ class Scheduler:
             sequence = scheduled.sequence
             sequence.num_computed = scheduled.end
             if self.prefix_cache and is_cacheable(sequence):
-                keys = extend_keys(sequence, self.block_size, scheduled.end)
-                for i in range(
-                    scheduled.start // self.block_size, scheduled.end // self.block_size
-                ):
+                keys = extend_keys(sequence, self.layout, scheduled.end)
+                first, last = map(self.layout.full_blocks, (scheduled.start, scheduled.end))
+                for i in range(first, last):
                     self.pool.register(sequence.block_table[i], keys[i])
+            self._drop(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free what it holds."""
@@ -196,7 +219,9 @@ class Scheduler:
     def check_integrity(self) -> None:
         """The pools and what the sequences hold agree; called when idle under tests."""
         sequences = [*self.running, *self.waiting]
-        self.pool.check_integrity([block for seq in sequences for block in seq.block_table])
+        self.pool.check_integrity(
+            [block for seq in sequences for block in seq.block_table if block != HOLE]
+        )
         self.source_pool.check_integrity([b for seq in sequences for b in seq.source_table])
         slots = [sequence.state_slot for sequence in self.running] + self.free_state_slots
         assert sorted(slots) == list(range(self.max_num_seqs)), "a state slot is lost or shared"

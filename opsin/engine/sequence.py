@@ -17,6 +17,7 @@ class Sequence:
     Filled by: submit (prompt, sampling), scheduler (num_computed, block_table, source_table, long,
     and while it runs state_slot), runner (encoded), sampler (token_ids). The next step computes
     tokens num_computed up to len(token_ids); when those reach the end, a new token is sampled.
+    Blocks that its window has left are holes in block_table, all of them before num_dropped.
     """
 
     request_id: int
@@ -27,6 +28,7 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0
     block_table: list[int] = field(default_factory=list)
+    num_dropped: int = 0
     block_keys: list[bytes] = field(default_factory=list)
     state_slot: int = 0
     source_table: list[int] = field(default_factory=list)

@@ -3,8 +3,9 @@
 import torch
 
 from opsin.kernels.interface import Activation, AttentionBatch, Kernels
+from opsin.kernels.packed_rows import CacheRows, PackedRows
 
-__all__ = ["Activation", "AttentionBatch", "Kernels", "select"]
+__all__ = ["Activation", "AttentionBatch", "CacheRows", "Kernels", "PackedRows", "select"]
 
 
 def select(device: torch.device) -> Kernels:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from opsin.kernels import recurrence
+from opsin.kernels.packed_rows import CacheRows, PackedRows
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
 
@@ -25,6 +26,11 @@ class AttentionBatch:
     query_start[i + 1] and reads context_lens[i] keys, which lie in slots[i]: a slice when its
     blocks are neighbours, else an index tensor. `block_tables` (s, blocks) holds the same as block
     numbers.
+
+    Where a cache quantises, late_slots[i] are the slots of sequence i's quantised rows, and
+    slots[i] those of the plain rows before them. With `kept` (first, last) a token sees only the
+    first keys of its sequence and the last ones, itself included: key_positions[i] are then the
+    positions of the keys in slots[i] and late_slots[i], None where all are there.
 
     `visible_until` (t,), if given, is the first key position that each new token may no longer see;
     without it attention is causal. `visible_from` (t,), if given, is a key position from which on
@@ -41,6 +47,17 @@ class AttentionBatch:
     visible_until: Tensor | None = None
     visible_from: Tensor | None = None
     state_slots: Tensor | None = None
+    late_slots: list[slice | Tensor] | None = None
+    kept: tuple[int, int] | None = None
+    key_positions: list[Tensor | None] | None = None
+
+    def rows(self, cache: CacheRows, sequence: int) -> Tensor:
+        """The cached rows that a sequence reads: (keys, kv_heads, dim)."""
+        slots = self.slots[sequence]
+        if isinstance(cache, Tensor):
+            return cache[slots]
+        assert self.late_slots is not None
+        return cache.read(slots, self.late_slots[sequence])
 
 
 class Kernels:
@@ -128,17 +145,20 @@ class Kernels:
         return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
 
     def write_kv(
-        self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, slot_mapping: Tensor
+        self, key: Tensor, value: Tensor, keys: CacheRows, values: CacheRows, slot_mapping: Tensor
     ) -> None:
         """Store key and value (tokens, kv_heads, dim) in the cache (slots, kv_heads, dim)."""
-        keys.index_copy_(0, slot_mapping, key)
-        values.index_copy_(0, slot_mapping, value)
+        for rows, cache in ((key, keys), (value, values)):
+            if isinstance(cache, PackedRows):
+                cache.write(rows, slot_mapping)
+            else:
+                cache.index_copy_(0, slot_mapping, rows)
 
     def paged_attention(
         self,
         query: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        keys: CacheRows,
+        values: CacheRows,
         batch: AttentionBatch,
         *,
         scale: float,
@@ -157,14 +177,24 @@ class Kernels:
         out = torch.empty(
             *query.shape[:-1], values.shape[-1], dtype=query.dtype, device=query.device
         )
-        for i, (slots, context) in enumerate(zip(batch.slots, batch.context_lens, strict=True)):
+        for i, context in enumerate(batch.context_lens):
             start, end = batch.query_start[i], batch.query_start[i + 1]
             until = None if batch.visible_until is None else batch.visible_until[start:end]
             since = None if batch.visible_from is None else batch.visible_from[start:end]
-            mask = _visible(end - start, context, window, until, query.device, chunk, since)
-            out[start:end] = attend(
-                query[start:end], keys[slots], values[slots], mask, scale, soft_cap, sinks
+            places = None if batch.key_positions is None else batch.key_positions[i]
+            mask = _visible(
+                end - start,
+                context,
+                window,
+                until,
+                query.device,
+                chunk,
+                since,
+                batch.kept,
+                places,
             )
+            key, value = batch.rows(keys, i), batch.rows(values, i)
+            out[start:end] = attend(query[start:end], key, value, mask, scale, soft_cap, sinks)
         return out
 
     def source_attention(
@@ -288,15 +318,18 @@ def _visible(
     device: torch.device,
     chunk: int | None = None,
     since: Tensor | None = None,
+    kept: tuple[int, int] | None = None,
+    places: Tensor | None = None,
 ) -> Tensor | None:
     """Which of `context` keys the last `queries` positions see: (queries, context), None for
-    all.
+    all. Where some keys are gone, `places` are the positions of the others.
     """
     whole = (window is None or context <= window) and (chunk is None or context <= chunk)
+    whole = whole and (kept is None or context <= sum(kept))
     if queries == 1 and until is None and whole:
         return None
     position = torch.arange(context - queries, context, device=device)[:, None]
-    key = torch.arange(context, device=device)[None, :]
+    key = (torch.arange(context, device=device) if places is None else places)[None, :]
     limit = position + 1 if until is None else until[:, None]
     visible = key < limit
     if window is not None:
@@ -306,6 +339,11 @@ def _visible(
         visible &= key >= begin
     if chunk is not None:
         visible &= key >= position // chunk * chunk
+    if kept is not None:
+        begin = position - kept[1] + 1
+        if since is not None:
+            begin = torch.minimum(begin, since[:, None])
+        visible &= (key >= begin) | (key < kept[0])
     return visible
 
 

@@ -311,6 +311,10 @@ def engine_limits(settings: ServeSettings) -> EngineLimits:
         max_context=settings.max_context,
         prefix_cache=settings.prefix_cache,
         media_cache=settings.media_cache,
+        kv_bits=settings.kv_bits,
+        kv_group_size=settings.kv_group_size,
+        quantized_kv_start=settings.quantized_kv_start,
+        max_kv_size=settings.max_kv_size,
     )
 
 

@@ -66,6 +66,11 @@ class Server(uvicorn.Server):
                 "opsin: access: only clients on this machine; "
                 "to serve others, start with --api-key KEY"
             )
+        if settings.max_kv_size is not None:
+            lines.append(
+                f"opsin: of more than {settings.max_kv_size} tokens of a request only the first 4 "
+                f"and the last {settings.max_kv_size - 4} are seen"
+            )
         roots = ", ".join(settings.media_root) or "none"
         lines.append(f"opsin: local files that requests may name: {roots}")
         return "\n".join(lines)

@@ -86,6 +86,18 @@ class ServeSettings:
         True, "switch", ENGINE, "Keep what prompts computed, for those that begin the same."
     )
     media_cache: int = _flag(2**28, "bytes", ENGINE, "Memory for pictures already encoded.")
+    kv_bits: int | None = _flag(
+        None, "count", ENGINE, "Bits of cached keys and values: 16, 8 or 4; 16 by default."
+    )
+    kv_group_size: int = _flag(
+        64, "count", ENGINE, "Cached values that share a scale below 16 bits: 32, 64 or 128."
+    )
+    quantized_kv_start: int = _flag(
+        5000, "count", ENGINE, "Tokens of each request that stay at 16 bits, to a whole block."
+    )
+    max_kv_size: int | None = _flag(
+        None, "count", ENGINE, "Tokens that the next one sees: the first 4 and the last; all."
+    )
     prefill_step_size: int = _flag(2048, "count", ENGINE, "Prompt tokens computed at once.", low=1)
     max_context: int | None = _flag(
         None, "count", ENGINE, "Tokens of prompt and answer; the model's by default.", low=2

@@ -136,7 +136,10 @@ def test_models_lists_families_and_inspects_a_checkpoint(folder: Path) -> None:
     facts = json.loads(opsin(*words).stdout)
     assert facts["model_type"] == "qwen3_vl"
     assert facts["image_tokens"]["320x200"] > 0
-    assert facts["memory_bytes"]["weights"] == facts["parameters"] * 4
+    memory = facts["memory_bytes"]
+    assert memory["weights"] == facts["parameters"] * 4
+    smaller = memory["cache_at_kv_bits"]
+    assert memory["cache"] > smaller["8"] > smaller["4"] > 0
 
 
 def test_the_last_word_is_the_prompt_and_those_before_it_pictures(tmp_path: Path) -> None:
@@ -149,3 +152,18 @@ def test_the_last_word_is_the_prompt_and_those_before_it_pictures(tmp_path: Path
     lone.touch()
     with pytest.raises(InputError, match="is a file"):
         split_words([str(lone)], [], None)
+
+
+def test_the_cache_is_quantised_and_windowed_by_flags(folder: Path) -> None:
+    words = ("generate", "--model", folder, "What?", "--max-tokens", "2", "--format", "json")
+    done = opsin(*words, "--kv-bits", "8", "--quantized-kv-start", "0", "--max-kv-size", "64")
+    assert json.loads(done.stdout)["usage"]["generation_tokens"] == 2
+    assert "of more than 64 tokens only the first 4 and the last 60 are seen" in done.stderr
+    for flags, text in (
+        (("--kv-bits", "3"), "kv_bits cannot be 3"),
+        (("--kv-bits", "4", "--kv-group-size", "7"), "kv_group_size cannot be 7"),
+        (("--max-kv-size", "3"), "max_kv_size cannot be 3"),
+    ):
+        refused = opsin(*words, *flags)
+        assert refused.returncode == 2
+        assert text in refused.stderr

@@ -49,6 +49,8 @@ class Layer(ctypes.Structure):
         ("after_mlp_norm", c_void_p),
         ("key_cache", c_void_p),
         ("value_cache", c_void_p),
+        ("key_scales", c_void_p),
+        ("value_scales", c_void_p),
         ("sinks", c_void_p),
         ("heads", c_int32),
         ("kv_heads", c_int32),
@@ -63,6 +65,8 @@ class Layer(ctypes.Structure):
         ("attention_scale", c_float),
         ("attention_softcap", c_float),
         ("residual_scale", c_float),
+        ("kv_bits", c_int32),
+        ("kv_groups", c_int32),
         ("reserved", c_int32),
     )
 
@@ -120,6 +124,10 @@ class Step(ctypes.Structure):
         ("last_layer", c_int32),
         ("num_logits", c_int32),
         ("num_adds", c_int32),
+        ("early_blocks", c_int32),
+        ("early_size", c_int32),
+        ("kept_first", c_int32),
+        ("kept_last", c_int32),
     )
 
 

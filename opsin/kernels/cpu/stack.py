@@ -12,6 +12,7 @@ from torch import Tensor
 from opsin.kernels.cpu import abi
 from opsin.kernels.cpu.library import Library, pointer
 from opsin.kernels.cpu.matrix import PackedMatrix
+from opsin.kernels.packed_rows import CacheRows, PackedRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,9 @@ class StackStep:
     (tokens,) cache slots to write; positions (tokens,) within the sequence; visible_until (tokens,)
     one past the last key seen; rope: cos and sin of each table, (tokens, rotary_dim / 2) float32;
     adds: layer to (rows, values), values added to those rows after it; logit_rows: rows whose
-    logits are wanted.
+    logits are wanted. With quantised caches, a sequence's first early_blocks blocks hold early_size
+    plain rows each, a slot below zero is slot -1 - slot of the quantised ones, and a block below
+    zero is one that is gone. kept (first, last): the keys that a token sees, see `AttentionBatch`.
     """
 
     hidden: Tensor
@@ -79,6 +82,9 @@ class StackStep:
     rope: Sequence[tuple[Tensor, Tensor]]
     logit_rows: Tensor
     adds: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    early_blocks: int = 0
+    early_size: int = 1
+    kept: tuple[int, int] | None = None
 
 
 class LayerStack:
@@ -116,16 +122,26 @@ class LayerStack:
             logit_softcap=logit_softcap or 0.0,
         )
 
-    def bind(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    def bind(self, keys: Sequence[CacheRows], values: Sequence[CacheRows]) -> None:
         """Use these caches, one of each a layer: (slots, kv_heads, head_dim) bfloat16."""
         for layer, spec, key, value in zip(self._layers, self.specs, keys, values, strict=True):
-            for cache in (key, value):
-                if cache.dtype != torch.bfloat16 or not cache.is_contiguous():
-                    raise ValueError("the native stack keeps keys and values as bfloat16 rows")
-                if cache.shape[1:] != (spec.kv_heads, spec.head_dim):
-                    raise ValueError(f"a cache of {tuple(cache.shape)} does not fit the layer")
-            layer.key_cache, layer.value_cache = key.data_ptr(), value.data_ptr()
+            layer.kv_bits, layer.kv_groups = 16, 0
+            layer.key_cache, layer.key_scales = self._bound(layer, spec, key)
+            layer.value_cache, layer.value_scales = self._bound(layer, spec, value)
         self._caches = (list(keys), list(values))
+
+    @staticmethod
+    def _bound(layer: abi.Layer, spec: LayerSpec, cache: CacheRows) -> tuple[int, int | None]:
+        """The addresses of a cache's rows and of its scales, if it has any."""
+        plain = cache.plain if isinstance(cache, PackedRows) else cache
+        if plain.dtype != torch.bfloat16 or not plain.is_contiguous():
+            raise ValueError("the native stack keeps keys and values as bfloat16 rows")
+        if plain.shape[1:] != (spec.kv_heads, spec.head_dim):
+            raise ValueError(f"a cache of {tuple(plain.shape)} does not fit the layer")
+        if not isinstance(cache, PackedRows):
+            return plain.data_ptr(), None
+        layer.kv_bits, layer.kv_groups = cache.bits, cache.scales.shape[2]
+        return cache.codes.data_ptr(), cache.scales.data_ptr()
 
     def run(self, step: StackStep) -> Tensor:
         """Run all layers over the step; logits (logit_rows, vocabulary) float32."""
@@ -164,7 +180,9 @@ class LayerStack:
             cos=ctypes.addressof(cos), sin=ctypes.addressof(sin), adds=ctypes.addressof(adds),
             logits=pointer(logits), tokens=hidden.shape[0], sequences=sequences, max_blocks=blocks,
             block_size=step.block_size, first_layer=0, last_layer=len(self.specs),
-            num_logits=rows, num_adds=len(added),
+            num_logits=rows, num_adds=len(added), early_blocks=step.early_blocks,
+            early_size=step.early_size, kept_first=step.kept[0] if step.kept else 0,
+            kept_last=step.kept[1] if step.kept else 0,
         )  # fmt: skip
         code = self.library.handle.opsin_step(ctypes.byref(self._stack), ctypes.byref(call))
         self.library.check(code, "step")

@@ -57,6 +57,8 @@ struct OpsinLayer {
   const float* after_mlp_norm;
   uint16_t* key_cache;    // (slots, kv_heads, head_dim) bfloat16
   uint16_t* value_cache;
+  uint16_t* key_scales;   // null, or (slots, kv_heads, kv_groups, 2) bfloat16: scale and bias
+  uint16_t* value_scales;
   const float* sinks;          // (heads) extra logits of each softmax without a value, or null
   int32_t heads, kv_heads, head_dim;
   int32_t intermediate;   // columns of down
@@ -69,6 +71,8 @@ struct OpsinLayer {
   float attention_scale;
   float attention_softcap;  // 0: none
   float residual_scale;     // on both blocks' outputs, 1: none
+  int32_t kv_bits;          // 16, or 8 or 4: the caches are codes (slots, kv_heads, head_dim / .)
+  int32_t kv_groups;        // groups of a head's row that have a scale and a bias
   int32_t reserved;
 };
 
@@ -98,7 +102,7 @@ struct OpsinStep {
   const int32_t* query_start;  // (sequences + 1) first token of each sequence
   const int32_t* num_keys;     // (sequences) keys in the cache once this step has written
   const int32_t* block_tables; // (sequences, max_blocks)
-  const int64_t* slots;        // (tokens) where the cache keeps each token
+  const int64_t* slots;        // (tokens) where the cache keeps each token; below 0: -1 - quantised slot
   const int32_t* positions;    // (tokens) index within the sequence
   const int32_t* visible_until;  // (tokens) one past the last key seen
   const float* const* cos;     // rope tables: (tokens, rotary_dim / 2) each
@@ -111,6 +115,10 @@ struct OpsinStep {
   int32_t first_layer, last_layer;
   int32_t num_logits;
   int32_t num_adds;
+  int32_t early_blocks;        // below 16 bits: a sequence's first blocks, whose rows are plain
+  int32_t early_size;          // rows of each of those
+  int32_t kept_first;          // keys seen whatever kept_last says, at most 64
+  int32_t kept_last;           // keys seen, this one included; 0: all
 };
 
 struct OpsinAttention {

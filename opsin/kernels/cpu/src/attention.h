@@ -6,6 +6,7 @@
 
 #include "elementwise.h"
 #include "kernels.h"
+#include "packed_rows.h"
 #include "simd.h"
 
 namespace OPSIN_ISA {
@@ -16,6 +17,8 @@ using opsin::kAttentionRows;
 using opsin::kKeyBlock;
 using opsin::kSegment;
 
+constexpr int64_t kNoSlot = INT64_MAX;  // of a key whose block was given back: nobody sees it
+
 // Scratch of one unit; every part starts on 64 bytes.
 struct Scratch {
   uint16_t* keys;    // (64, dim)
@@ -23,6 +26,7 @@ struct Scratch {
   uint16_t* query;   // (tiles, dim / 32, 16 pairs, 16, 2), tiles only
   float* scores;     // (tiles, 64, 16)
   uint16_t* weights; // (tiles, 16, 64)
+  uint16_t* rows;    // (64, value_dim): values read from quantised rows
   float* part;       // (rows, value_dim) of the current segment
   uint16_t* zero;    // (dim)
 };
@@ -40,6 +44,8 @@ static Scratch carve(uint8_t* p, int dim, int value_dim) {
   s.keys = (uint16_t*)p;
   p += kKeyBlock * dim * 2;
   s.values = (uint16_t*)p;
+  p += kKeyBlock * value_dim * 2;
+  s.rows = (uint16_t*)p;
   p += kKeyBlock * value_dim * 2;
   s.query = (uint16_t*)p;
   p += kAttentionRows * dim * 2;
@@ -59,9 +65,27 @@ OPSIN_INLINE int64_t slot(const AttentionShape* s, const AttentionUnit* u, int k
   return (int64_t)u->block_table[key / s->block_size] * s->block_size + key % s->block_size;
 }
 
+// The slot of a key where rows are quantised: -1 - slot of a quantised one.
+static int64_t packed_slot(const AttentionShape* s, const AttentionUnit* u, int key) {
+  const opsin::PackedShape& p = s->packed;
+  const int late = key - p.early_blocks * p.early_size;
+  const int size = late < 0 ? p.early_size : s->block_size;
+  const int within = late < 0 ? key : late;
+  const int block = u->block_table[within / size + (late < 0 ? 0 : p.early_blocks)];
+  if (block < 0) return kNoSlot;
+  const int64_t place = (int64_t)block * size + within % size;
+  return late < 0 ? place : -1 - place;
+}
+
 // Slots of the 64 keys from `from` on; past `count` the last one again.
 static void find_slots(const AttentionShape* s, const AttentionUnit* u, int from, int count,
                        int64_t* slots) {
+  if (s->packed.bits) {
+    for (int k = 0; k < kKeyBlock; k++) {
+      slots[k] = k < count ? packed_slot(s, u, from + k) : slots[count - 1];
+    }
+    return;
+  }
   const bool whole = s->block_size % 16 == 0;  // sixteen neighbours lie in one block
   for (int k = 0; k < kKeyBlock; k++) {
     if (k >= count) {
@@ -80,6 +104,52 @@ static void prefetch_rows(const uint16_t* base, int64_t stride, int dim, const i
   }
 }
 
+static void prefetch_packed(const AttentionShape* s, const AttentionUnit* u,
+                            const int64_t* slots) {
+  const int bytes = s->head_dim * s->packed.bits / 8;
+  for (int k = 0; k < kKeyBlock; k++) {
+    if (slots[k] >= 0) continue;
+    const int64_t slot = -1 - slots[k];
+    for (int d = 0; d < bytes; d += 64) {
+      prefetch(u->key_codes + slot * s->packed.code_stride + d);
+      prefetch(u->value_codes + slot * s->packed.code_stride + d);
+    }
+    prefetch(u->key_scales + slot * s->packed.scale_stride);
+    prefetch(u->value_scales + slot * s->packed.scale_stride);
+  }
+}
+
+// The row of one key, plain or quantised, or zeros where there is none: (padded dim).
+static void expand_row(const AttentionShape* s, int64_t slot, const uint16_t* plain, int64_t stride,
+                       const uint8_t* codes, const uint16_t* scales, uint16_t* out) {
+  const int dim = s->head_dim;
+  if (slot == kNoSlot) {
+    __builtin_memset(out, 0, 2 * padded(dim));
+    return;
+  }
+  if (slot >= 0) {
+    __builtin_memcpy(out, plain + slot * stride, 2 * dim);
+  } else {
+    unpack_row(codes + (-1 - slot) * s->packed.code_stride,
+               scales + (-1 - slot) * s->packed.scale_stride, dim, s->packed.groups,
+               s->packed.bits, out);
+  }
+  __builtin_memset(out + dim, 0, 2 * (padded(dim) - dim));
+}
+
+// Keys and values of 64 keys from a cache that quantises, into the scratch.
+static void expand(const AttentionShape* s, const AttentionUnit* u, const Scratch* scratch,
+                   const int64_t* slots, int count) {
+  const int dim = padded(s->head_dim);
+  for (int k = 0; k < kKeyBlock; k++) {
+    const int64_t slot = k < count ? slots[k] : kNoSlot;
+    expand_row(s, slot, u->keys, s->key_stride, u->key_codes, u->key_scales,
+               scratch->keys + k * dim);
+    expand_row(s, slot, u->values, s->value_stride, u->value_codes, u->value_scales,
+               scratch->rows + k * dim);
+  }
+}
+
 // Values of 64 keys as pairs of keys; keys past `count` are zero, whatever memory holds there.
 static void pack_values(const AttentionShape* s, const AttentionUnit* u, const Scratch* scratch,
                         const int64_t* slots, int count) {
@@ -89,7 +159,11 @@ static void pack_values(const AttentionShape* s, const AttentionUnit* u, const S
     const uint16_t* rows[2];
     for (int i = 0; i < 2; i++) {
       const int key = 2 * pair + i;
-      rows[i] = key < count ? u->values + slots[key] * s->value_stride : scratch->zero;
+      if (s->packed.bits) {
+        rows[i] = scratch->rows + key * dim;
+      } else {
+        rows[i] = key < count ? u->values + slots[key] * s->value_stride : scratch->zero;
+      }
     }
     for (int d = 0; d < dim; d += 32) {
       V x, y, first, second;
@@ -333,7 +407,9 @@ static void attend_block(const AttentionShape* s, const AttentionUnit* u, const 
                          const int64_t* slots) {
   const int dim = padded(s->head_dim), value_dim = padded(s->value_dim);
   // More rows than a tile's read the keys again: then they are worth copying side by side.
-  const bool direct = dim == s->head_dim && s->block_size % 16 == 0 && u->rows <= 16;
+  const bool packed = s->packed.bits != 0;
+  const bool direct = dim == s->head_dim && s->block_size % 16 == 0 && u->rows <= 16 && !packed;
+  if (packed) expand(s, u, scratch, slots, count);
   const uint16_t* keys[4];
   int64_t stride[4];
   for (int kt = 0; kt < 4; kt++) {
@@ -342,7 +418,7 @@ static void attend_block(const AttentionShape* s, const AttentionUnit* u, const 
       stride[kt] = s->key_stride * 2;
     } else {
       uint16_t* copy = scratch->keys + kt * 16 * dim;
-      copy_keys(s, u, copy, slots + kt * 16, count - kt * 16, 16);
+      if (!packed) copy_keys(s, u, copy, slots + kt * 16, count - kt * 16, 16);
       keys[kt] = copy;
       stride[kt] = dim * 2;
     }
@@ -422,9 +498,14 @@ static void attend_block(const AttentionShape* s, const AttentionUnit* u, const 
                          const int64_t* slots) {
   const int dim = padded(s->head_dim), value_dim = padded(s->value_dim);
   const uint16_t* keys[kKeyBlock];
-  if (dim != s->head_dim) copy_keys(s, u, scratch->keys, slots, count, kKeyBlock);
+  const bool packed = s->packed.bits != 0, copied = packed || dim != s->head_dim;
+  if (packed) {
+    expand(s, u, scratch, slots, count);
+  } else if (copied) {
+    copy_keys(s, u, scratch->keys, slots, count, kKeyBlock);
+  }
   for (int k = 0; k < kKeyBlock; k++) {
-    if (dim != s->head_dim) {
+    if (copied) {
       keys[k] = scratch->keys + k * dim;
     } else {
       keys[k] = k < count ? u->keys + slots[k] * s->key_stride : scratch->zero;
@@ -472,6 +553,20 @@ OPSIN_INLINE int keys_left(const AttentionUnit* u, int from) {
   return left < kKeyBlock ? left : kKeyBlock;
 }
 
+// The first keys, which rows see beside those of their windows, as a segment of their own.
+static void attend_first(const AttentionShape* s, const AttentionUnit* u, const Scratch* scratch,
+                         Running* run, int value_dim) {
+  alignas(64) int32_t lo[kAttentionRows], hi[kAttentionRows];
+  int64_t slots[kKeyBlock];
+  for (int r = 0; r < kAttentionRows; r++) {
+    lo[r] = r < u->rows ? u->first_lo[r] : 0;
+    hi[r] = r < u->rows ? u->first_hi[r] : 0x7fffffff;
+  }
+  find_slots(s, u, 0, keys_left(u, 0), slots);
+  attend_block(s, u, scratch, run, lo, hi, 0, keys_left(u, 0), slots);
+  merge(u, scratch, run, value_dim);
+}
+
 static void attention(const AttentionShape* s, const AttentionUnit* u) {
   const int dim = padded(s->head_dim), value_dim = padded(s->value_dim);
   const Scratch scratch = carve(u->scratch, dim, value_dim);
@@ -493,6 +588,7 @@ static void attention(const AttentionShape* s, const AttentionUnit* u) {
   __builtin_memset(scratch.part, 0, sizeof(float) * ((u->rows + 15) / 16 * 16) * value_dim);
   __builtin_memset(u->out, 0, sizeof(float) * u->rows * value_dim);
   attention_begin(u, &scratch, dim);
+  if (u->first_lo) attend_first(s, u, &scratch, &run, value_dim);
   int64_t slots[2][kKeyBlock];
   int from = first / kKeyBlock * kKeyBlock, at = 0;
   if (from < last) find_slots(s, u, from, keys_left(u, from), slots[0]);
@@ -500,7 +596,9 @@ static void attention(const AttentionShape* s, const AttentionUnit* u) {
     const int next = from + kKeyBlock;
     if (next < last) {
       find_slots(s, u, next, keys_left(u, next), slots[at ^ 1]);
-      if (u->rows <= 16) {
+      if (s->packed.bits) {
+        prefetch_packed(s, u, slots[at ^ 1]);
+      } else if (u->rows <= 16) {
         prefetch_rows(u->keys, s->key_stride, s->head_dim, slots[at ^ 1]);
         prefetch_rows(u->values, s->value_stride, s->value_dim, slots[at ^ 1]);
       }

@@ -45,11 +45,19 @@ struct Activations {
   const float* sum;    // (rows, groups): scale * sum of codes
 };
 
+// Rows of a paged cache at 8 or 4 bits, the same for keys and values; bits 0: there are none.
+struct PackedShape {
+  int32_t bits, groups;
+  int32_t early_blocks, early_size;  // the first blocks of a sequence hold plain rows, so many each
+  int64_t code_stride, scale_stride;  // bytes and elements between slots
+};
+
 struct AttentionShape {
   int32_t head_dim, value_dim;
   int64_t key_stride, value_stride;  // elements between slots of the cache
   int32_t block_size;                // slots of one block; 0: keys are contiguous
   float scale, softcap;              // softcap 0: none
+  PackedShape packed;
 };
 
 // One unit: rows that share a kv head and a sequence.
@@ -58,8 +66,14 @@ struct AttentionUnit {
   int32_t rows;
   const int32_t* lo;        // (rows) first visible key
   const int32_t* hi;        // (rows) one past the last visible key
+  const int32_t* first_lo;  // (rows) or null: other visible keys, all of them below 64 and below lo
+  const int32_t* first_hi;
   const uint16_t* keys;     // cache, at this head
   const uint16_t* values;
+  const uint8_t* key_codes;  // quantised rows of the cache, at this head
+  const uint8_t* value_codes;
+  const uint16_t* key_scales;
+  const uint16_t* value_scales;
   const int32_t* block_table;
   const float* sinks;       // (rows) or null
   int32_t num_keys;         // keys written for this sequence
@@ -105,6 +119,9 @@ struct Kernels {
   int64_t (*argmax)(const float* x, int64_t n);
   double (*softmax)(const float* x, int64_t n, float temperature, float* out);
   void (*attention)(const AttentionShape* shape, const AttentionUnit* unit);
+  // One head's row: codes (dim * bits / 8) and scales (groups, 2)
+  void (*pack_row)(const float* x, int dim, int groups, int bits, uint8_t* codes,
+                   uint16_t* scales);
   void (*dequantize_row)(const Matrix* m, int row, float* out);
   float (*read_sum)(const uint8_t* p, int64_t bytes);
   double (*peak)(int kind, int64_t iterations);  // operations done

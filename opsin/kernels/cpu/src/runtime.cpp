@@ -219,6 +219,8 @@ void run_unit(const AttentionJob& job, const Tile& t, uint8_t* own) {
   float* row = out + kAttentionRows * wide;
   uint8_t* scratch = reinterpret_cast<uint8_t*>(row) + aligned(dim * 4);
   int32_t lo[kAttentionRows], hi[kAttentionRows];
+  int32_t first_lo[kAttentionRows], first_hi[kAttentionRows];
+  bool any_first = false;
   float sinks[kAttentionRows];
   const Kernels* k = kernels();
   int rows = 0;
@@ -228,6 +230,16 @@ void run_unit(const AttentionJob& job, const Tile& t, uint8_t* own) {
     if (job.window > 0) {
       const int32_t start = job.positions[token] + 1 - job.window;
       from = start > from ? start : from;
+    }
+    const int32_t seen = from;
+    int32_t first = 0;
+    if (job.kept_last > 0) {
+      const int32_t start = job.positions[token] + 1 - job.kept_last;
+      if (start > from && start > job.kept_first) {  // else the two ranges are one
+        from = start;
+        first = job.kept_first < until ? job.kept_first : until;
+      }
+      any_first |= first > seen;
     }
     for (int h = t.head; h < t.head + t.heads; h++, rows++) {
       uint16_t* q = queries + rows * dim;
@@ -240,22 +252,33 @@ void run_unit(const AttentionJob& job, const Tile& t, uint8_t* own) {
       }
       lo[rows] = from;
       hi[rows] = until;
+      first_lo[rows] = seen;
+      first_hi[rows] = first;
       sinks[rows] = a.sinks ? a.sinks[h] : 0.0f;
     }
   }
   const AttentionShape shape = {a.head_dim, a.value_dim, a.key_stride, a.value_stride,
-                                a.block_size, a.scale, a.softcap};
+                                a.block_size, a.scale, a.softcap, job.packed};
   AttentionUnit unit;
   unit.queries = queries;
   unit.rows = rows;
   unit.lo = lo;
   unit.hi = hi;
+  unit.first_lo = any_first ? first_lo : nullptr;
+  unit.first_hi = first_hi;
   unit.sinks = a.sinks ? sinks : nullptr;
   const int64_t first = a.block_size == 0 && a.key_start ? a.key_start[t.sequence] : 0;
   unit.keys = static_cast<const uint16_t*>(a.key) + first * a.key_stride +
               static_cast<int64_t>(t.kv_head) * a.head_dim;
   unit.values = static_cast<const uint16_t*>(a.value) + first * a.value_stride +
                 static_cast<int64_t>(t.kv_head) * a.value_dim;
+  if (job.packed.bits) {
+    const int64_t codes = static_cast<int64_t>(t.kv_head) * a.head_dim * job.packed.bits / 8;
+    unit.key_codes = static_cast<const uint8_t*>(a.key) + codes;
+    unit.value_codes = static_cast<const uint8_t*>(a.value) + codes;
+    unit.key_scales = job.key_scales + t.kv_head * 2 * job.packed.groups;
+    unit.value_scales = job.value_scales + t.kv_head * 2 * job.packed.groups;
+  }
   unit.block_table =
       a.block_size ? a.block_tables + static_cast<int64_t>(t.sequence) * a.max_blocks : nullptr;
   unit.num_keys = a.num_keys[t.sequence];

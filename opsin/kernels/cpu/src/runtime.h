@@ -44,6 +44,10 @@ struct AttentionJob {
   OpsinAttention a;
   const int32_t* positions;  // with window: lo = position + 1 - window
   int32_t window;
+  int32_t kept_first, kept_last;  // see OpsinStep
+  const uint16_t* key_scales;
+  const uint16_t* value_scales;
+  PackedShape packed;
 };
 int64_t attention_thread_bytes(int head_dim, int value_dim);
 void attention(Team& team, const AttentionJob& job, uint8_t* own);

@@ -127,9 +127,27 @@ struct Run {
       }
     }
     const int n = l.kv_heads * l.head_dim;
+    const float* fresh = row + l.heads * l.head_dim;
+    if (step.slots[token] < 0) {
+      pack(l, fresh, -1 - step.slots[token], l.key_cache, l.key_scales);
+      pack(l, fresh + n, -1 - step.slots[token], l.value_cache, l.value_scales);
+      return;
+    }
     const int64_t slot = step.slots[token] * n;
-    k->to_bf16(row + l.heads * l.head_dim, n, l.key_cache + slot);
-    k->to_bf16(row + l.heads * l.head_dim + n, n, l.value_cache + slot);
+    k->to_bf16(fresh, n, l.key_cache + slot);
+    k->to_bf16(fresh + n, n, l.value_cache + slot);
+  }
+
+  // Quantised cache rows (kv_heads, head_dim) of one token.
+  void pack(const OpsinLayer& l, const float* rows, int64_t slot, void* cache,
+            uint16_t* scales) const {
+    const int bytes = l.head_dim * l.kv_bits / 8;
+    for (int64_t h = 0; h < l.kv_heads; h++) {
+      const int64_t at = slot * l.kv_heads + h;
+      kernels()->pack_row(rows + h * l.head_dim, l.head_dim, l.kv_groups, l.kv_bits,
+                          static_cast<uint8_t*>(cache) + at * bytes,
+                          scales + at * 2 * l.kv_groups);
+    }
   }
 
   void attend(const OpsinLayer& l) const {
@@ -160,6 +178,14 @@ struct Run {
     job.a.softcap = l.attention_softcap;
     job.positions = step.positions;
     job.window = l.window;
+    job.kept_first = step.kept_first;
+    job.kept_last = step.kept_last;
+    if (l.kv_bits != 16) {
+      job.key_scales = l.key_scales;
+      job.value_scales = l.value_scales;
+      job.packed = {l.kv_bits, l.kv_groups, step.early_blocks, step.early_size,
+                    slot * l.kv_bits / 8, static_cast<int64_t>(l.kv_heads) * 2 * l.kv_groups};
+    }
     attention(team, job, own);
   }
 
@@ -246,10 +272,16 @@ struct Run {
 bool sound(const OpsinStack& stack, const OpsinStep& step) {
   if (step.tokens < 0 || step.first_layer < 0 || step.last_layer > stack.num_layers) return false;
   if (step.block_size <= 0 || step.sequences < 0) return false;
+  if (step.kept_first < 0 || step.kept_first > kKeyBlock || step.kept_last < 0) return false;
+  if (step.early_blocks < 0 || step.early_size <= 0) return false;
   for (int i = step.first_layer; i < step.last_layer; i++) {
     const OpsinLayer& l = stack.layers[i];
     if (!l.qkv || !l.out || !l.gate_up || !l.down || l.kv_heads <= 0) return false;
     if (l.heads % l.kv_heads != 0 || l.rotary_dim > l.head_dim) return false;
+    if (l.kv_bits != 16) {
+      if ((l.kv_bits != 8 && l.kv_bits != 4) || !l.key_scales || !l.value_scales) return false;
+      if (l.kv_groups <= 0 || l.head_dim % (2 * l.kv_groups) != 0) return false;
+    }
     if (l.qkv->k != stack.dim || l.out->n != stack.dim || l.down->n != stack.dim) return false;
     if (l.qkv->n != (l.heads + 2 * l.kv_heads) * l.head_dim) return false;
     if (l.out->k != l.heads * l.head_dim || l.down->k != l.intermediate) return false;
