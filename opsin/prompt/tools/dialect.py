@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from opsin.prompt.tools.grammars import Form, Marks
+from opsin.prompt.tools.grammars import Form, Marks, check_depth
 from opsin.prompt.tools.history import prepared
 from opsin.prompt.tools.tape import Steps, Tape
 
@@ -193,8 +193,9 @@ class Dialect(ABC):
 
         Nothing else may be written, and the arguments are held to the tool's schema. What a schema
         says and no grammar can hold is let through, unless the tool is strict: then llguidance
-        refuses the grammar.
+        refuses the grammar. Raises InputError for schemas nested too deeply.
         """
+        check_depth(tools)
         marks = Marks(special)
         return self.form(tools, marks).grammar(marks, parallel)
 
@@ -205,6 +206,7 @@ class Dialect(ABC):
 
         None where nothing but its form tells a call from text.
         """
+        check_depth(tools)
         marks = Marks(special)
         return self.form(tools, marks).lazy_grammar(marks, parallel)
 

@@ -1,10 +1,14 @@
 """Lark grammars (llguidance's dialect) of tool calls, put together from a dialect's own pieces."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from opsin.errors import InputError
+
+# How deep a schema may be nested, counted in objects and lists.
+_MAX_DEPTH = 128
 ANY_TEXT = "/(?s:.*)/"
 # Keywords that may add properties beside those that the schema lists itself.
 _COMBINING = ("$ref", "allOf", "anyOf", "oneOf", "patternProperties")
@@ -87,6 +91,26 @@ class Form:
 
     def _text(self, *rules: str) -> str:
         return "\n".join(["%llguidance {}", *rules, *self.rules]) + "\n"
+
+
+def check_depth(tools: Sequence[HasSchema]) -> None:
+    """Raise InputError for a schema that is nested too deeply to be walked through."""
+    for tool in tools:
+        level: list[Any] = [tool.parameters]
+        for _ in range(_MAX_DEPTH):
+            level = [part for value in level for part in _parts(value)]
+        if level:
+            raise InputError(
+                f"The parameters of {tool.name[:80]!r} are nested too deeply",
+                why=f"more than {_MAX_DEPTH} levels",
+                param="tools",
+            )
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list | tuple) else ()
 
 
 def schema_of(tool: HasSchema) -> dict[str, Any]:

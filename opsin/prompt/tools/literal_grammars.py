@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opsin.prompt.tools.grammars import HasSchema, join, literal, schema_of
-from opsin.prompt.tools.typed_values import allowed_types, resolved
+from opsin.prompt.tools.typed_values import allowed_types, properties_of, required_of, resolved
 
 _MAX_DEPTH = 16
 _INTEGER = "/-?(0|[1-9][0-9]{0,15})/"
@@ -108,7 +108,7 @@ class LiteralRules:
             item = self._value(schema["items"], depth + 1) if "items" in schema else self._any()
             return self._listed(item)
         if kind == "object":
-            if not schema.get("properties"):
+            if not properties_of(schema):
                 return self._mapping(schema.get("additionalProperties"), depth)
             return f"{literal('{')} {self._members(schema, style.key, depth + 1)} {literal('}')}"
         simple = {
@@ -135,10 +135,8 @@ class LiteralRules:
 
         `rest` is what may follow when one has been written already, `first` what may come first.
         """
-        properties = schema.get("properties")
-        members = list(properties.items()) if isinstance(properties, Mapping) else []
-        required = schema.get("required")
-        wanted = set(required) if isinstance(required, list) else set()
+        members = list(properties_of(schema).items())
+        wanted = required_of(schema)
         comma = literal(self._style.comma)
         rest = self._add('""')
         firsts: list[str] = []

@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from opsin.prompt.tools.grammars import ANY_TEXT, HasSchema, Marks, join, json_term, schema_of
-from opsin.prompt.tools.typed_values import allowed_types, resolved
+from opsin.prompt.tools.typed_values import (
+    allowed_types,
+    properties_of,
+    required_of,
+    resolved,
+)
 
 _SHARED = ("$defs", "definitions")
 
@@ -27,12 +32,10 @@ def argument_rules(tool: HasSchema, prefix: str, tags: ArgumentTags, marks: Mark
     Text is held to its enum alone: what else a schema says of strings is let through.
     """
     schema = schema_of(tool)
-    properties = schema.get("properties")
-    required = schema.get("required")
-    wanted = set(required) if isinstance(required, list) else set()
+    wanted = required_of(schema)
     parts: list[str] = []
     rules: list[str] = []
-    for index, (name, each) in enumerate(properties.items() if properties else ()):
+    for index, (name, each) in enumerate(properties_of(schema).items()):
         rule = f"{prefix}_{index}"
         parts.append(rule if name in wanted else f"{rule}?")
         opening = join(*(marks.term(text) for text in (*tags.key_start, name, *tags.value_start)))

@@ -9,7 +9,7 @@ from opsin.prompt.tools.grammars import Form, Marks, literal
 from opsin.prompt.tools.literal_grammars import PYTHON, LiteralRules
 from opsin.prompt.tools.literals import Notation, copy_argument
 from opsin.prompt.tools.tape import Markers, Steps, Tape, drop
-from opsin.prompt.tools.typed_values import ArgumentsWriter
+from opsin.prompt.tools.typed_values import ArgumentsWriter, properties_of
 
 _START = "<|python_start|>"
 _END = "<|python_end|>"
@@ -176,8 +176,7 @@ def read_calls(
 def _read_arguments(tape: Tape, output: Output, parameters: Mapping[str, Any]) -> Steps[bool]:
     """Read the arguments of an open call and end it; False where they break off."""
     writer = ArgumentsWriter(output.arguments, parameters)
-    properties = parameters.get("properties")
-    positions = list(properties) if isinstance(properties, Mapping) else []
+    positions = list(properties_of(parameters))
     count = 0
     whole = True
     while whole:

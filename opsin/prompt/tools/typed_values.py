@@ -2,15 +2,16 @@
 
 import json
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
 
 from opsin.prompt.tools.tape import Put
 
-# How far references and alternatives of a schema are followed.
-_MAX_DEPTH = 8
+# How many references in a row are followed.
+_MAX_REFERENCES = 8
 _WORDS = {"true": "true", "false": "false", "null": "null", "none": "null"}
 STRING = frozenset({"string"})
+NONE: frozenset[str] = frozenset()
 
 
 def escaped(text: str) -> str:
@@ -18,37 +19,71 @@ def escaped(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-def property_schema(parameters: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The schema of one argument; an empty one if there is none."""
-    properties = parameters.get("properties")
-    schema = properties.get(name) if isinstance(properties, Mapping) else None
-    return schema if isinstance(schema, Mapping) else {}
+def properties_of(schema: Any) -> Mapping[str, Any]:
+    """The schemas of an object's listed properties."""
+    found = schema.get("properties") if isinstance(schema, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
 
 
-def allowed_types(schema: Any, root: Mapping[str, Any], depth: int = _MAX_DEPTH) -> frozenset[str]:
-    """The JSON types that a schema allows; none where it does not say."""
-    schema = resolved(schema, root)
-    if not isinstance(schema, Mapping) or depth == 0:
-        return frozenset()
+def required_of(schema: Mapping[str, Any]) -> frozenset[str]:
+    """The names of the properties that must be there."""
+    found = schema.get("required")
+    return frozenset(name for name in found if isinstance(name, str)) if _is_list(found) else NONE
+
+
+def allowed_types(schema: Any, root: Mapping[str, Any]) -> frozenset[str]:
+    """The JSON types that a schema allows; none where it does not say.
+
+    Every schema is looked at once, however often alternatives refer to it.
+    """
+    found: set[str] = set()
+    seen: set[int] = set()
+    waiting: list[tuple[Any, bool]] = [(schema, True)]
+    while waiting:
+        one, decides = waiting.pop()
+        one = resolved(one, root)
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        parts = _alternatives(one)
+        stated = frozenset() if parts else _stated_types(one)
+        if decides and not parts and not stated:
+            return NONE
+        found |= stated
+        waiting += [(part, decides and "allOf" not in one) for part in parts]
+    return frozenset(found)
+
+
+def _alternatives(schema: Any) -> list[Any]:
+    """The schemas that a schema without a type of its own is made of."""
+    if not isinstance(schema, Mapping) or any(key in schema for key in ("type", "const", "enum")):
+        return []
+    lists = (schema.get(key) for key in ("anyOf", "oneOf", "allOf"))
+    return [part for each in lists if _is_list(each) for part in each]
+
+
+def _stated_types(schema: Any) -> frozenset[str]:
+    if not isinstance(schema, Mapping):
+        return NONE
     stated = schema.get("type")
     if isinstance(stated, str):
         return frozenset({stated})
-    if isinstance(stated, list):
+    if _is_list(stated):
         return frozenset(name for name in stated if isinstance(name, str))
     if "const" in schema:
         return frozenset({json_type(schema["const"])})
-    if isinstance(schema.get("enum"), list):
+    if _is_list(schema.get("enum")):
         return frozenset(json_type(value) for value in schema["enum"])
-    for key in ("anyOf", "oneOf", "allOf"):
-        if isinstance(schema.get(key), list):
-            found = [allowed_types(each, root, depth - 1) for each in schema[key]]
-            return frozenset().union(*found) if all(found) or key == "allOf" else frozenset()
-    return frozenset({"object"}) if "properties" in schema else frozenset()
+    return frozenset({"object"}) if properties_of(schema) else NONE
+
+
+def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, list | tuple)
 
 
 def resolved(schema: Any, root: Mapping[str, Any]) -> Any:
     """A schema, or what its `$ref` within the same schema stands for; {} for any other."""
-    for _ in range(_MAX_DEPTH):
+    for _ in range(_MAX_REFERENCES):
         if not isinstance(schema, Mapping) or not isinstance(schema.get("$ref"), str):
             return schema
         schema = _pointed_at(root, schema["$ref"])
@@ -125,7 +160,7 @@ class ArgumentsWriter:
         """Begin an argument; returns the types that its schema allows."""
         self._put(("{" if self._is_empty else ", ") + json.dumps(name, ensure_ascii=False) + ": ")
         self._is_empty = False
-        return allowed_types(property_schema(self._parameters, name), self._parameters)
+        return allowed_types(properties_of(self._parameters).get(name), self._parameters)
 
     def value(self, types: frozenset[str]) -> "TextValue":
         """Begin the value of the last key."""

@@ -5,11 +5,14 @@ from collections.abc import Sequence
 
 import llguidance
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from opsin.errors import InputError
 from opsin.prompt.tools.dialect import Dialect, Tool
 from opsin.prompt.tools.index import DIALECTS
 
-from .samples import SAMPLES, TOOLS
+from .samples import SAMPLES, TOOLS, read
 
 every_dialect = pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)
 with_and_without_special = pytest.mark.parametrize("with_special", [False, True])
@@ -174,3 +177,52 @@ def test_a_strict_tool_is_refused_where_its_schema_cannot_be_held() -> None:
     strict = DIALECTS["hermes"].grammar((Tool("f", "", schema, strict=True),), False)
     wrapped = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Bytes()))
     assert "format" in llguidance.LLMatcher(wrapped, strict).get_error()
+
+
+KEYWORDS = (
+    "type properties required items enum const anyOf oneOf allOf $ref $defs additionalProperties a"
+)
+SCHEMAS = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(-2, 2), st.sampled_from(("string", "#/a", "x"))
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(KEYWORDS.split()), inner, max_size=4),
+    ),
+    max_leaves=12,
+)
+
+
+@every_dialect
+@settings(max_examples=40, deadline=None)
+@given(parameters=st.dictionaries(st.sampled_from(("type", "properties", "required")), SCHEMAS))
+def test_schemas_that_are_none_break_nothing(
+    dialect: Dialect, parameters: dict[str, object]
+) -> None:
+    tools = (Tool("get_weather", "", parameters),)
+    dialect.grammar(tools, True)
+    dialect.lazy_grammar(tools, True)
+    read(dialect, SAMPLES[dialect.name], tools=tools)
+
+
+@every_dialect
+def test_schemas_that_refer_to_themselves_a_thousandfold(dialect: Dialect) -> None:
+    many = [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}, {"type": "null"}] * 10
+    schema = {
+        "type": "object",
+        "properties": {"city": {"$ref": "#/$defs/a"}},
+        "$defs": {"a": {"anyOf": many}, "b": {"oneOf": many}},
+    }
+    tools = (Tool("get_weather", "", schema),)
+    assert len(dialect.grammar(tools, True)) < 20_000
+    read(dialect, SAMPLES[dialect.name], tools=tools)
+
+
+@every_dialect
+def test_a_schema_nested_too_deeply_is_refused(dialect: Dialect) -> None:
+    schema: dict[str, object] = {}
+    for _ in range(50_000):
+        schema = {"items": schema}
+    with pytest.raises(InputError, match="too deeply"):
+        dialect.grammar((Tool("f", "", schema),), True)
