@@ -58,6 +58,8 @@ def why_not(config: DecoderConfig) -> str:
     """Why the native stack does not cover a decoder, as a clause; empty if it does."""
     unknown = _stated(config, DECODER_FIELDS)
     for layer in config.layers:
+        if layer.sum_norms:
+            return "it normalises the stream after each block"
         if not isinstance(layer.attention, AttentionConfig):
             return f"it has layers of kind {type(layer.attention).__name__}"
         if not isinstance(layer.mlp, MLPConfig):

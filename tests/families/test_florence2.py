@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import opsin
 from opsin import families
+from opsin.decoder.native import why_not
 from opsin.engine import source
 from opsin.engine.loop import Engine, EngineLimits
 from opsin.errors import CheckpointError, InputError, PromptTooLong
@@ -304,6 +305,10 @@ def test_the_published_base_model_is_read() -> None:
     assert family.no_repeat_ngram == (3, None, ())
     assert family.decoder_start == (2, 0)
     assert family.decoder().blank_ids == (51289,)
+
+
+def test_why_the_decoder_runs_in_torch_is_said(base: Lab) -> None:
+    assert why_not(base.ours.model.decoder.config) == "it normalises the stream after each block"
 
 
 def test_features_of_another_kind_are_refused() -> None:
