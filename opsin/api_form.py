@@ -46,22 +46,13 @@ def wanted(given: Mapping[str, Any]) -> Wanted:
 def _constraint(name: str, value: Any) -> Constraint | None:
     if value is None:
         return None
-    if name in ("response_format", "json_schema"):
-        value = _of_model(value)
-    if name == "response_format":
-        if not isinstance(value, Mapping):
-            raise InputError(f"{name} is not an object", param=name)
-        return response_form(value, name) if "type" in value else _schema(value, name)
-    if name == "json_schema":
-        return _schema(value, name)
-    return Constraint(_TEXTS[name], value, name)
-
-
-def _schema(value: Any, name: str) -> Constraint:
-    return Constraint("json_schema", schema_of(value, name), name)
-
-
-def _of_model(value: Any) -> Any:
-    """The schema of a pydantic model's class; anything else as it is."""
+    if name in _TEXTS:
+        return Constraint(_TEXTS[name], value, name)
     describe = getattr(value, "model_json_schema", None)
-    return describe() if isinstance(value, type) and callable(describe) else value
+    if isinstance(value, type) and callable(describe):  # a pydantic model's class
+        return Constraint("json_schema", describe(), name)
+    if name == "json_schema":
+        return Constraint("json_schema", schema_of(value, name), name)
+    if not isinstance(value, Mapping):
+        raise InputError(f"{name} is not an object", param=name)
+    return response_form(value, name)
