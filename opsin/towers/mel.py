@@ -150,6 +150,8 @@ class UniversalMel:
         """
         lead = self.frame // 2 if self.centred else 0
         wave = np.pad(np.asarray(samples), (lead, 0))
+        if len(wave) <= self.frame:
+            return torch.empty(0, self.mels), torch.empty(0, dtype=torch.bool)
         wide = np.lib.stride_tricks.sliding_window_view(wave, self.frame + 1)[:: self.hop]
         frames = wide[:, :-1]
         if self.preemphasis:
