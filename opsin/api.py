@@ -126,6 +126,7 @@ class GenerationResult:
 def load(
     path_or_hf_repo: str = DEFAULT_MODEL,
     *,
+    quantize: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
     revision: str | None = None,
@@ -137,20 +138,21 @@ def load(
 ) -> tuple[Model, Processor]:
     """Load a checkpoint: a folder, a hub name, or "bundled", the small model in the package.
 
-    device: "cpu", "cuda", "cuda:N" or "mps"; None picks the best there is. dtype: "float32",
-    "bfloat16" or "float16"; None takes the checkpoint's. revision: a branch, tag or commit of a hub
-    name. chat_template: jinja text, a file, or the name of a bundled one, in place of the
-    checkpoint's. matformer_slice: the name of a smaller model within a nested one, as in the table
-    that comes with its family, or in the CSV file matformer_config. on_progress is called with the
-    bytes read so far and all. A model that has no family here runs through Transformers, where that
-    is installed, and says so on stderr. Raises NotFoundError, CheckpointError, InputError,
-    UnknownFamily or MissingDependency.
+    quantize: 8 or 4, the bits that matrices are quantised to as they are read (embeddings, head and
+    towers take 8); None leaves them as they are stored. device: "cpu", "cuda", "cuda:N" or "mps";
+    None picks the best there is. dtype: "float32", "bfloat16" or "float16"; None takes the
+    checkpoint's. revision: a branch, tag or commit of a hub name. chat_template: jinja text, a
+    file, or the name of a bundled one, in place of the checkpoint's. matformer_slice: the name of a
+    smaller model within a nested one, as in the table that comes with its family, or in the CSV
+    file matformer_config. on_progress is called with the bytes read so far and all. A model that
+    has no family here runs through Transformers, where that is installed, and says so on stderr.
+    Raises NotFoundError, CheckpointError, InputError, UnknownFamily or MissingDependency.
     """
     folder = resolve(path_or_hf_repo, revision=revision)
     try:
         processor = Processor.from_folder(folder, chat_template=chat_template, limits=media_limits)
     except UnknownFamily as unknown:
-        if matformer_slice is not None or matformer_config is not None:
+        if any(given is not None for given in (quantize, matformer_slice, matformer_config)):
             raise
         return load_fallback(
             folder,
@@ -162,6 +164,7 @@ def load(
         )
     model = load_model(
         folder,
+        quantize=quantize,
         device=device,
         dtype=dtype,
         matformer_config=matformer_config,

@@ -14,7 +14,10 @@ import typer
 from opsin.cli.flags import (
     ChatTemplate,
     Device,
+    MatFormerConfig,
+    MatFormerSlice,
     Model,
+    Quant,
     Revision,
     json_option,
     load_with_progress,
@@ -85,7 +88,10 @@ def command(
         str | None,
         typer.Option(help="float32, bfloat16 or float16.", rich_help_panel="Engine"),
     ] = None,
+    quant: Quant = None,
     revision: Revision = None,
+    matformer_config: MatFormerConfig = None,
+    matformer_slice: MatFormerSlice = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Print tokens/s and times after each answer.")
     ] = False,
@@ -107,7 +113,14 @@ def command(
     from opsin.cli.chat_session import Session
 
     loaded, processor = load_with_progress(
-        model, device=device, dtype=dtype, revision=revision, chat_template=chat_template
+        model,
+        device=device,
+        dtype=dtype,
+        quantize=quant,
+        revision=revision,
+        chat_template=chat_template,
+        matformer_config=matformer_config,
+        matformer_slice=matformer_slice,
     )
     from opsin.api import stream_generate
 

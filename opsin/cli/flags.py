@@ -24,6 +24,16 @@ Device: TypeAlias = Annotated[
     str | None,
     typer.Option(help="cpu, cuda, cuda:N or mps; the best by default.", rich_help_panel=ENGINE),
 ]
+Quant: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        "--quant",
+        "--isq",
+        help="Quantise to 8 or 4 bits while loading.",
+        metavar="BITS",
+        rich_help_panel=ENGINE,
+    ),
+]
 Revision: TypeAlias = Annotated[
     str | None,
     typer.Option(help="Branch, tag or commit of a hub name.", rich_help_panel=ENGINE),

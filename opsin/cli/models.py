@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 
-from opsin.cli.flags import Revision
+from opsin.cli.flags import Quant, Revision
 from opsin.errors import InputError
 from opsin.types import Task
 
@@ -82,10 +81,11 @@ def inspect(
         typer.Option(help="Count the tokens of a picture of WIDTHxHEIGHT. Repeatable."),
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens of context to plan memory for.")] = 8192,
+    quant: Quant = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a checkpoint is and what running it takes, without loading its weights."""
-    facts = inspection(name, revision, image_size or ["1024x768"], context)
+    facts = inspection(name, revision, image_size or ["1024x768"], context, quant)
     if as_json:
         typer.echo(json.dumps(facts))
         return
@@ -93,7 +93,8 @@ def inspect(
     typer.echo(f"{name}: {facts['model_type']}, takes {', '.join(facts['takes'])}")
     typer.echo(f"  parameters       {facts['parameters'] / 1e6:,.1f} million ({facts['dtype']})")
     typer.echo(f"  longest context  {facts['max_positions']:,} tokens")
-    typer.echo(f"  weights          {memory['weights'] / 1e9:.2f} GB")
+    kept = ", ".join(f"{n / 1e6:,.1f} million {kind}" for kind, n in facts["kept_as"].items())
+    typer.echo(f"  weights          {memory['weights'] / 1e9:.2f} GB ({kept})")
     typer.echo(
         f"  cache            {memory['cache'] / 1e9:.2f} GB for {context:,} tokens"
         f" ({memory['cache_per_token'] / 1e3:.1f} kB each)"
@@ -138,21 +139,25 @@ def tasks_of(name: str, revision: str | None) -> Mapping[str, Task]:
     return families.load(read_config(folder), read_processor_config(folder)).tasks
 
 
-def inspection(name: str, revision: str | None, sizes: list[str], context: int) -> dict[str, Any]:
+def inspection(
+    name: str, revision: str | None, sizes: list[str], context: int, quant: int | None = None
+) -> dict[str, Any]:
     """The facts that `inspect` prints."""
     from PIL import Image
 
-    from opsin.checkpoint import hub, weights
+    from opsin.checkpoint import hub
     from opsin.decoder.cache import CacheFormat, PagedCache
     from opsin.decoder.native import why_not
-    from opsin.engine.model import build, pick_dtype
+    from opsin.engine.model import build, pick_dtype, pick_formats, stored_weights
+    from opsin.engine.packing import summary
 
     folder = hub.resolve(name, revision=revision)
     model = build(folder)
-    tensors = list(weights.all_tensors(weights.weight_files(folder)))
+    tensors = stored_weights(folder, model.config, model.family)
     dtype = pick_dtype(None, model.config, tensors)
     per_token = PagedCache.bytes_per_token(model.decoder.config, dtype)
     reason = why_not(model.decoder.config)
+    kept = summary(model, pick_formats(model, tensors, quant), dtype)
     forms = {bits: CacheFormat(bits) for bits in (8, 4)}
     smaller = {
         str(bits): context * PagedCache.bytes_per_token(model.decoder.config, dtype, form)
@@ -169,14 +174,15 @@ def inspection(name: str, revision: str | None, sizes: list[str], context: int) 
         "takes": ["text", *model.family.modalities],
         "parameters": model.num_parameters,
         "dtype": str(dtype).removeprefix("torch."),
+        "kept_as": kept.parameters,
         "max_positions": model.decoder.config.max_positions,
         "image_tokens": tokens,
         "cpu": f"layer by layer in torch: {reason}"
         if reason
         else "one native call a step (bfloat16)",
         "memory_bytes": {
-            "weights": model.num_parameters * dtype.itemsize,
-            "on_disk": sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors),
+            "weights": kept.num_bytes,
+            "on_disk": sum(t.num_bytes for t in tensors),
             "cache_per_token": per_token,
             "cache": per_token * context,
             "cache_at_kv_bits": smaller,

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from opsin.cli.flags import Device, Model, Revision, json_option, load_with_progress
+from opsin.cli.flags import (
+    Device,
+    Model,
+    Quant,
+    Revision,
+    json_option,
+    load_with_progress,
+)
 from opsin.cli.ocr_sources import Source, find_sources, parse_pages
 from opsin.errors import InputError, OpsinError
 
@@ -93,6 +100,7 @@ def command(
         str | None,
         typer.Option(help="float32, bfloat16 or float16.", rich_help_panel="Engine"),
     ] = None,
+    quant: Quant = None,
     revision: Revision = None,
 ) -> None:
     """Read pictures and PDF files."""
@@ -103,12 +111,14 @@ def command(
         "max_tokens": max_tokens,
         "processor_kwargs": json_option("--processor-kwargs", processor_kwargs),
     }
-    loaded, processor = load_with_progress(model, device=device, dtype=dtype, revision=revision)
+    loaded, processor = load_with_progress(
+        model, device=device, dtype=dtype, quantize=quant, revision=revision
+    )
     from opsin.cli.ocr_reading import Asking, Reader
 
     asking = Asking.of(processor, prompt, task, options)
     reader = Reader(loaded, processor, asking)
-    settings = [model, revision, dtype, asking.prompt, asking.task, options, dpi]
+    settings = [model, revision, dtype, quant, asking.prompt, asking.task, options, dpi]
     run = Run(reader, target, model, settings, dpi, wanted, furniture=furniture, again=again)
     report = run.all(sources, concurrency)
     report.print()

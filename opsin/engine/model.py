@@ -18,7 +18,13 @@ from opsin.checkpoint.safetensors import StoredTensor
 from opsin.config import settings
 from opsin.decoder.decoder import Decoder
 from opsin.decoder.native import NativeStack, why_not
-from opsin.engine.packing import native_formats, packer_of, quantised_formats, stored_formats
+from opsin.engine.packing import (
+    Formats,
+    native_formats,
+    packer_of,
+    quantised_formats,
+    stored_formats,
+)
 from opsin.errors import CheckpointError, InputError, MissingDependency
 from opsin.families.base import Family
 from opsin.kernels import cpu
@@ -153,12 +159,6 @@ def load_model(
         for tensor in stored_weights(folder, config, family)
         for part in family.apart(family.sliced(tensor))
     ]
-    if quantize is not None and any(isinstance(tensor, mlx.AffineTensor) for tensor in tensors):
-        raise InputError(
-            f"The checkpoint {folder.name} is quantised already",
-            remedy="Leave out the bits to quantise to, or name the model it was made from",
-            param="quant",
-        )
     family.inspect(tensors)
     family.read_generation(read_json(folder / "generation_config.json"))
     with torch.device("meta"):
@@ -234,6 +234,23 @@ def native_library() -> Library | None:
     return library
 
 
+def pick_formats(model: Model, tensors: list[StoredTensor], quantize: int | None) -> Formats:
+    """Which matrices are kept quantised: as asked, or else as the checkpoint stores them.
+
+    Raises InputError for bits that nothing is quantised to, or a checkpoint that is quantised.
+    """
+    check_bits(quantize)
+    if quantize is None:
+        return stored_formats(model, tensors, model.family.rename)
+    if any(isinstance(tensor, mlx.AffineTensor) for tensor in tensors):
+        raise InputError(
+            "The checkpoint is quantised already",
+            remedy="Leave out the bits to quantise to, or name the model it was made from",
+            param="quant",
+        )
+    return quantised_formats(model.decoder, model.towers, quantize)
+
+
 def pick_packer(
     model: Model,
     tensors: list[StoredTensor],
@@ -243,10 +260,7 @@ def pick_packer(
 ) -> ModulePacker:
     """What packs a model's matrices as they are read: for the native stack, quantised, or both."""
     formats = {} if native is None else native_formats(model.decoder)
-    if quantize is not None:
-        formats |= quantised_formats(model.decoder, model.towers, quantize)
-    else:
-        formats |= stored_formats(model, tensors, model.family.rename)
+    formats |= pick_formats(model, tensors, quantize)
     library = native
     if native is None and formats and nothing.device.type == "cpu":
         library = native_library()

@@ -22,6 +22,7 @@ from opsin.nn.packing import ModulePacker
 from opsin.quant.formats import Format, Kind, quantised
 from opsin.quant.mlx import AffineTensor
 
+GROUPS, SCALES = (32, 64, 128), (torch.float16, torch.bfloat16)
 LEAST_ROWS = 64  # smaller outputs (gates, scores) stay as they are: they cost nothing
 BF16 = Format("bf16")
 Formats = dict[nn.Module, Format]
@@ -52,9 +53,8 @@ def quantised_formats(decoder: Decoder, towers: nn.Module, bits: int) -> Formats
     formats: Formats = {}
     for module, kind in wanted:
         weight = module.get_parameter("weight")
-        form = quantised(kind, weight.shape[-1])
-        if form is not None and weight.shape[-2] >= LEAST_ROWS:
-            formats[module] = form
+        if weight.shape[-2] >= LEAST_ROWS:
+            formats[module] = quantised(kind, weight.shape[-1])
     return formats
 
 
@@ -87,9 +87,8 @@ def stored_formats(
         if len(affine) < len(stored):
             continue
         widest = max(affine, key=lambda tensor: tensor.bits).format
-        packable = quantised(widest.kind, module.weight.shape[-1]) is not None
-        whole = module.weight.shape[-1] % widest.group == 0
-        if packable and whole and all(tensor.fits(widest) for tensor in affine):
+        packable = widest.group in GROUPS and widest.scale_dtype in SCALES
+        if packable and all(tensor.fits(widest) for tensor in affine):
             formats[module] = widest
     return formats
 

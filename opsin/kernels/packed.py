@@ -70,7 +70,7 @@ class PlainMatrix:
         self.k = k
         self.four = form.kind == "q4"
         self.codes = torch.zeros(n, k // 2 if self.four else k, dtype=torch.uint8, device=device)
-        shape = (n, k // form.group)
+        shape = (n, k // (form.group or k))
         self.scales = torch.zeros(shape, dtype=form.scale_dtype, device=device)
         self.biases = torch.zeros(shape, dtype=form.scale_dtype, device=device)
         self.bias: Tensor | None = None

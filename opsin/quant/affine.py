@@ -27,7 +27,7 @@ def dequantise(codes: Tensor, scales: Tensor, biases: Tensor) -> Tensor:
 
 def quantise(weight: Tensor, form: Format) -> tuple[Tensor, Tensor, Tensor]:
     """weight (n, k) as codes (n, k), scales and biases (n, k / group) of a format."""
-    grouped = weight.float().unflatten(1, (-1, form.group))
+    grouped = weight.float().unflatten(1, (-1, form.group or weight.shape[1]))
     top = 255.0 if form.kind == "q8" else 15.0
     low, high = grouped.amin(dim=2).clamp_max(0.0), grouped.amax(dim=2).clamp_min(0.0)
     if form.kind == "q8":

@@ -16,7 +16,10 @@ GROUP = 64
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A matrix as bfloat16, or as affine codes with a 16-bit scale and bias per `group` columns."""
+    """A matrix as bfloat16, or as affine codes with a 16-bit scale and bias per `group` columns.
+
+    Group 0 is one scale and bias a row.
+    """
 
     kind: Kind
     group: int = 0
@@ -27,13 +30,14 @@ class Format:
         """Bits of memory that a weight takes, its share of scale and bias included."""
         if self.kind == "bf16":
             return 16
-        return (8 if self.kind == "q8" else 4) + 32 / self.group
+        own = 32 / self.group if self.group else 0.0
+        return (8 if self.kind == "q8" else 4) + own
 
 
-def quantised(kind: Kind, columns: int) -> Format | None:
-    """The format of a matrix of so many columns; None if they are not whole groups."""
+def quantised(kind: Kind, columns: int) -> Format:
+    """The format of a matrix of so many columns: where they are no whole groups, 8 bits by rows."""
     group = next((group for group in (GROUP, 32) if columns % group == 0), 0)
-    return Format(kind, group) if group else None
+    return Format(kind if group else "q8", group)
 
 
 def check_bits(bits: int | None) -> None:

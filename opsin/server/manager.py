@@ -236,6 +236,7 @@ class Manager:
                 str(folder),
                 device=settings.device,
                 dtype=settings.dtype,
+                quantize=settings.quant,
                 chat_template=settings.chat_template if source.own else None,
                 media_limits=settings.media_limits(),
                 matformer_config=settings.matformer_config if source.own else None,

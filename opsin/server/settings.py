@@ -66,6 +66,9 @@ class ServeSettings:
     dtype: str | None = _flag(
         None, "text", MODEL, "float32, bfloat16 or float16; the checkpoint's by default."
     )
+    quant: int | None = _flag(
+        None, "count", MODEL, "Quantise to 8 or 4 bits while loading.", "--isq", low=4
+    )
     revision: str | None = _flag(None, "text", MODEL, "Branch, tag or commit of --model.")
     chat_template: str | None = _flag(
         None, "text", MODEL, "A jinja file, JSON holding one, or a template's name.", "-c"

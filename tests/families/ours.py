@@ -27,9 +27,9 @@ BLOCK = 8
 class Ours:
     """A checkpoint folder as Opsin loads it."""
 
-    def __init__(self, case: Case, folder: Path) -> None:
+    def __init__(self, case: Case, folder: Path, **options: Any) -> None:
         self.case = case
-        self.model, self.processor = opsin.load(folder, device="cpu")
+        self.model, self.processor = opsin.load(folder, device="cpu", **options)
         self.prompts: dict[str, Prompt] = {}
 
     def prompt(self, scene: Scene) -> Prompt:
