@@ -204,9 +204,10 @@ def test_the_command_line_and_the_server_take_a_slice(lab: Lab, tmp_path: Path) 
     slices = ("--matformer-config", path, "--matformer-slice")
     done = run(*words, *slices, "small")
     assert done.returncode == 0, done.stderr
-    refused = run(*words, *slices, "other")
-    assert refused.returncode == 2
-    assert "There is no slice 'other'" in refused.stderr
+    for command in (words, ("chat", "-m", lab.folder, "--device", "cpu")):
+        refused = run(*command, *slices, "other")
+        assert refused.returncode == 2
+        assert "There is no slice 'other'" in refused.stderr
     given = {"model": str(lab.folder), "matformer_slice": "small", "matformer_config": str(path)}
     settings = read_settings({**given, "device": "cpu"}, {}, {})
     manager = Manager(settings)
@@ -222,4 +223,5 @@ def test_the_command_line_and_the_server_take_a_slice(lab: Lab, tmp_path: Path) 
 def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own."""
     command = [sys.executable, "-m", "opsin", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    nothing = subprocess.DEVNULL
+    return subprocess.run(command, stdin=nothing, capture_output=True, text=True, timeout=120)
