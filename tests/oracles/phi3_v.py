@@ -205,7 +205,9 @@ class Phi3V(nn.Module):
                 features = torch.cat([self.picture(*one) for one in pictures])
                 self.seen = (inputs["crops"], features)
             x = x.clone()
-            x[ids == inputs["image_id"]] = self.seen[1]
+            # One that the model writes itself is a word like others.
+            places = (ids == inputs["image_id"]).nonzero().flatten()
+            x[places[: len(self.seen[1])]] = self.seen[1]
         cos, sin = self.angles(len(ids))
         for layer in self.model.layers:
             x = layer(x, cos, sin)

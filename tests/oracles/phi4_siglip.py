@@ -71,7 +71,9 @@ class Phi4VisionR(nn.Module):
             if self.seen[0] is not inputs["padded"]:
                 self.seen = (inputs["padded"], self.pictures(inputs))
             x = x.clone()
-            x[ids == inputs["stand_in"]] = self.seen[1]
+            # One that the model writes itself is a word like others.
+            places = (ids[0] == inputs["stand_in"]).nonzero().flatten()
+            x[0, places[: len(self.seen[1])]] = self.seen[1]
         return self.lm_head(self.model(inputs_embeds=x, use_cache=False).last_hidden_state)[0]
 
 

@@ -6,6 +6,7 @@ from ..checkpoints import Case
 from . import (
     authors,
     deepseek,
+    deepseekocr,
     ernie,
     florence,
     florence_published,
@@ -42,6 +43,7 @@ CASES: tuple[Case, ...] = (
     *gemma3n_more.CASES,
     *llama.CASES,
     *deepseek.CASES,
+    *deepseekocr.CASES,
     *ernie.CASES,
     *phi.CASES,
     *phi3v.CASES,
