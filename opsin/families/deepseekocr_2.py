@@ -21,6 +21,7 @@ from opsin.families.llama_shape import (
     llama_decoder,
     with_experts,
 )
+from opsin.families.options import MAX_TILES, switch_option, whole_option
 from opsin.kernels import Kernels
 from opsin.nn.linear import Embedding, Linear
 from opsin.nn.rope import RopeConfig
@@ -196,15 +197,14 @@ class DeepseekOCR2(Family):
     def prepare_image(self, image: Image.Image, options: Mapping[str, Any]) -> MediaInput:
         config = self.processor_config
         side, tile = int((config.get("size") or {"height": 1024})["height"]), self.tile
-        cropping = options.get("cropping", options.get("crop_to_patches"))
-        if cropping is None:
-            cropping = config.get("crop_to_patches", True)
+        stated = switch_option(options, "crop_to_patches", config.get("crop_to_patches", True))
+        cropping = switch_option(options, "cropping", stated)
         shades = config.get("image_mean", pixels.HALF), config.get("image_std", pixels.HALF)
         resample = config.get("resample", 3)
         grid = (0, 0)
+        low = whole_option(options, "min_patches", config.get("min_patches", 2), high=MAX_TILES)
+        high = whole_option(options, "max_patches", config.get("max_patches", 6), high=MAX_TILES)
         if cropping and max(image.size) > tile:
-            low = int(options.get("min_patches", config.get("min_patches", 2)))
-            high = int(options.get("max_patches", config.get("max_patches", 6)))
             grid = nearest_grid(*image.size, tile, low, high)
         scaled = [max(round(length * side / max(image.size)), 1) for length in image.size]
         small = pixels.resize(image, scaled[0], scaled[1], resample)

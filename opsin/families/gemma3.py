@@ -25,6 +25,7 @@ from opsin.families.clip_shape import (
     with_defaults,
 )
 from opsin.families.gemma_shape import GEMMA_RENAME, gemma_decoder
+from opsin.families.options import switch_option
 from opsin.kernels import Kernels
 from opsin.nn.linear import Linear
 from opsin.nn.norm import RMSNorm
@@ -89,8 +90,10 @@ class Gemma3(BackboneFamily):
     # Pictures.
 
     def prepare_image(self, image: Image.Image, options: Mapping[str, Any]) -> MediaInput:
-        chosen = {**PAN_AND_SCAN, **options}
-        views = [image, *(crops(image, chosen) if chosen["do_pan_and_scan"] else [])]
+        stated = {name: self.processor_config.get(name) for name in PAN_AND_SCAN}
+        chosen = {**PAN_AND_SCAN, **{k: v for k, v in stated.items() if v is not None}, **options}
+        cut = crops(image, chosen)
+        views = [image, *(cut if switch_option(chosen, "do_pan_and_scan", False) else [])]
         size, resample = self.processor_config["size"], self.processor_config.get("resample", 2)
         normalisation = pixels.normalisation(self.processor_config)
         values = [

@@ -24,6 +24,7 @@ from opsin.families.clip_shape import (
     with_defaults,
 )
 from opsin.families.llama_shape import ACTIVATIONS, LLAMA_RENAME
+from opsin.families.options import switch_option
 from opsin.kernels import Kernels
 from opsin.towers import pixels
 from opsin.towers.projectors import GatedProjector
@@ -102,7 +103,7 @@ class Idefics2(BackboneFamily):
         config = self.processor_config
         size = config.get("size") or {}
         edges = size.get("shortest_edge", 378), size.get("longest_edge", 980)
-        split = options.get("do_image_splitting", config.get("do_image_splitting", False))
+        split = switch_option(options, "do_image_splitting", config.get("do_image_splitting"))
         parts = [*quarters(image), image] if split else [image]
         resized = [
             pixels.resize(part, *bounded_size(*part.size, *edges), config.get("resample", 2))

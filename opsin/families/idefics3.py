@@ -24,6 +24,7 @@ from opsin.families.clip_shape import (
     with_defaults,
 )
 from opsin.families.llama_shape import LLAMA_RENAME
+from opsin.families.options import switch_option
 from opsin.kernels import Kernels
 from opsin.nn.linear import Linear
 from opsin.towers import pixels
@@ -98,7 +99,7 @@ class Idefics3(BackboneFamily):
         resized = pixels.resize(
             image, *scaled_size(*image.size, self.longest_edge(options)), resample
         )
-        if not options.get("do_image_splitting", split):
+        if not switch_option(options, "do_image_splitting", split):
             return [pixels.resize(resized, side, side, resample)]
         whole = pixels.resize(resized, *tiled_size(*resized.size, side), resample)
         if whole.size == (side, side):

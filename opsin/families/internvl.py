@@ -16,6 +16,7 @@ from opsin.families.backbones import BackboneFamily
 from opsin.families.base import Encoded, MediaInput
 from opsin.families.clip_shape import later_layers, layer_counts, one_side, tile_features
 from opsin.families.llama_shape import ACTIVATIONS, EXPERT_RENAME, LLAMA_RENAME
+from opsin.families.options import switch_option
 from opsin.kernels import Kernels
 from opsin.media.sampling import Chooser, Video, VideoInfo
 from opsin.towers import pixels
@@ -125,7 +126,7 @@ class InternVL(BackboneFamily):
 
     def patch_limits(self, options: Mapping[str, Any]) -> tuple[int, int]:
         """Fewest and most tiles, from the request or the checkpoint."""
-        if not options.get("crop_to_patches", True):
+        if not switch_option(options, "crop_to_patches", True):
             return 1, 1
         config = self.processor_config
         low = options.get("min_patches", config.get("min_patches", 1))

@@ -22,6 +22,7 @@ from opsin.decoder.config import (
 from opsin.families.base import Encoded, Family, MediaInput
 from opsin.families.clip_shape import one_side
 from opsin.families.llama_shape import ACTIVATIONS, LLAMA_RENAME, llama_decoder
+from opsin.families.options import MAX_TILES, switch_option, whole_option
 from opsin.kernels import Kernels
 from opsin.nn.linear import Linear
 from opsin.towers import pixels
@@ -199,14 +200,12 @@ class Llama4(Family):
     def prepare_image(self, image: Image.Image, options: Mapping[str, Any]) -> MediaInput:
         config = self.processor_config
         side = int((config.get("size") or {"height": 336})["height"])
-        most = int(options.get("max_patches", config.get("max_patches", 16)))
-        fill = options.get("resize_to_max_canvas", config.get("resize_to_max_canvas", False))
-        rows, columns = best_canvas(image.size, side, by_proportion(most), fill=bool(fill))
+        most = whole_option(options, "max_patches", config.get("max_patches", 16), high=MAX_TILES)
+        fill = switch_option(options, "resize_to_max_canvas", config.get("resize_to_max_canvas"))
+        rows, columns = best_canvas(image.size, side, by_proportion(most), fill=fill)
         height, width = rows * side, columns * side
         canvas = (width, height)
-        size = size_on_canvas(image.size, canvas, side)
-        if fill:
-            size = fitted_size(image.size, canvas)
+        size = fitted_size(image.size, canvas) if fill else size_on_canvas(image.size, canvas, side)
         values = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)[None]
         fitted = resized(values, size)
         spare = (0, width - fitted.shape[3], 0, height - fitted.shape[2])

@@ -16,6 +16,7 @@ from opsin.decoder.config import CrossAttentionConfig, DecoderConfig, LayerConfi
 from opsin.families.base import Encoded, Family, MediaInput, SourceViews
 from opsin.families.clip_shape import one_side
 from opsin.families.llama_shape import ACTIVATIONS, LLAMA_RENAME, llama_decoder
+from opsin.families.options import whole_option
 from opsin.kernels import Kernels
 from opsin.nn.linear import Linear
 from opsin.towers import pixels
@@ -143,7 +144,8 @@ class Mllama(Family):
     def prepare_image(self, image: Image.Image, options: Mapping[str, Any]) -> MediaInput:
         config = self.processor_config
         side = int(config["size"]["height"])
-        most = int(options.get("max_image_tiles", config.get("max_image_tiles", 4)))
+        stated = config.get("max_image_tiles", 4)
+        most = whole_option(options, "max_image_tiles", stated, high=self.tiles)
         supported = tilings(most)
         rows, columns = best_canvas(image.size, side, supported)
         canvas = Image.new("RGB", (columns * side, rows * side))

@@ -15,6 +15,8 @@ from opsin.errors import MediaError
 from opsin.media.sampling import Chooser, VideoInfo
 from opsin.towers import pixels
 
+# The option that bounds what a frame may cost.
+CAP = "cap_pixels_per_frame"
 RESAMPLING = {2: "bilinear", 3: "bicubic"}
 
 

@@ -20,6 +20,7 @@ from opsin.errors import MediaError
 from opsin.families.base import Encoded, Family, MediaInput
 from opsin.families.clip_shape import clip_config, layer_counts, one_side
 from opsin.families.llama_shape import ACTIVATIONS, llama_decoder
+from opsin.families.options import MAX_TILES, whole_option
 from opsin.families.phi4mm_adapters import ADAPTER_FOLDERS, beside
 from opsin.families.phi4mm_names import ADAPTERS, IMAGE, NESTED, PHI4MM_RENAME, SPEECH_NAMES
 from opsin.kernels import Kernels
@@ -157,7 +158,7 @@ class Phi4Multimodal(Family):
         config = self.processor_config
         side = one_side(self.vision.get("crop_size", 448))
         patch = one_side(self.vision["patch_size"])
-        most = int(options.get("dynamic_hd", config.get("dynamic_hd", 36)))
+        most = whole_option(options, "dynamic_hd", config.get("dynamic_hd", 36), high=MAX_TILES)
         grid = crop_grid(image.size, side, most)
         filled = fitted(image.size, (grid[0] * side, grid[1] * side))
         if min(filled) < 10:

@@ -16,7 +16,9 @@ from opsin.decoder.config import DecoderConfig
 from opsin.families.base import Encoded, Family, MediaInput
 from opsin.families.llama_shape import llama_decoder, rope_parameters
 from opsin.families.mrope import TokenGrid, mrope_positions
+from opsin.families.options import pixel_limits, switch_option
 from opsin.families.patch_grids import (
+    CAP,
     RESAMPLING,
     capped,
     clip_patches,
@@ -27,6 +29,7 @@ from opsin.families.patch_grids import (
 from opsin.families.qwen_names import QWEN_RENAME
 from opsin.kernels import Kernels
 from opsin.media.sampling import DEFAULT_FPS, Chooser, Video
+from opsin.nn.norm import NormKind
 from opsin.nn.rope import contiguous_axes
 from opsin.towers import pixels
 from opsin.towers.projectors import MLPProjector
@@ -50,12 +53,13 @@ class Qwen2VL(Family):
     processor_options: ClassVar[tuple[str, ...]] = (
         "min_pixels",
         "max_pixels",
-        "cap_pixels_per_frame",
+        CAP,
     )
     image_pixels: ClassVar[tuple[int, int]] = (56 * 56, 28 * 28 * 1280)
     video_pixels: ClassVar[tuple[int, int]] = (128 * 28 * 28, 768 * 28 * 28)
     # Settings of pictures that do not hold for the videos of a checkpoint that states no others.
     picture_settings: ClassVar[tuple[str, ...]] = ()
+    merger_norm: ClassVar[NormKind | None] = None  # the merger's kind, where not the tower's
     grounding: tuple[Grounding, ...] = (Grounding("box_tags", 1000), Grounding("json_boxes"))
     tasks = {
         "ocr": Task("Read all the text in the image.", "the text of a picture"),
@@ -110,6 +114,10 @@ class Qwen2VL(Family):
         channels = vision.get("in_channels", 3)
         return int(channels * vision.get("temporal_patch_size", 2) * vision["patch_size"] ** 2)
 
+    def merged_width(self) -> int:
+        """Features of a token that the merger gives."""
+        return int(self.vision["hidden_size"])
+
     def towers(self, kernels: Kernels) -> nn.ModuleDict:
         vit = self.vit_config()
         merged = vit.hidden * self.merge**2
@@ -117,26 +125,17 @@ class Qwen2VL(Family):
             kernels,
             merged,
             merged,
-            self.vision["hidden_size"],
-            norm_kind=vit.norm,
+            self.merged_width(),
+            norm_kind=self.merger_norm or vit.norm,
             norm_dim=vit.hidden,
         )
         return nn.ModuleDict({"vision": VisionTransformer(kernels, vit), "merger": merger})
 
     # Pictures.
 
-    def pixel_limits(
-        self, options: Mapping[str, Any], config: Mapping[str, Any], default: tuple[int, int]
-    ) -> tuple[int, int]:
-        """Fewest and most pixels after resizing: from the request, else the checkpoint."""
-        size = config.get("size") or {}
-        low = config.get("min_pixels") or size.get("shortest_edge") or default[0]
-        high = config.get("max_pixels") or size.get("longest_edge") or default[1]
-        return int(options.get("min_pixels", low)), int(options.get("max_pixels", high))
-
     def prepare_image(self, image: Image.Image, options: Mapping[str, Any]) -> MediaInput:
         patch, frames = self.vision["patch_size"], self.vision.get("temporal_patch_size", 2)
-        limits = self.pixel_limits(options, self.processor_config, self.image_pixels)
+        limits = pixel_limits(options, self.processor_config, self.image_pixels)
         width, height = smart_resize(image.width, image.height, patch * self.merge, limits)
         resized = pixels.resize(image, width, height, self.processor_config.get("resample", 3))
         values = pixels.normalised(resized, *pixels.normalisation(self.processor_config))
@@ -175,8 +174,8 @@ class Qwen2VL(Family):
         """The (width, height) that frames (frames, 3, h, w) get; limits are those of one."""
         height, width = frames.shape[-2:]
         config, factor = self.video_config, self.vision["patch_size"] * self.merge
-        limits = self.pixel_limits(options, config, self.video_pixels)
-        if options.get("cap_pixels_per_frame", config.get("cap_pixels_per_frame")):
+        limits = pixel_limits(options, config, self.video_pixels, len(frames))
+        if switch_option(options, CAP, config.get(CAP)):
             total = int(config.get("max_video_tokens", 128000) * factor**2 * 0.9)
             share = total * self.vision.get("temporal_patch_size", 2) // len(frames)
             limits = capped(limits, share)

@@ -14,7 +14,8 @@ from opsin.decoder.config import DecoderConfig
 from opsin.families.base import Encoded, MediaInput
 from opsin.families.llama_shape import ACTIVATIONS, llama_decoder, rope_parameters
 from opsin.families.mrope import TokenGrid
-from opsin.families.patch_grids import capped, clip_size, spanning_frames
+from opsin.families.options import pixel_limits, switch_option
+from opsin.families.patch_grids import CAP, capped, clip_size, spanning_frames
 from opsin.families.qwen2_vl import Qwen2VL
 from opsin.kernels import Kernels
 from opsin.media.sampling import Chooser, Video
@@ -118,11 +119,10 @@ class Qwen3VL(Qwen2VL):
         """Every frame's size; the checkpoint's limits are the clip's, a request's are a frame's."""
         count, (height, width) = len(frames), frames.shape[-2:]
         config, factor = self.video_config, self.vision["patch_size"] * self.merge
-        low, high = self.pixel_limits({}, config, self.video_pixels)
-        if "min_pixels" in options:
-            low = int(options["min_pixels"]) * count
-        high = min(high, int(options.get("max_pixels", high)) * count)
-        if options.get("cap_pixels_per_frame", config.get("cap_pixels_per_frame")):
+        low, high = pixel_limits({}, config, self.video_pixels)
+        asked = pixel_limits(options, {}, (0, high), count)
+        low, high = asked[0] * count or low, min(high, asked[1] * count)
+        if switch_option(options, CAP, config.get(CAP)):
             allowed = config.get("max_video_tokens", 768) * factor**2
             low, high = capped((low, high), allowed, count)
         group = self.vision.get("temporal_patch_size", 2)
