@@ -14,12 +14,17 @@ import typer
 from opsin.cli.flags import (
     ChatTemplate,
     Device,
+    KVBits,
+    KVGroupSize,
     MatFormerConfig,
     MatFormerSlice,
+    MaxKVSize,
     Model,
+    QuantizedKVStart,
     Revision,
     json_option,
     load_with_progress,
+    note_window,
 )
 from opsin.errors import OpsinError
 
@@ -87,6 +92,10 @@ def command(
         str | None,
         typer.Option(help="float32, bfloat16 or float16.", rich_help_panel="Engine"),
     ] = None,
+    kv_bits: KVBits = None,
+    kv_group_size: KVGroupSize = 64,
+    quantized_kv_start: QuantizedKVStart = 5000,
+    max_kv_size: MaxKVSize = None,
     revision: Revision = None,
     matformer_config: MatFormerConfig = None,
     matformer_slice: MatFormerSlice = None,
@@ -104,6 +113,10 @@ def command(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
         "enable_thinking": enable_thinking,
+        "kv_bits": kv_bits,
+        "kv_group_size": kv_group_size,
+        "quantized_kv_start": quantized_kv_start,
+        "max_kv_size": max_kv_size,
         "processor_kwargs": json_option("--processor-kwargs", processor_kwargs),
         "chat_template_kwargs": json_option("--chat-template-kwargs", chat_template_kwargs),
     }
@@ -119,6 +132,7 @@ def command(
         matformer_config=matformer_config,
         matformer_slice=matformer_slice,
     )
+    note_window(max_kv_size)
     from opsin.api import stream_generate
 
     family = processor.family

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from opsin.checkpoint.config import Config, read_config, read_processor_config
 from opsin.engine.grammar import Guide
-from opsin.engine.loop import STEP_ERRORS, Engine, EngineLimits
+from opsin.engine.loop import STEP_ERRORS, Engine, EngineLimits, media_counts
 from opsin.engine.model import Model, pick_device, pick_dtype
 from opsin.engine.output import Output
 from opsin.engine.processor import Processor
@@ -93,6 +93,7 @@ class FallbackProcessor(Processor):
     def __init__(self, reference: Any, *parts: Any) -> None:
         super().__init__(*parts)
         self.reference = reference
+        self.prepared.max_bytes = 0  # preparing is the reference's affair: nothing would be spared
 
     def _token_id(self, kind: str) -> int:
         return -1  # where media stand is the reference's affair
@@ -377,6 +378,7 @@ class FallbackEngine(Engine):
         absent = ("free_blocks", "num_blocks", "kept_blocks")
         encoded = ("encoded_hits", "encoded_misses", "encoded_bytes")
         counts = dict.fromkeys((*absent, *encoded), 0)
+        counts |= media_counts(self.processor)
         return {"running": running, "waiting": waiting, **counts, "steps": self.steps}
 
     # In the engine's thread.

@@ -412,8 +412,20 @@ class Engine:
             "encoded_hits": self.runner.encoded.hits,
             "encoded_misses": self.runner.encoded.misses,
             "encoded_bytes": self.runner.encoded.num_bytes,
+            **media_counts(self.processor),
             "steps": self.steps,
         }
+
+
+def media_counts(processor: Processor | None) -> dict[str, int]:
+    """How often media were found fetched or prepared, and what they take."""
+    counts = {}
+    if processor is not None:
+        for name, cache in (("fetched", processor.fetched), ("prepared", processor.prepared)):
+            counts[f"{name}_hits"] = cache.hits
+            counts[f"{name}_misses"] = cache.misses
+            counts[f"{name}_bytes"] = cache.num_bytes
+    return counts
 
 
 def _compute_all(guides: list[Guide]) -> None:

@@ -13,11 +13,14 @@ from PIL import Image
 from opsin import families
 from opsin.checkpoint.config import Config, read_config, read_processor_config
 from opsin.engine.grammar import Grammars
+from opsin.engine.prepared_cache import PreparedCache, prepared_key
 from opsin.errors import CheckpointError, InputError, UnsupportedMedia
 from opsin.families.base import Family, MediaInput, Prompt, SourceViews, check_options
+from opsin.media.fetched import FetchedCache
 from opsin.media.key import array_key, image_key
 from opsin.media.limits import DEFAULT_LIMITS, MediaLimits
 from opsin.media.loading import load
+from opsin.media.memory import Memory
 from opsin.prompt.api import apply_chat_template
 from opsin.prompt.documents import is_document, pages_of, with_pages
 from opsin.prompt.messages import Prompt as PromptForm
@@ -48,6 +51,8 @@ class Processor:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.limits = limits
+        self.fetched = FetchedCache()
+        self.prepared = PreparedCache()
         family.name_tokens(tokenizer.id_to_token)
         self.eos_token_ids = frozenset(tokenizer.eos_token_ids)
         self.grammars = Grammars(tokenizer, self.eos_token_ids)
@@ -106,6 +111,7 @@ class Processor:
         videos: Sequence[Any] = (),
         options: Mapping[str, Any] | None = None,
         keep_pictures: bool = False,
+        salt: bytes = b"",
         **template: Any,
     ) -> Prompt:
         """A prompt ready for the engine.
@@ -114,7 +120,8 @@ class Processor:
         tokenizer's special tokens is taken as formatted already; any other is one user message.
         Media given beside the messages go into the first user message. `options` are the family's
         processor options, `template` what the chat template is given. `keep_pictures` leaves the
-        decoded originals on the prompt's media.
+        decoded originals on the prompt's media. Prompts of different `salt` share nothing that
+        was fetched, prepared or computed.
         """
         beside = [Media("image", source) for source in images]
         rate = {"fps": template["fps"]} if isinstance(template.get("fps"), int | float) else {}
@@ -133,8 +140,10 @@ class Processor:
             text = self._render(prompt, held, videos, template)
         self._check_modalities(held)
         check_options(self.family, _without(options or {}, GENERAL_OPTIONS))
-        ready = [self._ready(item, options or {}, timings, keep_pictures) for item in held]
-        return self.assemble(text, ready, timings)
+        ready = [self._ready(item, options or {}, timings, keep_pictures, salt) for item in held]
+        prompt_of_all = self.assemble(text, ready, timings)
+        prompt_of_all.cache_salt = salt
+        return prompt_of_all
 
     def is_formatted(self, text: str) -> bool:
         """Whether a string is a rendered prompt rather than something a person wrote."""
@@ -219,42 +228,73 @@ class Processor:
                 )
 
     def _ready(
-        self, item: Media, options: Mapping[str, Any], timings: Timings, keep_pictures: bool
+        self,
+        item: Media,
+        options: Mapping[str, Any],
+        timings: Timings,
+        keep_pictures: bool,
+        salt: bytes,
     ) -> MediaInput:
-        """Fetch, decode and preprocess one medium; the key names content and settings.
+        """Fetch, decode and preprocess one medium, as far as that was not done before.
 
         What a message states beside a medium comes before the request's options.
         """
         known = self.family.processor_options
         own = {name: value for name, value in item.options.items() if name in known}
         settings = {**_without(options, GENERAL_OPTIONS), **own}
-        if item.kind == "audio":
-            loaded = load(item, self.limits, sample_rate=self.family.sampling_rate)
-        elif item.kind == "video":
-            loaded = load(item, self.limits, choose=self.family.frame_chooser(item.options))
-        else:
-            loaded = load(item, self.limits)
+        stated = [sorted(each.items()) for each in (settings, item.options)]
+        facts = (item.kind, stated, options.get("resize_shape"))
+
+        def recall(digest: bytes) -> MediaInput | None:
+            key = prepared_key(salt, digest, facts)
+            return self.prepared.get(key, with_picture=keep_pictures and item.kind == "image")
+
+        memory = Memory(self.fetched, salt, recall)
+        loaded = load(item, self.limits, memory, **self._load_settings(item))
         timings.fetch += loaded.timing.fetch
         timings.decode += loaded.timing.decode
+        if isinstance(loaded.value, MediaInput):
+            return loaded.value
         started = time.perf_counter()
+        ready = self._prepared(item.kind, loaded.value, settings, options, keep_pictures)
+        if memory.digest:
+            self.prepared.put(prepared_key(salt, memory.digest, facts), ready)
+        timings.preprocess += time.perf_counter() - started
+        return ready
+
+    def _load_settings(self, item: Media) -> dict[str, Any]:
+        """How a medium is decoded for this model."""
         if item.kind == "audio":
-            ready = self.family.prepare_audio(loaded.value, settings)
-            ready.key = array_key(loaded.value, sorted(settings.items()))
-        elif item.kind == "video":
-            video = loaded.value
-            ready = self.family.prepare_video(video, settings)
-            ready.size = (video.info.width, video.info.height)
+            return {"sample_rate": self.family.sampling_rate}
+        if item.kind == "video":
+            return {"choose": self.family.frame_chooser(item.options)}
+        return {}
+
+    def _prepared(
+        self,
+        kind: str,
+        value: Any,
+        settings: Mapping[str, Any],
+        options: Mapping[str, Any],
+        keep_pictures: bool,
+    ) -> MediaInput:
+        """Preprocess a decoded medium; the key names content and settings."""
+        if kind == "audio":
+            ready = self.family.prepare_audio(value, settings)
+            ready.key = array_key(value, sorted(settings.items()))
+        elif kind == "video":
+            ready = self.family.prepare_video(value, settings)
+            ready.size = (value.info.width, value.info.height)
             ready.key = array_key(
-                video.frames, video.timestamps, video.duration, sorted(settings.items())
+                value.frames, value.timestamps, value.duration, sorted(settings.items())
             )
         else:
-            assert isinstance(loaded.value, Image.Image)
-            image = resized(loaded.value, options.get("resize_shape"))
+            assert isinstance(value, Image.Image)
+            image = resized(value, options.get("resize_shape"))
             ready = self.family.prepare_image(image, settings)
-            ready.size = loaded.value.size
-            ready.picture = loaded.value if keep_pictures else None
+            ready.size = value.size
+            ready.picture = value if keep_pictures else None
             ready.key = image_key(image, sorted(settings.items()))
-        timings.preprocess += time.perf_counter() - started
         return ready
 
     def assemble(

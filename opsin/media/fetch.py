@@ -6,6 +6,7 @@ import ipaddress
 import socket
 import ssl
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Any
@@ -25,8 +26,31 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _TRANSPORT_ERRORS = (httpcore.NetworkError, httpcore.ProtocolError, httpcore.UnsupportedProtocol)
 
 
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A body, the URL that it came from in the end, and what its server said of keeping it.
+
+    etag and modified are "" where it sent none; fresh_seconds is None where it does not say how
+    long the body stays the same.
+    """
+
+    body: bytes
+    url: str
+    etag: str = ""
+    modified: str = ""
+    storable: bool = True
+    fresh_seconds: float | None = None
+
+
 def fetch(url: str, limits: MediaLimits, deadline: Deadline) -> bytes:
-    """The body behind an http(s) URL.
+    """The body behind an http(s) URL: see `fetch_unless_same`."""
+    return fetch_unless_same(url, limits, deadline).body
+
+
+def fetch_unless_same(
+    url: str, limits: MediaLimits, deadline: Deadline, known: Fetched | None = None
+) -> Fetched:
+    """The body behind an http(s) URL, that of `known` where the server says it has not changed.
 
     Every hop is parsed once, its host resolved once, the addresses checked, and one of those
     connected to; certificate and Host header are the name's. No cookie, token or proxy is used.
@@ -43,11 +67,14 @@ def fetch(url: str, limits: MediaLimits, deadline: Deadline) -> bytes:
                 with pool.stream(
                     "GET",
                     _core_url(current),
-                    headers=_headers(current),
+                    headers=_headers(current, known),
                     extensions={"timeout": timeout},
                 ) as response:
+                    if known is not None and response.status == HTTPStatus.NOT_MODIFIED:
+                        return _renewed(known, current, response)
                     if response.status not in _REDIRECTS:
-                        return _body(response, limits, deadline, what)
+                        body = _body(response, limits, deadline, what)
+                        return _described(body, current, response)
                     current = _next_hop(response, current, what)
             except httpcore.TimeoutException:
                 raise _timed_out(deadline, what) from None
@@ -71,14 +98,56 @@ def _core_url(url: WebURL) -> httpcore.URL:
     )
 
 
-def _headers(url: WebURL) -> list[tuple[bytes, bytes]]:
+def _headers(url: WebURL, known: Fetched | None) -> list[tuple[bytes, bytes]]:
     # Compressed transfer is not asked for: a small body could unpack to any size.
-    return [
+    headers = [
         (b"Host", url.netloc.encode()),
         (b"User-Agent", b"opsin"),
         (b"Accept", b"image/*, audio/*, video/*, */*;q=0.5"),
         (b"Accept-Encoding", b"identity"),
     ]
+    if known is not None and known.url == str(url):  # nobody else hears of its validators
+        if known.etag:
+            headers.append((b"If-None-Match", known.etag.encode()))
+        if known.modified:
+            headers.append((b"If-Modified-Since", known.modified.encode()))
+    return headers
+
+
+def _described(body: bytes, url: WebURL, response: httpcore.Response) -> Fetched:
+    """A body with what its response says of keeping it (RFC 9111)."""
+    said = _header(response, b"cache-control").lower()
+    words = {part.strip() for part in said.split(",")}
+    ages = [word[8:].strip('"') for word in words if word.startswith("max-age=")]
+    fresh = next((float(age[:9]) for age in ages if age.isdecimal()), None)
+    return Fetched(
+        body,
+        str(url),
+        _validator(response, b"etag"),
+        _validator(response, b"last-modified"),
+        "no-store" not in words and _header(response, b"vary") != "*",
+        0.0 if "no-cache" in words else fresh,
+    )
+
+
+def _renewed(known: Fetched, url: WebURL, response: httpcore.Response) -> Fetched:
+    """What is known, with what a server says of it that it did not say before."""
+    now = _described(known.body, url, response)
+    said = bool(_header(response, b"cache-control"))
+    return Fetched(
+        known.body,
+        now.url,
+        now.etag or known.etag,
+        now.modified or known.modified,
+        now.storable if said else known.storable,
+        now.fresh_seconds if said else known.fresh_seconds,
+    )
+
+
+def _validator(response: httpcore.Response, name: bytes) -> str:
+    """A header that may be sent back as it came, "" where it is none of the plain ones."""
+    value = _header(response, name)
+    return value if len(value) <= 200 and value.isascii() and value.isprintable() else ""
 
 
 def _header(response: httpcore.Response, name: bytes) -> str:

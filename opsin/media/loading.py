@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from opsin.errors import InputError
 from opsin.media.failure import source_name
 from opsin.media.limits import DEFAULT_LIMITS, Deadline, MediaLimits
+from opsin.media.memory import Memory
+from opsin.media.source import Opened
 from opsin.media.worker import WORKERS
 from opsin.types import Media
 
@@ -43,8 +45,13 @@ class Loaded:
     timing: MediaTiming
 
 
-def load(media: Media, limits: MediaLimits = DEFAULT_LIMITS, **settings: Any) -> Loaded:
-    """Fetch and decode one media part of a message.
+def load(
+    media: Media,
+    limits: MediaLimits = DEFAULT_LIMITS,
+    memory: Memory | None = None,
+    **settings: Any,
+) -> Loaded:
+    """Fetch and decode one media part of a message, unless `memory` knows what comes of it.
 
     settings, by kind: audio `sample_rate`; video `fps`, `max_frames`, `choose`, as `load_audio` and
     `load_video` take them. For a video, `fps` and `max_frames` in `media.options` come first, and
@@ -52,25 +59,35 @@ def load(media: Media, limits: MediaLimits = DEFAULT_LIMITS, **settings: Any) ->
     processor, and are not read here. Raises MediaError or a subclass.
     """
     deadline = Deadline(limits.deadline)
-    source = media.source
-    work: Callable[[], Decoded]
+    decode: Callable[[Any], Decoded]
     if media.kind == "image":
-        work = partial(_image, source, limits, deadline, **settings)
+        decode = partial(_image, limits=limits, deadline=deadline, **settings)
     elif media.kind == "audio":
-        work = partial(_audio, source, limits, deadline, **settings)
+        decode = partial(_audio, limits=limits, deadline=deadline, **settings)
     elif media.kind == "video":
         asked = {key: media.options[key] for key in ("fps", "max_frames") if key in media.options}
-        work = partial(_video, source, limits, deadline, **{**settings, **asked})
+        decode = partial(_video, limits=limits, deadline=deadline, **{**settings, **asked})
     elif media.kind == "document":
         asked = {key: media.options[key] for key in ("dpi", "pages") if key in media.options}
-        work = partial(_document, source, limits, deadline, **asked)
+        decode = partial(_document, limits=limits, deadline=deadline, **asked)
     else:
         raise InputError(
             f"media of kind {str(media.kind)[:20]} is not known",
             remedy="Use image, audio, video or document",
         )
+
+    def work() -> Any:
+        if memory is None:
+            return decode(media.source)
+        source = memory.opened(media, limits, deadline)
+        known = memory.known(source) if isinstance(source, Opened) else None
+        if known is None:
+            return decode(source)
+        source.file.close()
+        return known
+
     start = time.perf_counter()
-    value = WORKERS.run(work, deadline, source_name(source, media.kind))
+    value = WORKERS.run(work, deadline, source_name(media.source, media.kind))
     spent = time.perf_counter() - start
     fetch = deadline.fetch_seconds
     return Loaded(value, MediaTiming(fetch, max(0.0, spent - fetch)))

@@ -11,12 +11,15 @@ import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import unquote, unquote_to_bytes
 
 from opsin.errors import MediaError, UnsupportedMedia
 from opsin.media.failure import reason, source_name
 from opsin.media.limits import FLAGS, Deadline, MediaLimits
+
+if TYPE_CHECKING:
+    from opsin.media.fetched import FetchedCache
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -46,8 +49,10 @@ def open_source(
     """Open a path, an http(s), data or file URL, or bytes, within the limits.
 
     in_place: a local file is read piece by piece later, so `max_bytes` does not count for it.
-    Raises MediaError or a subclass.
+    What is opened already comes back as it is. Raises MediaError or a subclass.
     """
+    if isinstance(source, Opened):
+        return source
     start = time.perf_counter()
     name = source_name(source, kind)
     if isinstance(source, os.PathLike):
@@ -100,6 +105,23 @@ def _open_named(
             remedy="Give an http(s), data or file URL, or a path",
         )
     return _open_file(source, name, kind, limits, in_place)
+
+
+def open_fetched(
+    url: str, kind: str, fetched: FetchedCache, salt: bytes, limits: MediaLimits, deadline: Deadline
+) -> Opened:
+    """Open an http(s) URL's body, from the cache where it has it."""
+    start = time.perf_counter()
+    name = source_name(url, kind)
+    opened = _in_memory(fetched.get(url.strip(), salt, limits, deadline), name, limits)
+    deadline.fetch_seconds += time.perf_counter() - start
+    return opened
+
+
+def is_web_url(source: Any) -> bool:
+    """Whether a source is to be fetched."""
+    match = _SCHEME.match(source.strip()) if isinstance(source, str) else None
+    return match is not None and match[1].lower() in ("http", "https")
 
 
 def data_url_parts(url: str, name: str) -> tuple[str, bool, str]:

@@ -242,6 +242,9 @@ class Manager:
                 matformer_config=settings.matformer_config if source.own else None,
                 matformer_slice=settings.matformer_slice if source.own else None,
             )
+            processor.fetched.max_bytes = settings.fetched_cache
+            if processor.prepared.max_bytes:  # a model of Transformers' keeps none
+                processor.prepared.max_bytes = settings.prepared_cache
             engine = engine_of(model, processor, engine_limits(settings))
         except OpsinError:
             raise

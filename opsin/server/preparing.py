@@ -73,7 +73,8 @@ def _prepare(processor: Processor, request: Request, vocabulary: int) -> Prompt:
     if request.wanted.offered:
         dialect_of(processor, request.wanted, _own_template(request))
         variables["tools"] = [template_tool(tool) for tool in request.wanted.offered]
-    work = partial(processor.prepare, messages, options=request.processor, **variables)
+    salt = request.salt.encode()
+    work = partial(processor.prepare, messages, options=request.processor, salt=salt, **variables)
     try:
         return work()
     except OpsinError:

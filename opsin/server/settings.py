@@ -89,6 +89,8 @@ class ServeSettings:
         True, "switch", ENGINE, "Keep what prompts computed, for those that begin the same."
     )
     media_cache: int = _flag(2**28, "bytes", ENGINE, "Memory for pictures already encoded.")
+    prepared_cache: int = _flag(2**27, "bytes", ENGINE, "Memory for media ready to be encoded.")
+    fetched_cache: int = _flag(2**27, "bytes", ENGINE, "Memory for media fetched from URLs.")
     kv_bits: int | None = _flag(
         None, "count", ENGINE, "Bits of cached keys and values: 16, 8 or 4; 16 by default."
     )
