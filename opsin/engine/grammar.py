@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from opsin.engine.gate import Gate
-from opsin.engine.json_schema import enforceable
 from opsin.errors import InputError, OpsinError
+from opsin.prompt.json_schema import enforceable
 from opsin.prompt.tokenizer import Tokenizer
 from opsin.prompt.vocabulary import Vocabulary
 from opsin.types import Constraint

@@ -21,10 +21,10 @@ from opsin.engine.grammar import (
     Guide,
     grammar_text,
 )
-from opsin.engine.json_schema import enforceable
 from opsin.engine.loop import Engine, EngineLimits
 from opsin.engine.sampler import Sampler
 from opsin.errors import InputError
+from opsin.prompt.json_schema import enforceable
 from opsin.prompt.stream import THINK
 from opsin.prompt.tokenizer import Tokenizer
 from opsin.prompt.vocabulary import Vocabulary

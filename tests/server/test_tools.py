@@ -75,7 +75,7 @@ def test_a_named_call_is_of_that_tool_and_one(client: openai.OpenAI) -> None:
 
 def test_one_call_at_most_where_parallel_ones_are_not_wanted(client: openai.OpenAI) -> None:
     many, one = [], []
-    for seed in range(8):
+    for seed in range(4):
         fields = {**HOT, "seed": seed, "tool_choice": "required"}
         many.append(client.chat.completions.create(**asked(**fields)))
         one.append(client.chat.completions.create(**asked(**fields, parallel_tool_calls=False)))
@@ -181,7 +181,7 @@ def test_a_form_and_tools_together_give_the_form_or_a_call(client: openai.OpenAI
         "json_schema": {"name": "x", "schema": {**schema, "additionalProperties": False}},
     }
     kinds = set()
-    for seed in range(6):
+    for seed in range(3):
         fields = {**HOT, "seed": seed, "response_format": form}
         choice = client.chat.completions.create(**asked(**fields)).choices[0]
         kinds.add(choice.finish_reason)

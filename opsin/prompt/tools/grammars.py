@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from opsin.errors import InputError
+from opsin.prompt.json_schema import JSON_SPACE
 
 # How deep a schema may be nested, counted in objects and lists.
 _MAX_DEPTH = 128
@@ -129,7 +130,8 @@ def schema_of(tool: HasSchema) -> dict[str, Any]:
 
 def json_term(schema: Mapping[str, Any], strict: bool) -> str:
     """JSON of a schema; unless strict, what the grammar has no means for is let through."""
-    guidance = {"x-guidance": {"coerce_one_of": True} if strict else {"lenient": True}}
+    leniency = {"coerce_one_of": True} if strict else {"lenient": True}
+    guidance = {"x-guidance": {"whitespace_pattern": JSON_SPACE, **leniency}}
     return "%json " + json.dumps({**guidance, **schema})
 
 
