@@ -126,6 +126,7 @@ def build(folder: Path) -> Model:
     """
     config = read_config(folder)
     family = families.load(config, read_processor_config(folder))
+    family.inspect(stored_weights(folder, config, family))
     with torch.device("meta"):
         return Model(family, config, kernels.select(torch.device("cpu")))
 
@@ -154,11 +155,7 @@ def load_model(
     family = families.load(config, read_processor_config(folder))
     if matformer_slice is not None or matformer_config is not None:
         take_slice(family, matformer_slice, matformer_config)
-    tensors = [
-        part
-        for tensor in stored_weights(folder, config, family)
-        for part in family.apart(family.sliced(tensor))
-    ]
+    tensors = stored_weights(folder, config, family)
     family.inspect(tensors)
     family.read_generation(read_json(folder / "generation_config.json"))
     with torch.device("meta"):
@@ -187,10 +184,14 @@ def load_model(
 
 
 def stored_weights(folder: Path, config: Config, family: Family) -> list[StoredTensor]:
-    """Every tensor of a checkpoint folder, with what is quantised there brought together."""
+    """Every tensor of a checkpoint folder as its family takes it.
+
+    What is quantised is brought together, and adapters beside the weights are among them.
+    """
     tensors = list(weights.all_tensors(weights.weight_files(folder)))
-    apart = adapter_tensors(folder, family.adapter_folders if family.adapters_beside else {})
-    return [*mlx.grouped(tensors, config.get("quantization")), *apart]
+    adapters = adapter_tensors(folder, family.adapter_folders if family.adapters_beside else {})
+    whole = [*mlx.grouped(tensors, config.get("quantization")), *adapters]
+    return [part for tensor in whole for part in family.apart(family.sliced(tensor))]
 
 
 def take_slice(family: Family, name: str | None, table: str | None) -> None:
