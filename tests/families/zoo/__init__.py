@@ -17,6 +17,7 @@ from . import (
     idefics,
     llama,
     llava,
+    molmo,
     moondream,
     phi,
     phi3v,
@@ -51,6 +52,7 @@ CASES: tuple[Case, ...] = (
     *florence.CASES,
     *florence_published.CASES,
     *voxtral.CASES,
+    *molmo.CASES,
     *authors.CASES,
     *phi_adapters.CASES,
 )
