@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from opsin.families.base import Encoded, MediaInput
 from opsin.families.mrope import TokenGrid
 from opsin.families.qwen2_vl import Qwen2VL
-from opsin.kernels import Kernels
 from opsin.media.sampling import Video
-from opsin.towers.projectors import MLPProjector
-from opsin.towers.vit import VisionLayout, VisionTransformer, ViTConfig, vision_of
+from opsin.towers.vit import VisionLayout, ViTConfig, vision_of
 from opsin.types import Grounding
 
 
@@ -49,18 +47,8 @@ class Qwen25VL(Qwen2VL):
             windowed=frozenset(range(vision["depth"])) - full,
         )
 
-    def towers(self, kernels: Kernels) -> nn.ModuleDict:
-        vit = self.vit_config()
-        merged = vit.hidden * self.merge**2
-        merger = MLPProjector(
-            kernels,
-            merged,
-            merged,
-            self.vision["out_hidden_size"],
-            norm_kind=vit.norm,
-            norm_dim=vit.hidden,
-        )
-        return nn.ModuleDict({"vision": VisionTransformer(kernels, vit), "merger": merger})
+    def merged_width(self) -> int:
+        return int(self.vision["out_hidden_size"])
 
     # Videos.
 
