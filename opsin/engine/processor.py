@@ -302,11 +302,20 @@ class Processor:
     ) -> Prompt:
         """A rendered prompt and its prepared media to tokens and positions."""
         expanded = self.family.expand(text, ready)
-        if self.family.tokenizer_frame:
-            token_ids = self.tokenizer.encode_prompt(expanded)
-        else:
-            token_ids = self.tokenizer.encode(expanded, add_special_tokens=False)
+        if not self.family.text_apart:
+            return self.of_tokens(self._piece_ids(expanded), ready, expanded, timings)
+        token_ids, rest = [], expanded
+        for item in ready:
+            piece, _, rest = rest.partition(item.text)
+            token_ids += self._piece_ids(piece)
+            token_ids += self.tokenizer.encode(item.text, add_special_tokens=False)
+        token_ids += self._piece_ids(rest)
         return self.of_tokens(token_ids, ready, expanded, timings)
+
+    def _piece_ids(self, text: str) -> list[int]:
+        if self.family.tokenizer_frame:
+            return self.tokenizer.encode_prompt(text)
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def of_tokens(
         self,

@@ -135,6 +135,8 @@ class Family:
     rename, ignored  rules from checkpoint names to ours, and patterns of tensors to leave out
     bare_prompt      the prompt is the last message's text alone, without a chat template
     tokenizer_frame  the tokenizer puts its special tokens around the prompt, where it would
+    text_apart       the text before, between and after media is tokenised piece by piece, each
+                     as a prompt of its own
     processor_options  the `processor_kwargs` that reach `prepare_image` and its siblings
     grounding        how its answers write boxes and points; of several ways the first that finds
                      something counts. A family that pads or crops a picture puts a `Frame` into
@@ -163,6 +165,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     bare_prompt: ClassVar[bool] = False
     tokenizer_frame: ClassVar[bool] = True
+    text_apart: ClassVar[bool] = False
     processor_options: ClassVar[tuple[str, ...]] = ()
     sampling_rate: ClassVar[int] = 16000
     default_template: str | None = None

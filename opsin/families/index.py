@@ -23,6 +23,8 @@ MODULES = {
     "mistral3": "mistral3",
     "mllama": "mllama",
     "paligemma": "paligemma",
+    "phi3_v": "phi3_v",
+    "phi4-siglip": "phi4_siglip",
     "phi4mm": "phi4mm",
     "pixtral": "pixtral",
     "qwen2_vl": "qwen2_vl",
@@ -38,6 +40,7 @@ MODULES = {
 # other spellings that published configs carry -> the name above
 ALIASES: dict[str, str] = {
     "phi4_multimodal": "phi4mm",
+    "phi4_siglip": "phi4-siglip",
     "ernie4_5_vl_moe": "ernie4_5_moe_vl",
     "deepseek_ocr2": "deepseekocr_2",
 }

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from opsin.kernels import Activation, Kernels
 from opsin.nn.linear import Embedding, Linear
@@ -343,6 +344,20 @@ def resampled_positions(table: Tensor, coordinates: Tensor, height: int, width: 
         (table[row * side + column] * weight[:, None] for row, column, weight in corners),
         start=torch.zeros((), device=table.device),
     )
+
+
+def smoothed_positions(table: Tensor, height: int, width: int) -> Tensor:
+    """A square table of learned positions (side * side, hidden), resampled bilinearly.
+
+    It is smoothed where it shrinks, and its cells, not their middles, keep the corners. Returns
+    (height * width, hidden), row by row.
+    """
+    side = int(table.shape[0] ** 0.5)
+    grid = table.float().T.unflatten(1, (side, side))[None]
+    resized = F.interpolate(
+        grid, (height, width), mode="bilinear", align_corners=False, antialias=True
+    )
+    return resized[0].flatten(1).T.to(table)
 
 
 def bucketed_positions(height: int, width: int, side: int) -> Tensor:

@@ -52,6 +52,7 @@ class Ours:
         """Logits of prompt and answer in one pass.  # (tokens, vocab), fp32"""
         sequence = EngineSequence.start(0, prompt, SamplingParams())
         sequence.token_ids.extend(answer)
+        sequence.lengthen(self.model.decoder.config.long_after)
         length = len(sequence.token_ids)
         blocks = -(-length // BLOCK)
         sequence.block_table = list(range(blocks))
