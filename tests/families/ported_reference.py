@@ -58,10 +58,15 @@ class PortedReference:
 
     @torch.no_grad()
     def greedy(self, inputs: dict[str, Any], count: int = 64) -> list[int]:
-        """The next `count` tokens, the likeliest each time, each from a pass over everything."""
+        """The next `count` tokens, the likeliest each time, each from a pass over everything.
+
+        A model that says more than its vocabulary has a `next_token(inputs, prompt tokens)`.
+        """
         ids = inputs["input_ids"]
         prompt = ids.shape[1]
+        own = getattr(self.model, "next_token", None)
         for _ in range(count):
-            following = self.model({**inputs, "input_ids": ids})[-1].argmax()
-            ids = torch.cat((ids, following.view(1, 1)), dim=1)
+            sequence = {**inputs, "input_ids": ids}
+            following = self.model(sequence)[-1].argmax() if own is None else own(sequence, prompt)
+            ids = torch.cat((ids, torch.as_tensor(following).view(1, 1)), dim=1)
         return ids[0, prompt:].tolist()

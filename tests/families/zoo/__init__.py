@@ -18,6 +18,7 @@ from . import (
     llama,
     llava,
     molmo,
+    molmo_point,
     moondream,
     phi,
     phi3v,
@@ -53,6 +54,7 @@ CASES: tuple[Case, ...] = (
     *florence_published.CASES,
     *voxtral.CASES,
     *molmo.CASES,
+    *molmo_point.CASES,
     *authors.CASES,
     *phi_adapters.CASES,
 )
