@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from opsin import __version__
-from opsin.cli import bench_serve, chat, doctor, generate, models, ocr, serve, transcribe
+from opsin.cli import bench_serve, chat, doctor, generate, models, ocr, serve, transcribe, ui
 
 app = typer.Typer(
     name="opsin",
@@ -41,6 +41,7 @@ app.command("run", hidden=True)(generate.command)
 app.command("ocr", help="Read pictures and PDF files: Markdown, JSON or HTML.")(ocr.command)
 app.command("chat", help="Talk with a model in the terminal.")(chat.command)
 app.command("transcribe", help="Write down what a sound says.")(transcribe.command)
+app.command("ui", help="Show the chat page in a browser.")(ui.command)
 app.add_typer(models.app, name="models")
 app.command("doctor", help="Say what this machine offers, and what is missing.")(doctor.command)
 app.command("serve", help="Serve models over HTTP: OpenAI's and Anthropic's protocols.")(
