@@ -55,6 +55,17 @@ class SharedAttentionConfig(AttentionConfig):
 
 
 @dataclass(frozen=True, slots=True)
+class FactoredAttentionConfig(AttentionConfig):
+    """Softmax attention with learned factors on each head's query and value.
+
+    With `factors`, a factor is tanh(W gelu(x)) + 1 / 2 + sigmoid(a ln(1 + position)): x is all that
+    is projected of the token, W is apart for queries and values, and each head has its own a.
+    """
+
+    factors: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class DeltaNetConfig:
     """A gated delta network (arXiv:2412.06464), whose state does not grow with the sequence.
 
@@ -133,11 +144,12 @@ class MoEConfig:
 
     `router` makes the scores that weigh the chosen experts; `normalise` divides them by their sum,
     which counts as at least `min_total`; `scale` multiplies them. `precise_router` scores in
-    float32 whatever the model computes in. `limits` (groups, kept) allows a token experts of only
-    so many of as many equal groups, those with the best experts. `selection_bias` is a learned bias
-    that only the choice sees. `weigh_input` applies the weights to what the experts read rather
-    than to what they return. `shared` is a block that every token goes through, `shared_gate` puts
-    a sigmoid gate on it.
+    float32 whatever the model computes in, and `router_bias` adds a learned bias before anything
+    else. `up_offset` is added to what an expert's gate multiplies. `limits` (groups, kept) allows a
+    token experts of only so many of as many equal groups, those with the best experts.
+    `selection_bias` is a learned bias that only the choice sees. `weigh_input` applies the weights
+    to what the experts read rather than to what they return. `shared` is a block that every token
+    goes through, `shared_gate` puts a sigmoid gate on it.
     """
 
     experts: int
@@ -154,6 +166,8 @@ class MoEConfig:
     weigh_input: bool = False
     shared: MLPConfig | None = None
     shared_gate: bool = False
+    router_bias: bool = False
+    up_offset: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +212,13 @@ class EnrichedLayerConfig(LayerConfig):
     input_dim: int = 0
     scaled: bool = False
     experts: MoEConfig | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelLayerConfig(LayerConfig):
+    """A layer whose attention and feed-forward read the stream through the same norm, side by side,
+    and are both added to it (arXiv:2204.02311).
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +270,8 @@ class DecoderConfig:
     however short a layer's window is. `adapters` are the rank and scale of each low-rank adapter
     that a token's linear layers may use. The tokens `blank_ids` are looked up as token 0: they
     stand for media, and mean nothing where a model writes them itself. The last `own_rows` tokens
-    are embedded by rows that the family gives (`Decoder.set_own_rows`), not by the table.
+    are embedded by rows that the family gives (`Decoder.set_own_rows`), not by the table. Where
+    the family chooses tokens by more than the logits, `open_stream` keeps the last stream readable.
     """
 
     vocab_size: int
@@ -273,6 +295,7 @@ class DecoderConfig:
     head_bias: bool = False
     own_rows: int = 0
     streams: StreamsConfig | None = None
+    open_stream: bool = False
 
     @property
     def rope_configs(self) -> set[RopeConfig]:

@@ -21,6 +21,7 @@ from opsin.decoder.config import (
     LayerInputsConfig,
     MLPConfig,
     MoEConfig,
+    ParallelLayerConfig,
     SharedAttentionConfig,
     StreamsLayerConfig,
 )
@@ -28,6 +29,7 @@ from opsin.decoder.cross_attention import CrossLayer
 from opsin.decoder.delta_net import DeltaNet
 from opsin.decoder.mlp import GatedMLP
 from opsin.decoder.moe import GroupedExperts, MixtureOfExperts
+from opsin.decoder.parallel import ParallelLayer
 from opsin.decoder.post_norm import PostNormLayer
 from opsin.decoder.shared_attention import SharedAttention
 from opsin.decoder.source import SourceStep
@@ -200,7 +202,7 @@ class LayerInputs(nn.Module):
 
 def _layer(
     kernels: Kernels, config: LayerConfig, index: int, decoder: DecoderConfig
-) -> Layer | CrossLayer | PostNormLayer | StreamsLayer:
+) -> Layer | CrossLayer | ParallelLayer | PostNormLayer | StreamsLayer:
     """A layer of the kind that its config is of."""
     attention, mlp = config.attention, config.mlp
     if config.sum_norms:
@@ -209,6 +211,8 @@ def _layer(
         assert isinstance(mlp, MLPConfig)
         hidden, eps = decoder.hidden, decoder.norm_eps
         return CrossLayer(kernels, attention, mlp, index, hidden, decoder.norm, eps)
+    if isinstance(config, ParallelLayerConfig):
+        return ParallelLayer(kernels, config, index, decoder)
     if isinstance(config, StreamsLayerConfig):
         return StreamsLayer(kernels, config, index, decoder)
     if isinstance(config, EnrichedLayerConfig):
@@ -293,6 +297,14 @@ class Decoder(nn.Module):
         assert self.angles is not None, "finish_loading() comes before the first step"
         if self.native is not None:
             return self.native.run(step, cache, self.angles)
+        return self.logits(self.norm(self.stream(step, cache)))
+
+    def stream(self, step: Step, cache: PagedCache) -> Tensor:
+        """Run one step and return the stream after the last layer, before the norm, at
+        `step.logit_rows`: (rows, hidden). Not for a native stack, which keeps it to itself.
+        """
+        assert self.angles is not None
+        assert self.native is None
         angles = self.angles.at(step.positions, step.long)
         context = StepContext(
             cache,
@@ -312,7 +324,7 @@ class Decoder(nn.Module):
                 rows, values = step.layer_adds[i]
                 x.index_add_(0, rows, values.to(x.dtype))
         x = x[step.logit_rows]
-        return self.logits(self.norm(x if self.streams is None else self.streams.closed(x)))
+        return x if self.streams is None else self.streams.closed(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Normalised hidden states (rows, hidden) to logits (rows, vocab), float32."""

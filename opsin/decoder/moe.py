@@ -15,16 +15,19 @@ from opsin.nn.linear import Linear
 class Router(nn.Module):
     """Each expert's score for each token, before the softmax; `precise` keeps it in float32."""
 
-    def __init__(self, kernels: Kernels, hidden: int, experts: int, *, precise: bool) -> None:
+    def __init__(
+        self, kernels: Kernels, hidden: int, experts: int, *, precise: bool, bias: bool = False
+    ) -> None:
         super().__init__()
         self.kernels = kernels
         self.precise = precise
         self.weight = nn.Parameter(torch.empty(experts, hidden), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(experts), requires_grad=False) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x (tokens, hidden) to (tokens, experts), float32."""
         x = x.float() if self.precise else x
-        return self.kernels.linear(x, self.weight, None).float()
+        return self.kernels.linear(x, self.weight, self.bias).float()
 
 
 class MixtureOfExperts(nn.Module):
@@ -37,7 +40,13 @@ class MixtureOfExperts(nn.Module):
         self.kernels = kernels
         self.config = config
         inner = config.hidden
-        self.router = Router(kernels, hidden, config.experts, precise=config.precise_router)
+        self.router = Router(
+            kernels,
+            hidden,
+            config.experts,
+            precise=config.precise_router,
+            bias=config.router_bias,
+        )
         self.gate_up = ExpertLinear(kernels, config.experts, hidden, (inner, inner))
         self.down = ExpertLinear(kernels, config.experts, inner, hidden)
         self.selection_bias: Tensor | None = None
@@ -70,7 +79,10 @@ class MixtureOfExperts(nn.Module):
         rows = x[order // config.top_k]  # (tokens * top_k, hidden)
         if config.weigh_input:
             rows = rows * weights.flatten()[order, None]
-        inner = self.kernels.gated(self.gate_up(rows, expert_ids), config.activation)
+        gate_up = self.gate_up(rows, expert_ids)
+        if config.up_offset:
+            gate_up[:, config.hidden :] += config.up_offset
+        inner = self.kernels.gated(gate_up, config.activation)
         out = self.down(inner, expert_ids)
         out = torch.empty_like(out).index_copy_(0, order, out).unflatten(0, weights.shape)
         if config.weigh_input:

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from opsin.decoder.attention import Attention
 from opsin.decoder.cache import PagedCache
-from opsin.decoder.config import AttentionConfig, DecoderConfig, MLPConfig
+from opsin.decoder.config import (
+    AttentionConfig,
+    DecoderConfig,
+    MLPConfig,
+    ParallelLayerConfig,
+)
 from opsin.decoder.decoder import Decoder, Layer, Step
 from opsin.decoder.mlp import GatedMLP
 from opsin.kernels.cpu.library import Library
@@ -60,6 +65,8 @@ def why_not(config: DecoderConfig) -> str:
     for layer in config.layers:
         if layer.sum_norms:
             return "it normalises the stream after each block"
+        if isinstance(layer, ParallelLayerConfig):
+            return "its blocks run side by side"
         if not isinstance(layer.attention, AttentionConfig):
             return f"it has layers of kind {type(layer.attention).__name__}"
         if not isinstance(layer.mlp, MLPConfig):

@@ -29,8 +29,10 @@ from opsin.engine.runner import Runner
 from opsin.engine.sampler import LogitsProcessor, Sampler
 from opsin.engine.scheduler import Scheduled, Scheduler
 from opsin.engine.sequence import Sequence
+from opsin.engine.speaking import likeliest
 from opsin.errors import EngineError, InputError, OpsinError, PromptTooLong, QueueFull
 from opsin.families.base import Prompt
+from opsin.families.speaking import Speaker
 from opsin.types import Event, FinishReason, SamplingParams
 
 # What a step can raise because of its input or the machine; the loop outlives all of them.
@@ -170,6 +172,7 @@ class Engine:
         self._check_length(prompt)
         request_id = next(self._ids)
         sequence = Sequence.start(request_id, prompt, sampling)
+        sequence.speaker = self._speaker(prompt, guide)
         output = Output(sequence, self.processor, keep)
         tokenizer = None if self.processor is None else self.processor.tokenizer
         blocker = no_repeat_ngram(self.model.family, tokenizer, sampling)
@@ -187,6 +190,20 @@ class Engine:
             self._inbox.append(request)
             self._wake.notify()
         return request_id
+
+    def _speaker(self, prompt: Prompt, guide: Guide | None) -> Speaker | None:
+        """What a request may say beside the vocabulary's tokens; nothing in a form."""
+        speaker = self.model.family.speaker(prompt, self.model.towers)
+        if speaker is None or guide is None:
+            return speaker
+        if speaker.exclusive:
+            raise InputError(
+                "This task's answers have a form of their own",
+                why="it gives places in the picture",
+                remedy="Leave out the response format, or the task",
+                param="response_format",
+            )
+        return None
 
     def _check_length(self, prompt: Prompt) -> None:
         length, read = len(prompt.token_ids), len(prompt.text_ids)
@@ -318,7 +335,7 @@ class Engine:
         self.scheduler.computed(step)
         self.steps += 1
         sampling = [self._requests[s.sequence.request_id] for s in step if s.samples]
-        greedy = logits.argmax(dim=-1).tolist() if len(sampling) else []
+        greedy = likeliest(logits)
         if self._guiding is not None and not all(r.sampler.is_ready for r in sampling):
             wait([self._guiding], GRAMMAR_PATIENCE)
         for row, request in enumerate(sampling):

@@ -53,8 +53,7 @@ class Output:
         if token in self.end_ids:
             self._flush()
             return None, "stop"
-        if self.detokenizer is not None:
-            self.text += self.stop.push(self.detokenizer.push(token))
+        self.text += self.stop.push(self._said(token))
         if self.stop.stopped:
             return None, "stop"
         if complete:
@@ -65,10 +64,20 @@ class Output:
             return None, "length"
         return self._take(), None
 
+    def _said(self, token: int) -> str:
+        """The text that a token adds."""
+        speaker = self.sequence.speaker
+        own = None if speaker is None else speaker.say(token)
+        if own is not None:
+            return own
+        return "" if self.detokenizer is None else self.detokenizer.push(token)
+
     def _flush(self) -> None:
         """Release what waited for more: half characters, and the start of a stop string."""
         if self.detokenizer is not None:
             self.text += self.stop.push(self.detokenizer.finish())
+        if self.sequence.speaker is not None:
+            self.text += self.stop.push(self.sequence.speaker.close())
         self.text += self.stop.finish()
 
     def _take(self) -> Event:

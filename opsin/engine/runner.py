@@ -16,6 +16,7 @@ from opsin.engine.model import Model
 from opsin.engine.scheduler import Scheduled
 from opsin.engine.sequence import Sequence
 from opsin.engine.source import encode_prompts, source_step
+from opsin.engine.speaking import embedded, scored, speaks
 from opsin.families.base import MediaInput
 from opsin.kernels import AttentionBatch
 
@@ -36,10 +37,17 @@ class Runner:
         self.encoded = EncodedCache(media_cache_bytes)
 
     @torch.inference_mode()
-    def run(self, step: list[Scheduled]) -> Tensor:
-        """Compute a step; logits (rows, vocab) float32 of the scheduled that sample, in order."""
+    def run(self, step: list[Scheduled]) -> Tensor | list[Tensor]:
+        """Compute a step; logits (rows, vocab) float32 of the scheduled that sample, in order.
+
+        A list of rows where a request has tokens of its own.
+        """
         self._encode_media(step)
-        return self.model.decoder(self._step(step), self.cache)
+        decoder, ready = self.model.decoder, self._step(step)
+        if not speaks(step):
+            logits: Tensor = decoder(ready, self.cache)
+            return logits
+        return scored(decoder, step, decoder.stream(ready, self.cache))
 
     def _encode_media(self, step: list[Scheduled]) -> None:
         """Run the towers over the media whose tokens this step meets first, by kind; then the
@@ -71,7 +79,8 @@ class Runner:
         token_ids = [t for s in step for t in s.sequence.token_ids[s.start : s.end]]
         positions = torch.cat([_positions(s) for s in step], dim=1).to(device)
         ids = torch.tensor(token_ids, device=device)
-        embeds = self.model.decoder.embed(ids)
+        decoder = self.model.decoder
+        embeds = embedded(decoder, step, ids) if speaks(step) else decoder.embed(ids)
         layer_adds = self._inject(step, embeds)
         ends = [0]
         for scheduled in step:

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 
 from opsin.families.base import Encoded, Prompt
+from opsin.families.speaking import Speaker
 from opsin.types import SamplingParams, Timings
 
 
@@ -14,9 +15,10 @@ from opsin.types import SamplingParams, Timings
 class Sequence:
     """A request's state.
 
-    Filled by: submit (prompt, sampling), scheduler (num_computed, block_table, source_table, long,
-    and while it runs state_slot), runner (encoded), sampler (token_ids). The next step computes
-    tokens num_computed up to len(token_ids); when those reach the end, a new token is sampled.
+    Filled by: submit (prompt, sampling, speaker), scheduler (num_computed, block_table,
+    source_table, long, and while it runs state_slot), runner (encoded), sampler (token_ids). The
+    next step computes tokens num_computed up to len(token_ids); when those reach the end, a new
+    token is sampled.
     Blocks that its window has left are holes in block_table, all of them before num_dropped.
     """
 
@@ -39,6 +41,7 @@ class Sequence:
     first_token: float = 0.0
     num_preemptions: int = 0
     long: bool = False
+    speaker: Speaker | None = None
 
     @classmethod
     def start(cls, request_id: int, prompt: Prompt, sampling: SamplingParams) -> Sequence:

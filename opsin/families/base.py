@@ -20,6 +20,7 @@ from opsin.checkpoint.weights import Rename
 from opsin.decoder.config import DecoderConfig
 from opsin.decoder.decoder import Decoder
 from opsin.errors import CheckpointError, InputError
+from opsin.families.speaking import Speaker
 from opsin.kernels import Kernels
 from opsin.media.sampling import Chooser, Video
 from opsin.types import Grounding, Task, Timings
@@ -403,6 +404,22 @@ class Family:
         raise NotImplementedError
 
     # What comes out.
+
+    def speaker(self, prompt: Prompt, towers: nn.ModuleDict) -> Speaker | None:
+        """What a request may say beside the vocabulary's tokens; None for nothing.
+
+        Called once for each request. The decoder's config says `open_stream`.
+        """
+        del prompt, towers
+        return None
+
+    def written(self, token_ids: Sequence[int]) -> str | None:
+        """An answer's text as its own tokens, beyond the vocabulary, make it.
+
+        None where it holds none, and the tokenizer says it all.
+        """
+        del token_ids
+        return None
 
     def extra_eos(self) -> tuple[str, ...]:
         """Tokens that end an answer beside those the checkpoint's configs name."""

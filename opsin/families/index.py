@@ -17,6 +17,7 @@ MODULES = {
     "internvl": "internvl",
     "internvl_chat": "internvl_chat",
     "multi_modality": "multi_modality",
+    "moondream3": "moondream3",
     "multi_modality_hybrid": "multi_modality_hybrid",
     "llava": "llava",
     "llava_next": "llava_next",

@@ -88,7 +88,8 @@ def regions_of(
     if isinstance(text_or_tokens, str):
         text = text_or_tokens
     else:
-        text = processor.tokenizer.decode(text_or_tokens, skip_special_tokens=False)
+        written = processor.family.written(text_or_tokens)
+        text = written or processor.tokenizer.decode(text_or_tokens, skip_special_tokens=False)
     for way in ways:
         found = _read(text, way, pictures)
         if found:

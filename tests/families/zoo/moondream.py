@@ -29,8 +29,9 @@ def _templates() -> dict[str, Any]:
     }
 
 
-# The authors' table and head are bare, so that the usual sizes would leave nothing but the bias.
-GAINS = ((r"wte$", 8.0), (r"lm_head\.bias$", 0.0))
+# The authors' table and head are bare, so that the usual sizes would leave nothing but the bias. A
+# norm that is called `ln` alone would have the usual size of a bias.
+GAINS = ((r"wte$", 3.0), (r"lm_head\.bias$", 0.0), (r"\.ln\.weight$", 10.0))
 
 
 def _case(variant: str, text: dict, vision: dict) -> Case:
