@@ -5,6 +5,7 @@ MODULES = {
     "deepseek_vl": "deepseek_vl",
     "deepseek_vl_hybrid": "deepseek_vl_hybrid",
     "deepseekocr_2": "deepseekocr_2",
+    "dots_ocr": "dots_ocr",
     "ernie4_5_moe_vl": "ernie4_5_moe_vl",
     "florence2": "florence2",
     "gemma3": "gemma3",
