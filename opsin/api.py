@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from opsin.api_form import FORM_FIELDS, TOOL_FIELDS, wanted
+from opsin.api_inputs import as_inputs, from_inputs
 from opsin.checkpoint.hub import resolve
 from opsin.engine.fallback import engine_of, load_fallback
 from opsin.engine.form import AnswerForm, Wanted, template_tool
@@ -21,7 +22,7 @@ from opsin.engine.memory import peak_memory
 from opsin.engine.model import Model, load_model
 from opsin.engine.processor import Processor
 from opsin.errors import InputError, UnknownFamily
-from opsin.families.base import MediaInput, Prompt
+from opsin.families.base import Prompt
 from opsin.grounding import notebook
 from opsin.grounding.drawing import as_png, draw_all
 from opsin.grounding.layout import Layout
@@ -510,9 +511,8 @@ def prepare_inputs(
     """What the model computes from, for one prompt; `generate_step` takes it back.
 
     input_ids and attention_mask are (1, tokens). The media's features come under their names
-    (`pixel_values`, ...), those of several pictures one after another along the first axis;
-    `media_rows` (media, features) says how many rows each has of each feature, in the order of
-    their sorted names, and `media_indices` where their tokens stand, `media_tokens` how many.
+    (`pixel_values`, ...), those of several media one after another along the first axis, smaller
+    ones filled up with zeros. The input_ids know where the media stand: pass them on as they are.
     What `extract_points_from_text` needs of the pictures is left in `processor.pointing_metadata`.
     """
     options = _options(kwargs)
@@ -520,45 +520,7 @@ def prepare_inputs(
         processor, prompts, keep_pictures=False, image=images, audio=audio
     ).prompt
     processor.pointing_metadata = pointing_metadata(ready.media)
-    input_ids = torch.tensor(ready.token_ids)[None]
-    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-    if not ready.media:
-        return inputs
-    names = sorted(ready.media[0].features)
-    rows = {name: [_rows(item.features[name]) for item in ready.media] for name in names}
-    inputs |= {name: torch.cat(parts) for name, parts in rows.items()}
-    counts = [[len(rows[name][i]) for name in names] for i in range(len(ready.media))]
-    inputs["media_rows"] = torch.tensor(counts)
-    inputs["media_indices"] = torch.cat([item.indices for item in ready.media])
-    inputs["media_tokens"] = torch.tensor([item.num_tokens for item in ready.media])
-    return inputs
-
-
-def _rows(value: Tensor) -> Tensor:
-    return value[None] if value.ndim < 2 else value
-
-
-def _prompt_of(
-    model: Model, input_ids: Any, pixel_values: Tensor | None, features: Mapping[str, Tensor]
-) -> Prompt:
-    """The prompt that `prepare_inputs` took apart."""
-    ids = torch.as_tensor(input_ids).flatten().tolist()
-    held = {k: v for k, v in features.items() if not k.startswith("media_")}
-    if pixel_values is not None:
-        held["pixel_values"] = pixel_values
-    media = []
-    if held:
-        names = sorted(held)
-        counts = features["media_rows"].T.tolist()
-        parts = [held[name].split(rows) for name, rows in zip(names, counts, strict=True)]
-        tokens = features["media_tokens"].tolist()
-        indices = features["media_indices"].split(tokens)
-        for i, count in enumerate(tokens):
-            own = {name: part[i] for name, part in zip(names, parts, strict=True)}
-            own = {name: v if name == "pixel_values" else v.squeeze(0) for name, v in own.items()}
-            media.append(MediaInput("image", own, "", count, indices=indices[i]))
-    positions, following = model.family.positions(ids, media)
-    return Prompt(ids, positions, following, media, model.family.atomic_spans(ids, media))
+    return as_inputs(ready)
 
 
 def generate_step(
@@ -577,12 +539,16 @@ def generate_step(
     and the rest by name; and the sampling parameters of `generate`. Only masks of ones are taken,
     since one prompt has no padding.
     """
+    features = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
+    mask = kwargs.pop("attention_mask", mask)
+    features.pop("attention_mask", None)
     if mask is not None and not bool(torch.as_tensor(mask).all()):
         raise InputError("The mask leaves tokens out", remedy="Leave them out of input_ids")
-    features = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
     plain = {k: v for k, v in kwargs.items() if k not in features}
     options = _options({"max_tokens": max_tokens, "temperature": temperature, **plain})
-    prompt = _prompt_of(model, input_ids, pixel_values, features)
+    if pixel_values is not None:
+        features["pixel_values"] = pixel_values
+    prompt = from_inputs(model, input_ids, features)
     seen: deque[Tensor] = deque()
 
     def keep(logits: Tensor, token_ids: Sequence[int], num_prompt: int) -> Tensor:

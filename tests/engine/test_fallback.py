@@ -171,6 +171,11 @@ def test_answers_are_the_model_s_own(folder: Path, caplog: pytest.LogCaptureFixt
     assert list(answer.tokens) == reference_tokens(model, prompt, 12)
     assert answer.finish_reason == "length"
     assert answer.text
+    inputs = opsin.prepare_inputs(processor, [picture(1, 90, 70)], prompts=asked)
+    assert "pixel_values" in inputs
+    ids = inputs.pop("input_ids")
+    said = opsin.generate_step(ids, model, **inputs, max_tokens=12, ignore_eos=True)
+    assert [token for token, _ in said] == list(answer.tokens)
     model.engine.close()
 
 
@@ -194,6 +199,9 @@ def test_batches_streams_and_seeds(loaded: tuple[Any, Any]) -> None:
         for _ in range(2)
     ]
     assert drawn[0] == drawn[1] != both[1].tokens
+    words = processor.prepare("Hello").token_ids
+    steps = list(opsin.generate_step(words, model, max_tokens=8, ignore_eos=True))
+    assert [token for token, _ in steps] == list(both[1].tokens)
 
 
 def test_cancelled_and_refused_requests(loaded: tuple[Any, Any]) -> None:
