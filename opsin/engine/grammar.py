@@ -80,18 +80,19 @@ class Grammars:
                 why=f"as a grammar it has {len(text)} characters of at most {self.limits.chars}",
                 param=param,
             )
-        made = _in_deep_thread(lambda: self._compile(text, param), self.limits, param)
+        vocabulary = self.vocabulary()
+        made = _in_deep_thread(lambda: self._compile(vocabulary, text, param), self.limits, param)
         with self._lock:
             self._kept[text] = made
             while len(self._kept) > self.KEPT:
                 self._kept.popitem(last=False)
         return made
 
-    def _compile(self, text: str, param: str) -> Grammar:
+    def _compile(self, vocabulary: llguidance.LLTokenizer, text: str, param: str) -> Grammar:
         limits = llguidance.LLParserLimits(
             max_items_in_row=self.limits.row_items, step_max_items=self.limits.step_items
         )
-        matcher = llguidance.LLMatcher(self.vocabulary(), text, log_level=0, limits=limits)
+        matcher = llguidance.LLMatcher(vocabulary, text, log_level=0, limits=limits)
         if matcher.is_error():
             raise refused(param, matcher.get_error())
         size = self.tokenizer.vocab_size
@@ -103,7 +104,7 @@ class Grammars:
         return Grammar(matcher, first, size, self.eos_token_ids, param)
 
     def vocabulary(self) -> llguidance.LLTokenizer:
-        """llguidance's view of the tokenizer; made once, which takes up to a second."""
+        """llguidance's view of the tokenizer; made once, which takes a second or two."""
         with self._lock:
             if self._vocabulary is None:
                 ends = sorted(self.eos_token_ids)
@@ -204,6 +205,7 @@ class Guide:
         self.gate = gate
         self._matcher = grammar.matcher.deep_copy()
         self._allowed = grammar.first
+        self._bias = _bias(grammar.first)
         self._failed = ""
         self.ready = True
 
@@ -227,6 +229,7 @@ class Guide:
             self._failed = self._matcher.get_error()
         else:
             self._allowed = allowed
+            self._bias = _bias(allowed)
         self.ready = True
 
     def mask(self, logits: Tensor, raw: Tensor) -> Tensor:
@@ -239,20 +242,16 @@ class Guide:
             self.compute()
         if self.failure is not None:
             raise self.failure
-        allowed = self._allowed_tokens()
-        if allowed is None:
-            return logits
-        held = torch.zeros(logits.numel(), dtype=torch.bool)
-        known = min(len(allowed), len(held))
-        held[:known] = torch.from_numpy(allowed[:known])
-        forbidden = held.logical_not_().to(logits.device)
-        masked = logits.masked_fill(forbidden, -torch.inf)
-        if bool(masked.max() == -torch.inf):
-            return raw.masked_fill(forbidden, -torch.inf)
+        is_open = self.gate is None or self.gate.is_open
+        bias = self._bias if is_open else _bias(self._allowed_tokens())
+        bias = bias.to(logits.device)
+        masked = _only(logits, bias)
+        if raw is not logits and bool(masked.max() == -torch.inf):
+            return _only(raw, bias)
         return masked
 
-    def _allowed_tokens(self) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
-        """The tokens that may come next, by gate and grammar; None for all."""
+    def _allowed_tokens(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """The tokens (vocabulary,) that may come next, by gate and grammar."""
         gate = self.gate
         if gate is None or gate.is_open:
             return self._allowed
@@ -275,6 +274,22 @@ class Guide:
             self.ready = True
             return False
         return bool(self._matcher.is_stopped())
+
+
+def _bias(allowed: np.ndarray[Any, np.dtype[np.bool_]]) -> Tensor:
+    """0 for the allowed tokens, -inf for the others; (vocabulary,), float32.
+
+    Adding it takes a tenth of the time of filling by a mask.
+    """
+    return torch.from_numpy(np.where(allowed, np.float32(0), np.float32(-np.inf)))
+
+
+def _only(logits: Tensor, bias: Tensor) -> Tensor:
+    """Logits (vocab,) of the allowed tokens, the others and those beyond the vocabulary at -inf."""
+    known = min(bias.numel(), logits.numel())
+    masked = torch.full_like(logits, -torch.inf)
+    torch.add(logits[:known], bias[:known], out=masked[:known])
+    return masked
 
 
 def grammar_text(constraint: Constraint | None, calls: str | None) -> str | None:
