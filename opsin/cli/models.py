@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from opsin.cli.flags import Quant, Revision
-from opsin.errors import InputError
+from opsin.errors import InputError, UnknownFamily
 from opsin.types import Task
 
 app = typer.Typer(
@@ -95,10 +96,11 @@ def inspect(
     typer.echo(f"  longest context  {facts['max_positions']:,} tokens")
     kept = ", ".join(f"{n / 1e6:,.1f} million {kind}" for kind, n in facts["kept_as"].items())
     typer.echo(f"  weights          {memory['weights'] / 1e9:.2f} GB ({kept})")
-    typer.echo(
-        f"  cache            {memory['cache'] / 1e9:.2f} GB for {context:,} tokens"
-        f" ({memory['cache_per_token'] / 1e3:.1f} kB each)"
-    )
+    if memory["cache"] is not None:
+        typer.echo(
+            f"  cache            {memory['cache'] / 1e9:.2f} GB for {context:,} tokens"
+            f" ({memory['cache_per_token'] / 1e3:.1f} kB each)"
+        )
     for bits, size in memory["cache_at_kv_bits"].items():
         typer.echo(f"{'':<19}{size / 1e9:.2f} GB with --kv-bits {bits} --quantized-kv-start 0")
     typer.echo(f"  on a CPU         {facts['cpu']}")
@@ -152,7 +154,10 @@ def inspection(
     from opsin.engine.packing import summary
 
     folder = hub.resolve(name, revision=revision)
-    model = build(folder)
+    try:
+        model = build(folder)
+    except UnknownFamily as unknown:
+        return borrowed_inspection(folder, unknown)
     tensors = stored_weights(folder, model.config, model.family)
     dtype = pick_dtype(None, model.config, tensors)
     per_token = PagedCache.bytes_per_token(model.decoder.config, dtype)
@@ -186,6 +191,35 @@ def inspection(
             "cache_per_token": per_token,
             "cache": per_token * context,
             "cache_at_kv_bits": smaller,
+        },
+    }
+
+
+def borrowed_inspection(folder: Path, unknown: UnknownFamily) -> dict[str, Any]:
+    """The same facts of a model that runs through its Transformers class, as far as it has them."""
+    from opsin.checkpoint import weights
+    from opsin.engine.fallback import build_fallback
+    from opsin.engine.model import pick_dtype
+
+    model = build_fallback(folder, unknown)
+    tensors = list(weights.all_tensors(weights.weight_files(folder)))
+    dtype = pick_dtype(None, model.config, tensors)
+    kind = str(dtype).removeprefix("torch.")
+    return {
+        "model_type": model.config.model_type,
+        "takes": ["text", *model.family.modalities],
+        "parameters": model.num_parameters,
+        "dtype": kind,
+        "kept_as": {kind: model.num_parameters},
+        "max_positions": model.decoder.config.max_positions,
+        "image_tokens": {},
+        "cpu": "through its Transformers class, one request at a time: the slow path",
+        "memory_bytes": {
+            "weights": model.num_parameters * dtype.itemsize,
+            "on_disk": sum(tensor.num_bytes for tensor in tensors),
+            "cache_per_token": None,
+            "cache": None,
+            "cache_at_kv_bits": {},
         },
     }
 

@@ -174,6 +174,45 @@ class FallbackModel(Model):
         return next(self.reference.parameters()).dtype
 
 
+def require_transformers(config: Config, unknown: UnknownFamily) -> None:
+    """Raise MissingDependency where the optional extra is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        raise MissingDependency(
+            f"Models of type {config.model_type!r} need Transformers here",
+            why="Opsin has no family of its own for them, and the optional extra is not installed",
+            remedy="pip install 'opsin[transformers]'",
+            param="model",
+        ) from unknown
+
+
+def family_of(
+    own: Any, config: Config, folder: Path, template: ChatTemplate | None
+) -> FallbackFamily:
+    """What stands for the family of a model, by the parts of its own processor."""
+    kinds = [KINDS[name] for name in own.get_attributes() if name in KINDS]
+    made = family_for(kinds, has_template=template is not None)
+    return made(config, read_processor_config(folder))
+
+
+def build_fallback(folder: Path, unknown: UnknownFamily) -> FallbackModel:
+    """A model on the meta device, without its weights; raises as `load_fallback` does."""
+    config = read_config(folder)
+    require_transformers(config, unknown)
+    from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
+
+    try:
+        stated = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            reference = AutoModelForMultimodalLM.from_config(stated)
+        own = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, ImportError) as error:
+        unknown.add_note(f"Transformers: {error}")
+        raise unknown from error
+    family = family_of(own, config, folder, ChatTemplate.from_folder(folder))
+    text = stated.get_text_config(decoder=True).to_dict()
+    return FallbackModel(family, config, reference, text)
+
+
 def load_fallback(
     folder: Path,
     unknown: UnknownFamily,
@@ -189,13 +228,7 @@ def load_fallback(
     `unknown` again where Transformers does not know the model either.
     """
     config = read_config(folder)
-    if importlib.util.find_spec("transformers") is None:
-        raise MissingDependency(
-            f"Models of type {config.model_type!r} need Transformers here",
-            why="Opsin has no family of its own for them, and the optional extra is not installed",
-            remedy="pip install 'opsin[transformers]'",
-            param="model",
-        ) from unknown
+    require_transformers(config, unknown)
     from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
 
     try:
@@ -219,10 +252,7 @@ def load_fallback(
     template = ChatTemplate.from_folder(folder)
     if chat_template is not None:
         template = ChatTemplate.from_user(chat_template, template.variables if template else None)
-    kinds = [KINDS[name] for name in own.get_attributes() if name in KINDS]
-    family = family_for(kinds, has_template=template is not None)(
-        config, read_processor_config(folder)
-    )
+    family = family_of(own, config, folder, template)
     tokenizer = Tokenizer.from_folder(folder)
     text = stated.get_text_config(decoder=True).to_dict()
     model = FallbackModel(family, config, reference.to(place).eval(), text)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import opsin
+from opsin.cli.models import inspection
 from opsin.engine.fallback import FallbackEngine, FallbackModel, FallbackPrompt
 from opsin.errors import EngineError, InputError, MissingDependency, UnknownFamily
 from opsin.types import Event, SamplingParams
@@ -177,6 +178,10 @@ def test_answers_are_the_model_s_own(folder: Path, caplog: pytest.LogCaptureFixt
     said = opsin.generate_step(ids, model, **inputs, max_tokens=12, ignore_eos=True)
     assert [token for token, _ in said] == list(answer.tokens)
     model.engine.close()
+    facts = inspection(str(folder), None, ["64x64"], 1024)
+    assert facts["parameters"] == model.num_parameters
+    assert facts["takes"] == ["text", "image"]
+    assert "slow path" in facts["cpu"]
 
 
 @pytest.fixture(scope="module")
