@@ -13,7 +13,7 @@ from opsin.decoder.config import AttentionConfig
 from opsin.decoder.source import SourceStep
 from opsin.kernels import AttentionBatch, Kernels
 from opsin.nn.linear import adapted_linear
-from opsin.nn.norm import norm
+from opsin.nn.norm import LayerNorm, RMSNorm, norm
 from opsin.nn.rope import RopeConfig
 
 
@@ -29,6 +29,14 @@ class StepContext:
     expert_groups: Tensor | None = None
     adapters: Mapping[int, Tensor] | None = None
     layer_inputs: Tensor | None = None
+
+
+class WholeRMSNorm(RMSNorm):
+    """Root-mean-square norm over the queries, or keys, of all heads of a token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (tokens, heads, dim) to the same shape."""
+        return super().forward(x.flatten(1)).view(x.shape)
 
 
 class Attention(nn.Module):
@@ -55,8 +63,12 @@ class Attention(nn.Module):
         widths = (wide, kv_dim, kv_dim)
         self.qkv = adapted_linear(kernels, hidden, widths, adapters, bias=config.qkv_bias)
         self.out = adapted_linear(kernels, q_dim, hidden, adapters, bias=config.out_bias)
-        self.q_norm = self.k_norm = None
-        if config.qk_norm is not None:
+        self.q_norm: RMSNorm | LayerNorm | None = None
+        self.k_norm: RMSNorm | LayerNorm | None = None
+        if config.qk_norm is not None and config.qk_norm_whole:
+            self.q_norm = WholeRMSNorm(kernels, q_dim, eps)
+            self.k_norm = WholeRMSNorm(kernels, kv_dim, eps)
+        elif config.qk_norm is not None:
             self.q_norm = norm(kernels, config.qk_norm, config.head_dim, eps)
             self.k_norm = norm(kernels, config.qk_norm, config.head_dim, eps)
 

@@ -16,11 +16,11 @@ class AttentionConfig:
 
     `window` limits how many of the last keys are seen, the token itself included; `rope` None means
     no positions; `scale` None means 1 / sqrt(head_dim); `qk_norm` normalises each head's query and
-    key, before rope or (`qk_norm_last`) after it. `soft_cap` caps the scores. `output_gate`
-    multiplies each head's result by the sigmoid of a gate that is projected beside its query.
-    `chunk` lets a token see only the keys of its own run of so many positions. `temperature`
-    (every, weight, first) multiplies the query at position p by 1 + weight * ln(1 + floor((p +
-    first) / every)) (arXiv:2501.19399).
+    key, before rope or (`qk_norm_last`) after it, or all heads' together (`qk_norm_whole`).
+    `soft_cap` caps the scores. `output_gate` multiplies each head's result by the sigmoid of a gate
+    that is projected beside its query. `chunk` lets a token see only the keys of its own run of so
+    many positions. `temperature` (every, weight, first) multiplies the query at position p by 1 +
+    weight * ln(1 + floor((p + first) / every)) (arXiv:2501.19399).
     """
 
     heads: int
@@ -37,6 +37,7 @@ class AttentionConfig:
     qk_norm_last: bool = False
     chunk: int | None = None
     temperature: tuple[float, float, float] | None = None
+    qk_norm_whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +188,8 @@ class GroupedMoEConfig:
 class LayerConfig:
     """One decoder layer: attention and feed-forward, each behind a norm and added to the stream.
 
-    `post_norms` also normalises what each block returns, before it is added. With `sum_norms`,
+    `post_norms` also normalises what each block returns, before it is added; without `pre_norms`
+    that is all. With `sum_norms`,
     nothing is normalised before a block, but the stream after each (arXiv:1706.03762); such a layer
     has a plain feed-forward block, or None where the next layer goes on reading.
     """
@@ -197,6 +199,7 @@ class LayerConfig:
     post_norms: bool = False
     residual_scale: float = 1.0
     sum_norms: bool = False
+    pre_norms: bool = True
 
 
 @dataclass(frozen=True, slots=True)

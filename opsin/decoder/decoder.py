@@ -83,7 +83,9 @@ class Layer(nn.Module):
         super().__init__()
         hidden, eps = decoder.hidden, decoder.norm_eps
         self.residual_scale = config.residual_scale
-        self.attention_norm = norm(kernels, decoder.norm, hidden, eps)
+        self.attention_norm: nn.Module = nn.Identity()
+        if config.pre_norms:
+            self.attention_norm = norm(kernels, decoder.norm, hidden, eps)
         self.attention: nn.Module
         if isinstance(config.attention, DeltaNetConfig):
             self.attention = DeltaNet(kernels, config.attention, index, hidden, eps)
@@ -93,7 +95,9 @@ class Layer(nn.Module):
             if isinstance(config.attention, SharedAttentionConfig):
                 kind = SharedAttention
             self.attention = kind(kernels, config.attention, index, hidden, eps, decoder.adapters)
-        self.mlp_norm = norm(kernels, decoder.norm, hidden, eps)
+        self.mlp_norm: nn.Module = nn.Identity()
+        if config.pre_norms:
+            self.mlp_norm = norm(kernels, decoder.norm, hidden, eps)
         self.adapted = bool(decoder.adapters)
         self.mlp: nn.Module
         self.grouped = isinstance(config.mlp, GroupedMoEConfig)
@@ -227,7 +231,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.kernels = kernels
-        rows = config.vocab_size + config.extra_embeddings
+        extra = config.extra_embeddings
+        rows = (config.vocab_size, extra) if extra else config.vocab_size
         self.embedding = Embedding(rows, config.hidden, config.embedding_scale)
         self.layers = nn.ModuleList(
             _layer(kernels, layer, i, config) for i, layer in enumerate(config.layers)

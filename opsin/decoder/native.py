@@ -30,6 +30,7 @@ from opsin.nn.rope import RopeConfig, RotaryAngles
 DECODER_FIELDS = frozenset(
     (
         "vocab_size",
+        "extra_embeddings",
         "hidden",
         "layers",
         "max_positions",

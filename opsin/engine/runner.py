@@ -113,7 +113,8 @@ class Runner:
                     indices, torch.tensor([scheduled.start, scheduled.end])
                 ).tolist()
                 rows = (indices[first:last] - scheduled.start + offset).to(embeds.device)
-                embeds[rows] = encoded.embeds[first:last].to(embeds.dtype)
+                own = encoded.embeds[first:last].to(embeds.dtype)
+                embeds[rows] = embeds[rows] + own if encoded.adds else own
                 for layer, values in enumerate(encoded.layer_adds):
                     adds[layer].append((rows, values[first:last]))
                 if last == len(indices):  # every token of it is computed: free the memory

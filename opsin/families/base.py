@@ -55,7 +55,8 @@ class MediaInput:
 class Encoded:
     """What a tower made of one MediaInput.
 
-    embeds (num_tokens, hidden) take the place of the media token's embeddings; layer_adds[i], of
+    embeds (num_tokens, hidden) take the place of the media token's embeddings, or, with `adds`, are
+    added to them; layer_adds[i], of
     the same shape, is added to the decoder's stream at those positions after layer i. source
     (source_tokens, hidden) is what cross-attention layers read. Without embeds the medium has no
     tokens to replace.
@@ -64,6 +65,7 @@ class Encoded:
     embeds: Tensor | None
     layer_adds: tuple[Tensor, ...] = ()
     source: Tensor | None = None
+    adds: bool = False
 
     @property
     def num_bytes(self) -> int:

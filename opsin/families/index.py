@@ -19,6 +19,7 @@ MODULES = {
     "internvl_chat": "internvl_chat",
     "multi_modality": "multi_modality",
     "moondream3": "moondream3",
+    "molmo": "molmo",
     "multi_modality_hybrid": "multi_modality_hybrid",
     "llava": "llava",
     "llava_next": "llava_next",

@@ -28,6 +28,7 @@ from opsin.families.moondream3_shape import (
     dense_rename,
     tower_of,
 )
+from opsin.families.options import MAX_TILES, whole_option
 from opsin.families.speaking import Speaker
 from opsin.kernels import Kernels
 from opsin.towers import overlapping, pixels
@@ -124,13 +125,7 @@ class Moondream3(Family):
     def prepare_image(self, image: Image.Image, options: Mapping[str, Any]) -> MediaInput:
         """The picture whole, and larger in crops that overlap (Lanczos, as without libvips)."""
         vision, side = self.vision, self.vision["crop_size"]
-        most = options.get("max_crops", vision["max_crops"])
-        if type(most) is not int or not 1 <= most <= 64:
-            raise InputError(
-                f"max_crops cannot be {most!r}",
-                remedy="Give a whole number from 1 to 64",
-                param="processor_kwargs",
-            )
+        most = whole_option(options, "max_crops", vision["max_crops"], high=MAX_TILES)
         margin = 2 * vision["overlap_margin"] * vision["enc_patch_size"]
         step = side - margin
         grid = overlapping.grid_for(image.height - margin, image.width - margin, step, most)
@@ -198,6 +193,7 @@ class Moondream3(Family):
 
     def encode(self, towers: nn.ModuleDict, items: Sequence[MediaInput]) -> list[Encoded]:
         tower, count = vision_of(towers), self.side**2
+        margins = (self.vision["overlap_margin"],) * 2
         crops = torch.cat([item.features["pixel_values"] for item in items])
         table = tower.positions.weight
         layout = VisionLayout([count] * len(crops), position_embeds=table.repeat(len(crops), 1))
@@ -209,8 +205,7 @@ class Moondream3(Family):
             items,
             strict=True,
         ):
-            grid = item.details["grid"]
-            large = overlapping.stitched(own[1:], grid, self.vision["overlap_margin"])
+            large = overlapping.stitched(own[1:], item.details["grid"], margins)
             pooled = F.adaptive_avg_pool2d(large.permute(2, 0, 1)[None], self.side)[0].flatten(1)
             both = torch.cat((own[0].flatten(0, 1), pooled.T), dim=-1)
             encoded.append(Encoded(towers["projector"](both)))

@@ -123,11 +123,15 @@ def adapted_linear(
 
 
 class Embedding(nn.Module):
-    """A table of rows, looked up by token id; `scale` multiplies what is looked up."""
+    """A table of rows, looked up by token id; `scale` multiplies what is looked up.
 
-    def __init__(self, rows: int, dim: int, scale: float = 1.0) -> None:
+    `rows` may name several runs of rows, which a checkpoint stores apart, as in `Linear`.
+    """
+
+    def __init__(self, rows: int | tuple[int, ...], dim: int, scale: float = 1.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, dim), requires_grad=False)
+        self.splits = (rows,) if isinstance(rows, int) else rows
+        self.weight = nn.Parameter(torch.empty(sum(self.splits), dim), requires_grad=False)
         self.scale = scale
         self.packed: Packed | None = None
 
@@ -135,6 +139,11 @@ class Embedding(nn.Module):
         """Let `packed` take the table's place; `nothing` is empty, of the model's dtype."""
         self.packed = packed
         self.weight = nn.Parameter(nothing, requires_grad=False)
+
+    def part(self, name: str, index: tuple[int, ...]) -> Tensor:
+        """The rows of run number index[0], as a view to fill."""
+        start = sum(self.splits[: index[0]])
+        return self.get_parameter(name).data[start : start + self.splits[index[0]]]
 
     def as_head(self, x: Tensor, kernels: Kernels) -> Tensor:
         """x (rows, dim) times every row of the table: (rows, rows of the table)."""

@@ -112,7 +112,10 @@ class ModulePacker:
         if isinstance(module, Embedding):
             matrix = module.packed or self.new(form, *module.weight.shape)
             module.pack(matrix, self.nothing)
-            return PackedSink((matrix.n, matrix.k), [Piece(matrix, 0, matrix.n)])
+            first, rows = 0, matrix.n
+            if index:
+                first, rows = sum(module.splits[: index[0]]), module.splits[index[0]]
+            return PackedSink((rows, matrix.k), [Piece(matrix, first, rows)])
         assert isinstance(module, Linear)
         return self._linear(module, form, index)
 

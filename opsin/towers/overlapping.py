@@ -36,24 +36,24 @@ def cut(pixels: Tensor, grid: tuple[int, int], side: int, step: int) -> Tensor:
     return windows.permute(1, 2, 0, 3, 4).flatten(0, 1)
 
 
-def stitched(features: Tensor, grid: tuple[int, int], margin: int) -> Tensor:
+def stitched(features: Tensor, grid: tuple[int, int], margins: tuple[int, int]) -> Tensor:
     """Features (crops, side, side, dim) as those of the whole picture, (height, width, dim).
 
-    Where crops meet, each leaves `margin` patches to its neighbour.
+    Where crops meet, each leaves out its first and last so many patches to its neighbours.
     """
     rows, columns = grid
     side = features.shape[1]
     bands = []
     for row in range(rows):
-        top, bottom = _kept(row, rows, side, margin)
+        top, bottom = _kept(row, rows, side, margins)
         parts = []
         for column in range(columns):
-            left, right = _kept(column, columns, side, margin)
+            left, right = _kept(column, columns, side, margins)
             parts.append(features[row * columns + column, top:bottom, left:right])
         bands.append(torch.cat(parts, dim=1))
     return torch.cat(bands)
 
 
-def _kept(index: int, count: int, side: int, margin: int) -> tuple[int, int]:
+def _kept(index: int, count: int, side: int, margins: tuple[int, int]) -> tuple[int, int]:
     """First and last patch, exclusive, that a crop gives of its side."""
-    return (margin if index else 0), (side if index == count - 1 else side - margin)
+    return (margins[0] if index else 0), (side if index == count - 1 else side - margins[1])
