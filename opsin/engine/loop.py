@@ -331,7 +331,11 @@ class Engine:
         for scheduled in step:
             if scheduled.sequence.started == 0.0:
                 scheduled.sequence.started = now
+        misses = self.runner.encoded.misses
         logits = self.runner.run(step)
+        if self.runner.encoded.misses == misses:  # else a tower's time is among the step's
+            tokens = sum(scheduled.end - scheduled.start for scheduled in step)
+            self.scheduler.pace.observe(tokens, time.perf_counter() - now)
         self.scheduler.computed(step)
         self.steps += 1
         sampling = [self._requests[s.sequence.request_id] for s in step if s.samples]

@@ -1,18 +1,22 @@
 """Which tokens of which requests run next: pure Python over integers.
 
 There are no prefill and decode phases: each sequence has computed so many of its tokens and wants
-the rest. A step gives every running sequence what it wants, up to a budget of tokens, then starts
-waiting ones while the budget, the places and the cache last. Without a free block, the sequence
-that came last gives its blocks back and later recomputes.
+the rest. A step gives every sequence that wants one token that one, and shares the rest of a budget
+of tokens, bounded in time too, among the others and among waiting ones, while the places and the
+cache last: a long prompt takes what short ones leave, and at least half. Without a free block, the
+sequence that came last gives its blocks back and later recomputes.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 
 from opsin.decoder.layout import HOLE, BlockLayout, KeptTokens
 from opsin.engine.blocks import BlockPool
+from opsin.engine.pace import Pace
 from opsin.engine.prefix import extend_keys, is_cacheable, usable_tokens
 from opsin.engine.sequence import Sequence
 
@@ -59,6 +63,7 @@ class Scheduler:
         self.kept = kept
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.pace = Pace(max_num_batched_tokens)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.free_state_slots = list(range(max_num_seqs))
@@ -85,50 +90,79 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def schedule(self) -> list[Scheduled]:
-        """The tokens of the next step; the sequences' block tables already cover them."""
-        budget = self.max_num_batched_tokens
+        """The tokens of the next step; the sequences' block tables already cover them.
+
+        Sequences that generate come first, with a token each; prompts share what is left, the
+        earliest with at least half of it. Where both are there, only one medium is encoded.
+        """
         step: list[Scheduled] = []
         for sequence in list(self.running):
-            if budget <= 0:
-                break
-            if sequence not in self.running:  # preempted by one before it
-                continue
-            if sequence.num_computed == len(sequence.token_ids):  # its next token is not chosen yet
-                continue
             if sequence.lengthen(self.long_after):
                 self._preempt(sequence)
-                continue
-            scheduled = self._place(sequence, budget, step)
-            if scheduled is not None:
-                step.append(scheduled)
-                budget -= scheduled.end - scheduled.start
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting[0]
-            sequence.lengthen(self.long_after)
-            self._reuse(sequence)
-            end = sequence.chunk_end(sequence.num_computed + budget)
-            if not self._start(sequence, end):
-                self._release(sequence)
-                sequence.num_computed = 0
+        active = [s for s in self.running if _wanted(s)]  # of others no next token is chosen yet
+        generating = [s for s in active if _wanted(s) == 1]
+        left = self.max_num_batched_tokens
+        for sequence in generating:
+            left -= self._continue(sequence, left, step)
+        left = min(left, self.pace.budget(shared=bool(generating)))
+        media = 1 if generating else None
+        prompts = [s for s in active if _wanted(s) > 1]
+        for i, sequence in enumerate(prompts):
+            grant = _share(left, chain(prompts[i + 1 :], self._startable()))
+            left -= self._continue(sequence, grant, step, media)
+            media = _media_left(media, step)
+        while self.waiting and left > 0 and len(self.running) < self.max_num_seqs:
+            grant = _share(left, islice(self._startable(), 1, None))
+            taken = self._begin(self.waiting[0], grant, step, media)
+            if not taken:
                 break
-            self.waiting.popleft()
-            sequence.state_slot = self.free_state_slots.pop()
-            self.running.append(sequence)
-            step.append(Scheduled(sequence, sequence.num_computed, end))
-            budget -= end - sequence.num_computed
+            left -= taken
+            media = _media_left(media, step)
         return step
 
-    def _place(self, sequence: Sequence, budget: int, step: list[Scheduled]) -> Scheduled | None:
-        """Blocks for a running sequence's next tokens, taken from later ones if need be."""
-        end = sequence.chunk_end(sequence.num_computed + budget)
+    def _startable(self) -> Iterator[Sequence]:
+        """Waiting sequences for which there are places."""
+        return islice(self.waiting, self.max_num_seqs - len(self.running))
+
+    def _continue(
+        self, sequence: Sequence, budget: int, step: list[Scheduled], media: int | None = None
+    ) -> int:
+        """Put a running sequence's next tokens into the step, unless it was preempted; how many.
+
+        Blocks for them are taken from later sequences if need be.
+        """
+        if budget <= 0 or sequence not in self.running:
+            return 0
+        end = sequence.chunk_end(sequence.media_end(sequence.num_computed + budget, media))
+        if end == sequence.num_computed:
+            return 0
         while not self._grow(sequence, end):
             victim = self.running[-1]
             if victim is sequence and len(self.running) == 1 and not step:
                 raise AssertionError("a sequence that fits the cache alone found no blocks")
             self._preempt(victim)
+            step[:] = [scheduled for scheduled in step if scheduled.sequence is not victim]
             if victim is sequence:
-                return None
-        return Scheduled(sequence, sequence.num_computed, end)
+                return 0
+        step.append(Scheduled(sequence, sequence.num_computed, end))
+        return end - sequence.num_computed
+
+    def _begin(
+        self, sequence: Sequence, budget: int, step: list[Scheduled], media: int | None
+    ) -> int:
+        """Start the sequence that waits longest, if all is there that it needs; tokens taken."""
+        sequence.lengthen(self.long_after)
+        self._reuse(sequence)
+        end = sequence.chunk_end(sequence.media_end(sequence.num_computed + budget, media))
+        if end == sequence.num_computed or not self._start(sequence, end):
+            self._release(sequence)
+            sequence.num_computed = 0
+            return 0
+        self.waiting.popleft()
+        sequence.state_slot = self.free_state_slots.pop()
+        self.running.append(sequence)
+        step.append(Scheduled(sequence, sequence.num_computed, end))
+        return end - sequence.num_computed
 
     def _start(self, sequence: Sequence, num_tokens: int) -> bool:
         """Everything that a sequence needs to start, or nothing."""
@@ -225,3 +259,26 @@ class Scheduler:
         self.source_pool.check_integrity([b for seq in sequences for b in seq.source_table])
         slots = [sequence.state_slot for sequence in self.running] + self.free_state_slots
         assert sorted(slots) == list(range(self.max_num_seqs)), "a state slot is lost or shared"
+
+
+def _wanted(sequence: Sequence) -> int:
+    """Tokens of a sequence that are not computed."""
+    return len(sequence.token_ids) - sequence.num_computed
+
+
+def _share(left: int, later: Iterable[Sequence]) -> int:
+    """Of `left` tokens, those for a sequence before which the later ones do not come."""
+    spare = left
+    for sequence in later:
+        spare -= _wanted(sequence)
+        if spare <= left // 2:
+            return -(-left // 2)
+    return spare
+
+
+def _media_left(media: int | None, step: list[Scheduled]) -> int | None:
+    """How many media the rest of a step may encode, None for any number."""
+    if media is None or not step:
+        return media
+    last = step[-1]
+    return 0 if last.sequence.media_end(last.end, 0) < last.end else media

@@ -76,6 +76,19 @@ class Sequence:
         self.block_keys.clear()
         return True
 
+    def media_end(self, limit: int, count: int | None) -> int:
+        """The furthest token, at most `limit`, before which at most `count` media, None for any
+        number, are still to be encoded. Media that layers read are encoded all at once.
+        """
+        if count is None or self.num_source:
+            return limit
+        starts = sorted(
+            max(int(item.indices[0]), self.num_computed)
+            for i, item in enumerate(self.prompt.media)
+            if i not in self.encoded and int(item.indices[-1]) >= self.num_computed
+        )
+        return min(limit, starts[count]) if count < len(starts) else limit
+
     def chunk_end(self, limit: int) -> int:
         """The furthest token, at most `limit` exclusive, that the next step may compute up to.
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opsin.engine.blocks import BlockPool
+from opsin.engine.pace import Pace
 from opsin.engine.scheduler import Scheduler
 from opsin.engine.sequence import Sequence
 from opsin.families.base import MediaInput, Prompt
@@ -248,3 +249,71 @@ def test_sequences_share_blocks_and_old_ones_make_room() -> None:
     assert finish_alone(plan, 4, list(range(10))).num_cached == 0
     plan.pool.forget()
     assert (plan.pool.num_free, plan.pool.num_kept) == (8, 0)
+
+
+def test_those_that_generate_come_before_prompts_that_came_earlier() -> None:
+    plan = scheduler(blocks=64, tokens=8)
+    plan.add(sequence(0, 30))
+    plan.add(sequence(1, 3))
+    assert run_step(plan) == [(0, 0, 5), (1, 0, 3)]
+    plan.add(sequence(2, 100))
+    assert run_step(plan) == [(1, 3, 4), (0, 5, 9), (2, 0, 3)]
+    assert run_step(plan) == [(1, 4, 5), (0, 9, 13), (2, 3, 6)]
+
+
+def test_a_long_prompt_takes_what_short_ones_leave_and_at_least_half() -> None:
+    plan = scheduler(blocks=64, tokens=16, seqs=8)
+    plan.add(sequence(0, 100))
+    assert run_step(plan) == [(0, 0, 16)]
+    plan.add(sequence(1, 2))
+    assert run_step(plan) == [(0, 16, 30), (1, 0, 2)]
+    plan.finish(plan.running[1])
+    for number in (2, 3, 4):
+        plan.add(sequence(number, 6))
+    assert run_step(plan) == [(0, 30, 38), (2, 0, 4), (3, 0, 2), (4, 0, 2)]
+
+
+def test_prompts_are_bounded_by_the_time_that_they_take() -> None:
+    pace = Pace(2048)
+    assert pace.budget(shared=False) == 2048
+    assert pace.budget(shared=True) == 256
+    pace.observe(8, 1.0)  # too few to say anything
+    assert pace.tokens_per_second is None
+    pace.observe(1000, 1.0)
+    assert (pace.budget(shared=False), pace.budget(shared=True)) == (1000, 250)
+    pace.observe(1000, 100.0)  # a disturbed step does not spoil what is known
+    assert pace.budget(shared=False) == 800
+    pace.observe(10_000, 1.0)
+    assert (pace.budget(shared=False), pace.budget(shared=True)) == (2048, 2048)
+    for _ in range(60):
+        pace.observe(100, 10.0)
+    assert pace.budget(shared=True) == 128
+    plan = scheduler(blocks=2000, size=16, tokens=2048)
+    plan.pace.observe(100, 0.1)
+    plan.add(sequence(0, 3))
+    assert run_step(plan) == [(0, 0, 3)]
+    plan.add(sequence(1, 5000))
+    assert run_step(plan) == [(0, 3, 4), (1, 0, 250)]
+    plan.finish(plan.running[0])
+    assert run_step(plan) == [(1, 250, 1250)]
+
+
+def test_one_picture_a_step_while_others_generate() -> None:
+    def item(first: int, count: int) -> MediaInput:
+        indices = torch.arange(first, first + count)
+        return MediaInput("image", {}, "", count, key=bytes([first]), indices=indices)
+
+    ids = list(range(40))
+    prompt = Prompt(ids, torch.arange(40)[None], 40, [item(4, 6), item(12, 6), item(20, 6)], [])
+    alone = scheduler(blocks=64, tokens=64)
+    alone.add(Sequence.start(0, prompt, SamplingParams()))
+    assert run_step(alone) == [(0, 0, 40)]
+    plan = scheduler(blocks=64, tokens=64)
+    plan.add(sequence(0, 3))
+    run_step(plan)
+    plan.add(Sequence.start(1, prompt, SamplingParams()))
+    plan.add(Sequence.start(2, prompt, SamplingParams()))
+    assert run_step(plan) == [(0, 3, 4), (1, 0, 12), (2, 0, 4)]
+    assert run_step(plan) == [(0, 4, 5), (1, 12, 20)]
+    assert run_step(plan) == [(0, 5, 6), (1, 20, 40)]
+    assert run_step(plan) == [(0, 6, 7), (1, 40, 41), (2, 4, 12)]
