@@ -14,6 +14,7 @@ from opsin.api import GenerationResult, fold, stream_generate
 from opsin.cli.ocr_pages import PageText
 from opsin.engine.model import Model
 from opsin.engine.processor import Processor
+from opsin.grounding.layout import Element
 from opsin.media.document import Document
 
 # What is asked of a model whose family has no task for it.
@@ -67,7 +68,7 @@ class Reader:
             raise Stopped
         image = document.page(number, dpi)
         result = self._ask(image)
-        elements = None if result.layout is None else result.layout.elements
+        elements = elements_of(result)
         page = PageText(
             number,
             image.size,
@@ -104,3 +105,15 @@ class Reader:
                     raise Stopped
                 kept.append(result)
         return fold(iter(kept))
+
+
+def elements_of(result: GenerationResult) -> tuple[Element, ...] | None:
+    """The page's parts, where the answer tells them.
+
+    An answer that should and does not is kept as text: better raw than nothing.
+    """
+    if result.layout is None:
+        return None
+    told = result.layout.elements
+    empty = result.text.strip() in ("", "[]", "```json\n[]\n```")
+    return told if told or empty else None

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from opsin.api import GenerationResult
 from opsin.cli.ocr import Report, Run, Target
 from opsin.cli.ocr_pages import DocumentText, PageStore, PageText, as_html
+from opsin.cli.ocr_reading import elements_of
 from opsin.cli.ocr_sources import find_sources, parse_pages
 from opsin.cli.windowed import windowed
 from opsin.errors import InputError, MediaError, NotFoundError
-from opsin.grounding.layout import Element
+from opsin.grounding.layout import Element, Layout
 from opsin.grounding.regions import Box
 from tests.media.papers import filled, pdf, scanned
 
@@ -195,6 +197,14 @@ def test_sources_are_found_and_told_apart(tmp_path: Path) -> None:
     assert len(find_sources([str(tmp_path / "b.png")] * 2)) == 1
     with pytest.raises(NotFoundError, match=r"no file .*gone\.png"):
         find_sources([str(tmp_path / "gone.png")])
+
+
+def test_an_answer_without_the_parts_it_should_tell_is_kept_as_text() -> None:
+    parts = (Element(Box(0, 0, 1, 1), "Text", "a"),)
+    assert elements_of(GenerationResult("a")) is None
+    assert elements_of(GenerationResult("[...]", layout=Layout(parts))) == parts
+    assert elements_of(GenerationResult("[]", layout=Layout())) == ()
+    assert elements_of(GenerationResult("no JSON", layout=Layout())) is None
 
 
 @pytest.mark.parametrize(
