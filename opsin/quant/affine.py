@@ -26,15 +26,38 @@ def dequantise(codes: Tensor, scales: Tensor, biases: Tensor) -> Tensor:
 
 
 def quantise(weight: Tensor, form: Format) -> tuple[Tensor, Tensor, Tensor]:
-    """weight (n, k) as codes (n, k), scales and biases (n, k / group) of a format."""
+    """weight (n, k) as codes (n, k), scales and biases (n, k / group) of a format.
+
+    8 bits are symmetric. At 4 bits scale and bias are those of the smallest squared error that
+    least squares finds from several starts, as the native kernels find them.
+    """
     grouped = weight.float().unflatten(1, (-1, form.group or weight.shape[1]))
-    top = 255.0 if form.kind == "q8" else 15.0
-    low, high = grouped.amin(dim=2).clamp_max(0.0), grouped.amax(dim=2).clamp_min(0.0)
     if form.kind == "q8":
         scales = (grouped.abs().amax(dim=2) / 127.0).to(form.scale_dtype)
         biases = (-128.0 * scales.float()).to(form.scale_dtype)
-    else:
-        scales, biases = ((high - low) / 15.0).to(form.scale_dtype), low.to(form.scale_dtype)
+        return _codes(grouped, scales, biases, 255.0).to(torch.uint8).flatten(1), scales, biases
+    low, high = grouped.amin(dim=2).clamp_max(0.0), grouped.amax(dim=2).clamp_min(0.0)
+    best = torch.full_like(low, torch.inf)
+    scale, bias = (high - low) / 15.0, low
+    for part in (1.0, 0.9, 0.8):
+        s, b = (high - low) / 15.0 * part, low * part
+        for _ in range(3):
+            codes = _codes(grouped, s, b, 15.0)
+            middle, mean = codes.mean(dim=2, keepdim=True), grouped.mean(dim=2, keepdim=True)
+            spread = (codes - middle).square().sum(dim=2)
+            fitted = ((codes - middle) * (grouped - mean)).sum(dim=2) / spread.clamp_min(1e-30)
+            s = torch.where(spread > 0.0, fitted, s)
+            b = mean[..., 0] - s * middle[..., 0]
+            error = (grouped - codes * s[..., None] - b[..., None]).square().sum(dim=2)
+            better = error <= best
+            scale, bias = torch.where(better, s, scale), torch.where(better, b, bias)
+            best = torch.minimum(best, error)
+    scales, biases = scale.to(form.scale_dtype), bias.to(form.scale_dtype)
+    return _codes(grouped, scales, biases, 15.0).to(torch.uint8).flatten(1), scales, biases
+
+
+def _codes(grouped: Tensor, scales: Tensor, biases: Tensor, top: float) -> Tensor:
+    """grouped (n, groups, columns) as whole numbers from 0 to top, still floats."""
     step = scales.float()[..., None]
     codes = (grouped - biases.float()[..., None]) / torch.where(step > 0.0, step, torch.inf)
-    return codes.round().clamp(0.0, top).to(torch.uint8).flatten(1), scales, biases
+    return codes.round().clamp(0.0, top)

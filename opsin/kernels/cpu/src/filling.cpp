@@ -65,7 +65,11 @@ void read_weights(const void* source, int dtype, int64_t offset, int n, float* o
     return;
   }
   const uint16_t* p = static_cast<const uint16_t*>(source) + offset;
-  for (int i = 0; i < n; i++) out[i] = to_float(p[i], dtype == OPSIN_F16);
+  if (dtype == OPSIN_BF16) {
+    kernels()->from_bf16(p, n, out);
+  } else {
+    for (int i = 0; i < n; i++) out[i] = half_to_float(p[i]);
+  }
 }
 
 struct Place {
@@ -98,43 +102,32 @@ void put_codes(const Matrix* m, const Place& at, int group, int count, const uin
   }
 }
 
-void quantise_group(const Matrix* m, const Place& at, int group, const float* w, int count) {
-  const bool f16 = m->scale_f16 != 0;
-  float low = 0.0f, high = 0.0f;  // zero stays among the values a group can hold
-  for (int i = 0; i < count; i++) {
-    low = w[i] < low ? w[i] : low;
-    high = w[i] > high ? w[i] : high;
+// One group of some rows of a block: `tile` (group, 16) holds their weights, lane by lane, in the
+// first `columns` of its columns.
+void quantise_group(const Matrix* m, const Place& at, int count, int group, int columns,
+                    const float* tile, uint8_t* codes) {
+  const bool f16 = m->scale_f16 != 0, wide = m->kind == kQ8;
+  float scale[kRows], bias[kRows];
+  const Kernels* k = kernels();
+  (wide ? k->fit_eight : k->fit_four)(tile, columns, scale, bias);
+  for (int r = 0; r < kRows; r++) {
+    const uint16_t s = to_16(scale[r], f16);
+    scale[r] = to_float(s, f16);
+    const uint16_t b = to_16(wide ? -128.0f * scale[r] : bias[r], f16);
+    bias[r] = to_float(b, f16);
+    if (r < count) put_scale(m, {at.block, at.row + r}, group, s, b);
   }
-  const bool wide = m->kind == kQ8;
-  const float most = -low > high ? -low : high;
-  const float exact = wide ? most / 127.0f : (high - low) / 15.0f;
-  const uint16_t scale = to_16(exact, f16);
-  const float s = to_float(scale, f16);
-  const uint16_t bias = to_16(wide ? -128.0f * s : low, f16);
-  const float b = to_float(bias, f16), top = wide ? 255.0f : 15.0f;
-  uint8_t codes[8];
-  put_scale(m, at, group, scale, bias);
+  k->affine_codes(tile, m->group, scale, bias, wide ? 255.0f : 15.0f, codes);
   uint8_t* q = at.block + group * m->group_bytes + 64 + at.row * 4;
-  for (int i = 0; i < m->group; i += 8) {
-    for (int j = 0; j < 8; j++) {
-      float c = s > 0.0f && i + j < count ? __builtin_rintf((w[i + j] - b) / s) : 0.0f;
-      c = c < 0.0f ? 0.0f : c > top ? top : c;
-      codes[j] = static_cast<uint8_t>(c);
+  const int step = wide ? 4 : 8;
+  for (int i = 0; i < m->group; i += step, q += 64) {
+    const uint8_t* from = codes + i * kRows;
+    for (int r = 0; r < count; r++) {
+      for (int j = 0; j < 4; j++) {
+        const int high = wide ? 0 : from[(4 + j) * kRows + r] << 4;
+        q[r * 4 + j] = static_cast<uint8_t>(from[j * kRows + r] | high);
+      }
     }
-    if (wide) {
-      std::memcpy(q + i * 16, codes, 4);
-      std::memcpy(q + i * 16 + 64, codes + 4, 4);
-    } else {
-      for (int j = 0; j < 4; j++) q[i * 8 + j] = static_cast<uint8_t>(codes[j] | codes[j + 4] << 4);
-    }
-  }
-}
-
-void fill_row(const Matrix* m, const Place& at, const float* w) {
-  for (int g = 0; g < m->groups; g++) {
-    const int from = g * m->group, left = m->k - from;
-    if (left <= 0) continue;
-    quantise_group(m, at, g, w + from, left < m->group ? left : m->group);
   }
 }
 
@@ -208,14 +201,37 @@ void interleave(uint8_t* block, int first, int count, const uint8_t* rows, int64
   }
 }
 
-// Some rows of one block; `row` holds 17 rows of float32.
+// Floats that fill_rows works in.
+int64_t fill_floats(const Matrix* m) {
+  const int64_t rows = static_cast<int64_t>(m->k) * (kRows + 1);
+  return rows + (m->kind == kBf16 ? 0 : static_cast<int64_t>(m->group) * (kRows + kRows / 4));
+}
+
+void quantise_rows(const Matrix* m, const Place& at, int count, const uint8_t* rows,
+                   int64_t stride, int dtype, float* wide) {
+  float* tile = wide + static_cast<int64_t>(m->k) * kRows;
+  uint8_t* codes = reinterpret_cast<uint8_t*>(tile + static_cast<int64_t>(m->group) * kRows);
+  for (int r = 0; r < count; r++) {
+    read_weights(rows + r * stride, dtype, 0, m->k, wide + static_cast<int64_t>(r) * m->k);
+  }
+  for (int g = 0; g < m->groups; g++) {
+    const int from = g * m->group, left = m->k - from < m->group ? m->k - from : m->group;
+    if (left <= 0) break;  // padding alone
+    if (count < kRows || left < m->group) std::memset(tile, 0, sizeof(float) * m->group * kRows);
+    for (int c = 0; c < left; c++) {
+      for (int r = 0; r < count; r++) {
+        tile[c * kRows + r] = wide[static_cast<int64_t>(r) * m->k + from + c];
+      }
+    }
+    quantise_group(m, at, count, g, left, tile, codes);
+  }
+}
+
+// Some rows of one block; `row` holds fill_floats.
 void fill_rows(const Matrix* m, const Place& at, int count, const uint8_t* rows, int64_t stride,
                int dtype, float* row) {
   if (m->kind != kBf16) {
-    for (int r = 0; r < count; r++) {
-      read_weights(rows + r * stride, dtype, 0, m->k, row);
-      fill_row(m, {at.block, at.row + r}, row);
-    }
+    quantise_rows(m, at, count, rows, stride, dtype, row);
     return;
   }
   if (dtype == OPSIN_BF16) {
@@ -251,7 +267,7 @@ int fill(const Matrix* m, int row, int rows, int spread, const Source& source) {
   const int64_t fit = kReadAhead / (width * kRows);
   const int piece = static_cast<int>(fit < 1 ? 1 : fit > 4096 ? 4096 : fit);  // runs of one read
   const int pieces = (runs.count() + piece - 1) / piece;
-  const int64_t floats = static_cast<int64_t>(m->k) * (kRows + 1) * 4;
+  const int64_t floats = fill_floats(m) * 4;
   std::atomic<bool> failed{false};
   pool.run(1, [&](Team& team) {
     uint8_t* own = pool.scratch(team.thread(), floats + piece * kRows * width);

@@ -4,6 +4,7 @@
 #include "matmul.h"
 #include "elementwise.h"
 #include "attention.h"
+#include "fit.h"
 
 namespace OPSIN_ISA {
 
@@ -57,6 +58,7 @@ static const opsin::Kernels table = {
     OPSIN_ISA_NAME, quantize, narrow,  tile,    matmul_begin, matmul_end,     kPanel,   rms_norm,
     layer_norm,     emit,     activate, rope,   to_bf16,      from_bf16,      axpy,     argmax,
     softmax,        attention, pack_row, dequantize_row,  read_sum,     peak,
+    fit_eight,      fit_four, affine_codes,
 };
 
 }  // namespace OPSIN_ISA

@@ -125,6 +125,11 @@ struct Kernels {
   void (*dequantize_row)(const Matrix* m, int row, float* out);
   float (*read_sum)(const uint8_t* p, int64_t bytes);
   double (*peak)(int kind, int64_t iterations);  // operations done
+  // Of one group of sixteen rows, weights (columns, 16): scales and biases (16), then codes.
+  void (*fit_eight)(const float* tile, int columns, float* scale, float* bias);
+  void (*fit_four)(const float* tile, int columns, float* scale, float* bias);
+  void (*affine_codes)(const float* tile, int columns, const float* scale, const float* bias,
+                       float top, uint8_t* codes);
 };
 
 int64_t tile_scratch_bytes(const Matrix* m);
