@@ -209,14 +209,16 @@ class _Options:
             prompt = task_messages(processor.family, self.task, prompt)
         grounds = bool(processor.family.grounding or (task and task.grounding))
         form = AnswerForm.of(processor, self.wanted, self.template.get("chat_template"))
-        tools = [template_tool(tool) for tool in self.wanted.offered]
+        given = dict(self.template)
+        if self.wanted.offered:
+            given["tools"] = [template_tool(tool) for tool in self.wanted.offered]
+        given |= {f"{kind}s": _media_list(value) for kind, value in media.items()}
         ready = processor.prepare(
             prompt,
             **{f"{kind}s": _media_list(value) for kind, value in media.items()},
             options=self.processor,
             keep_pictures=keep_pictures and grounds,
-            **({"tools": tools} if tools else {}),
-            **self.template,
+            **given,
         )
         return _Asked(processor, ready, task, self.sampling.logprobs is not None, form)
 
