@@ -215,7 +215,6 @@ class _Options:
         given |= {f"{kind}s": _media_list(value) for kind, value in media.items()}
         ready = processor.prepare(
             prompt,
-            **{f"{kind}s": _media_list(value) for kind, value in media.items()},
             options=self.processor,
             keep_pictures=keep_pictures and grounds,
             **given,
