@@ -24,6 +24,7 @@ from opsin.decoder.config import (
 from opsin.decoder.layout import HOLE, BlockLayout, KeptTokens
 from opsin.engine import model as loading
 from opsin.engine.blocks import BlockPool
+from opsin.engine.fallback import FallbackEngine, FallbackModel
 from opsin.engine.loop import Engine, EngineLimits
 from opsin.engine.plan import CachePlan
 from opsin.engine.scheduler import Scheduler
@@ -354,6 +355,13 @@ def test_a_window_is_refused_where_it_makes_no_sense(name: str) -> None:
     layers = layers[:1] if name == "recurrent" else layers
     with pytest.raises(InputError, match="cannot have a window"):
         EngineLimits(max_kv_size=64).kept_tokens(DecoderConfig(10, 32, layers, 100))
+
+
+@pytest.mark.parametrize("limits", [{"kv_bits": 8}, {"max_kv_size": 64}])
+def test_a_model_of_transformers_keeps_its_own_cache(limits: dict[str, int]) -> None:
+    model = FallbackModel.__new__(FallbackModel)  # refused before anything of it is looked at
+    with pytest.raises(InputError, match=f"{next(iter(limits))} cannot be used"):
+        FallbackEngine(model, None, EngineLimits(**limits))
 
 
 # Bookkeeping.
