@@ -12,8 +12,8 @@ from torch import nn
 from opsin.families.base import Encoded, MediaInput
 from opsin.families.clip_shape import one_side, tile_features
 from opsin.families.deepseek_vl import DeepseekVL, mean_colour
-from opsin.families.deepseekocr_2 import SAM_RENAME
 from opsin.families.llama_shape import ACTIVATIONS
+from opsin.families.sam_names import SAM_RENAME
 from opsin.kernels import Kernels
 from opsin.towers import pixels
 from opsin.towers.projectors import PairedProjector

@@ -4,6 +4,7 @@
 MODULES = {
     "deepseek_vl": "deepseek_vl",
     "deepseek_vl_hybrid": "deepseek_vl_hybrid",
+    "deepseekocr": "deepseekocr",
     "deepseekocr_2": "deepseekocr_2",
     "dots_ocr": "dots_ocr",
     "ernie4_5_moe_vl": "ernie4_5_moe_vl",
@@ -50,6 +51,7 @@ ALIASES: dict[str, str] = {
 
 # an architecture that makes a checkpoint another family than its `model_type` says
 BY_ARCHITECTURE = {
+    "DeepseekOCRForCausalLM": "deepseekocr",
     "DeepseekOCR2ForCausalLM": "deepseekocr_2",
 }
 

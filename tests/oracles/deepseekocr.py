@@ -351,7 +351,7 @@ def views_of(image: Image.Image, options: dict[str, Any]) -> tuple[Any, Any, tup
     if max(image.size) > tile and cropping:
         grid = grid_of(image, tile, 2, options.get("max_patches", 9))
         large = image.resize((grid[0] * tile, grid[1] * tile))
-        for j in range(grid[1]):
+        for j in range(grid[1]) if grid != (1, 1) else ():  # a single tile is left out
             for i in range(grid[0]):
                 box = (i * tile, j * tile, (i + 1) * tile, (j + 1) * tile)
                 tiles.append(tensor_of(large.crop(box)))
