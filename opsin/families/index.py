@@ -24,6 +24,7 @@ MODULES = {
     "multi_modality_hybrid": "multi_modality_hybrid",
     "llava": "llava",
     "llava_next": "llava_next",
+    "minicpmo": "minicpmo",
     "mistral3": "mistral3",
     "mllama": "mllama",
     "paligemma": "paligemma",

@@ -16,7 +16,10 @@ from opsin.towers.vit import VisionLayer, ViTConfig
 
 @dataclass(frozen=True, slots=True)
 class WhisperConfig:
-    """The encoder's shape; `positions` is its length after the convolutions, which halve it."""
+    """The encoder's shape; `positions` is its length after the convolutions, which halve it.
+
+    With a `chunk`, a vector sees those before it and the rest of its own chunk of so many.
+    """
 
     mels: int
     hidden: int
@@ -26,6 +29,7 @@ class WhisperConfig:
     positions: int = 1500
     activation: Activation = "gelu"
     embedding_scale: float = 1.0
+    chunk: int = 0
 
 
 class Convolution(nn.Module):
@@ -75,6 +79,13 @@ class WhisperEncoder(nn.Module):
         x = x.transpose(1, 2) * self.config.embedding_scale
         sounds, length = x.shape[:2]
         x = (x + self.positions.weight[:length]).flatten(0, 1)
+        bias = self._bias(length).to(x).expand(sounds, -1, -1, -1) if self.config.chunk else None
         for layer in self.layers:
-            x = layer(x, [length] * sounds, None)
+            x = layer(x, [length] * sounds, None, bias)
         return self.norm(x).unflatten(0, (sounds, length))
+
+    def _bias(self, length: int) -> Tensor:
+        """What keeps each vector from seeing later chunks: (1, 1, length, length)."""
+        chunks = torch.arange(length) // self.config.chunk
+        later = chunks[None] > chunks[:, None]
+        return torch.zeros(later.shape).masked_fill(later, float("-inf"))[None, None]
