@@ -214,6 +214,9 @@ def _as_stored(tensor: StoredTensor, target: Target, out: Tensor) -> Tensor:
     colours_last = out.ndim == 2 and len(shape) > 3 and shape[-1] == 3 and shape[1] != 3
     if colours_last and math.prod(shape) == out.numel():
         out = out.unflatten(1, (3, *shape[1:-1])).movedim(1, -1)
+    # Any other convolution of MLX's: what goes in stands last.
+    if out.ndim == 4 and shape != tuple(out.shape) and shape == tuple(out.movedim(1, -1).shape):
+        out = out.movedim(1, -1)
     _check_shape(tensor, target.name, out)
     return out
 

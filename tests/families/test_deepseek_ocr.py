@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from opsin import families, grounding
 from opsin.errors import InputError
@@ -15,6 +19,7 @@ from opsin.families.base import Family
 from opsin.prompt.tasks import task_messages
 
 from .conftest import Lab
+from .ours import Ours, relative_error
 from .pictures import picture
 from .zoo import deepseek, deepseekocr
 
@@ -99,3 +104,33 @@ def test_tables_may_repeat_themselves(case: Any) -> None:
     family = families.load(dict(case.config), {})
     assert family.no_repeat_ngram is not None
     assert family.no_repeat_ngram[1:] == (90, ("<td>", "</td>"))
+
+
+def as_mlx_has_it(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights as mlx-vlm converts them: other prefixes, channels last, experts together."""
+    made: dict[str, torch.Tensor] = {}
+    experts: dict[str, dict[int, torch.Tensor]] = {}
+    for name, value in weights.items():
+        name = re.sub(r"^model\.(?=layers|embed_tokens|norm)", "language_model.model.", name)
+        name = re.sub(r"^model\.|^(?=lm_head)", lambda m: "" if m[0] else "language_model.", name)
+        name = name.replace("view_seperator", "view_separator")
+        if value.ndim == 4 and "pos_embed" not in name:
+            value = value.permute(0, 2, 3, 1)
+        found = re.match(r"(.*)\.experts\.(\d+)\.(.*)", name)
+        if found:
+            experts.setdefault(f"{found[1]}.switch_mlp.{found[3]}", {})[int(found[2])] = value
+        else:
+            made[name] = value.contiguous()
+    for name, parts in experts.items():
+        made[name] = torch.stack([parts[i] for i in range(len(parts))])
+    return made
+
+
+def test_a_converted_checkpoint_answers_the_same(base: Lab, tmp_path: Path) -> None:
+    shutil.copytree(base.folder, tmp_path, dirs_exist_ok=True)
+    weights = as_mlx_has_it(load_file(tmp_path / "model.safetensors"))
+    assert "language_model.model.layers.1.mlp.switch_mlp.up_proj.weight" in weights
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "mlx"})
+    scene = base.scenes["large"]
+    same = Ours(base.case, tmp_path).logits(base.ours.prompt(scene))
+    assert relative_error(same, base.ours.logits(base.ours.prompt(scene))) < 1e-6
