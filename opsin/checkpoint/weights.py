@@ -112,7 +112,10 @@ def target_of(name: str, rules: Iterable[Rename]) -> Target:
 class Sink(Protocol):
     """Where the values of one checkpoint tensor go that fill no parameter as it is."""
 
-    shape: tuple[int, ...]
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What the tensor's shape must be."""
+        ...
 
     def read(self, tensor: StoredTensor) -> bool:
         """Take a tensor of this shape as it is stored; False to be given its values instead."""
