@@ -275,6 +275,7 @@ class DecoderConfig:
     stand for media, and mean nothing where a model writes them itself. The last `own_rows` tokens
     are embedded by rows that the family gives (`Decoder.set_own_rows`), not by the table. Where
     the family chooses tokens by more than the logits, `open_stream` keeps the last stream readable.
+    `vocab_parts` are the runs of rows that a checkpoint stores apart, of the table and of the head.
     """
 
     vocab_size: int
@@ -299,6 +300,7 @@ class DecoderConfig:
     own_rows: int = 0
     streams: StreamsConfig | None = None
     open_stream: bool = False
+    vocab_parts: tuple[int, ...] = ()
 
     @property
     def rope_configs(self) -> set[RopeConfig]:

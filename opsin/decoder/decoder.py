@@ -232,7 +232,8 @@ class Decoder(nn.Module):
         self.config = config
         self.kernels = kernels
         extra = config.extra_embeddings
-        rows = (config.vocab_size, extra) if extra else config.vocab_size
+        words = config.vocab_parts or (config.vocab_size,)
+        rows = (*words, extra) if extra else words
         self.embedding = Embedding(rows, config.hidden, config.embedding_scale)
         self.layers = nn.ModuleList(
             _layer(kernels, layer, i, config) for i, layer in enumerate(config.layers)
@@ -253,7 +254,7 @@ class Decoder(nn.Module):
         self.streams = None
         if config.streams is not None:
             self.streams = Streams(kernels, config.streams, config.hidden)
-        self.head = None if config.tied_head else Linear(kernels, config.hidden, config.vocab_size)
+        self.head = None if config.tied_head else Linear(kernels, config.hidden, words)
         self.own_rows: Tensor | None = None
         self.angles: RotaryAngles | None = None
         self.native: NativeLayers | None = None  # takes the layers over where it is there

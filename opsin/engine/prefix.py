@@ -41,8 +41,11 @@ def extend_keys(sequence: Sequence, layout: BlockLayout, num_tokens: int) -> lis
 def is_cacheable(sequence: Sequence) -> bool:
     """Whether blocks may be known by their tokens and media: every medium says what it contains.
 
-    Where layers read encoded media, even tokens before a medium depend on it.
+    Where layers read encoded media, even tokens before a medium depend on it. A speaker that reads
+    the prompt's last stream has to have it computed.
     """
+    if sequence.speaker is not None and sequence.speaker.reads:
+        return False
     return sequence.num_source == 0 and all(item.key for item in sequence.prompt.media)
 
 

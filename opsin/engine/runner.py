@@ -47,7 +47,7 @@ class Runner:
         if not speaks(step):
             logits: Tensor = decoder(ready, self.cache)
             return logits
-        return scored(decoder, step, decoder.stream(ready, self.cache))
+        return scored(decoder, self.cache, ready, step)
 
     def _encode_media(self, step: list[Scheduled]) -> None:
         """Run the towers over the media whose tokens this step meets first, by kind; then the
@@ -70,6 +70,8 @@ class Runner:
             seconds = time.perf_counter() - started
             for (sequence, i), result in zip(wanted, encoded, strict=True):
                 sequence.encoded[i] = result
+                if sequence.speaker is not None:
+                    sequence.speaker.see(i, result)
             for sequence in {id(sequence): sequence for sequence, _ in wanted}.values():
                 sequence.timings.encode += seconds
         encode_prompts(self.model, step)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from opsin.decoder.decoder import Decoder
+from opsin.decoder.cache import PagedCache
+from opsin.decoder.decoder import Decoder, Step
 from opsin.engine.scheduler import Scheduled
+from opsin.families.speaking import Speaker
 
 
 def speaks(step: SequenceOf[Scheduled]) -> bool:
@@ -27,16 +30,39 @@ def embedded(decoder: Decoder, step: SequenceOf[Scheduled], ids: Tensor) -> Tens
         if speaker is not None:
             rows = own[start:end].nonzero()[:, 0] + start
             if len(rows):
-                embeds[rows] = speaker.embeds(ids[rows]).to(embeds.dtype)
+                tokens, shift = scheduled.sequence.token_ids, scheduled.start - start
+                before = [tokens[row + shift - 1] for row in rows.tolist()]
+                embeds[rows] = speaker.embeds(ids[rows], before).to(embeds.dtype)
         start = end
     return embeds
 
 
-def scored(decoder: Decoder, step: SequenceOf[Scheduled], stream: Tensor) -> list[Tensor]:
-    """The logits, float32, of each request of a step that samples: as many as it has tokens.
-
-    stream (rows, hidden) is the decoder's last, before its norm, for the same requests.
+def read_places(step: SequenceOf[Scheduled]) -> list[tuple[Speaker, list[int], int]]:
+    """The prompt's tokens whose stream a step's speakers have to see: each speaker, those places,
+    and the row of the sequence's first token less its place.
     """
+    found, start = [], 0
+    for scheduled in step:
+        speaker = scheduled.sequence.speaker
+        if speaker is not None:
+            places = [i for i in speaker.reads if scheduled.start <= i < scheduled.end]
+            if places:
+                found.append((speaker, places, start - scheduled.start))
+        start += scheduled.end - scheduled.start
+    return found
+
+
+def scored(decoder: Decoder, cache: PagedCache, ready: Step, step: list[Scheduled]) -> list[Tensor]:
+    """Run a step; the logits, float32, of each request that samples: as many as it has tokens."""
+    read, count = read_places(step), len(ready.logit_rows)
+    if read:
+        wanted = [place + shift for _, places, shift in read for place in places]
+        more = torch.tensor(wanted, device=ready.logit_rows.device)
+        ready = replace(ready, logit_rows=torch.cat((ready.logit_rows, more)))
+    stream = decoder.stream(ready, cache)
+    for speaker, places, _ in read:
+        speaker.read(places, stream[count : count + len(places)])
+        stream = torch.cat((stream[:count], stream[count + len(places) :]))
     logits = decoder.logits(decoder.norm(stream))
     sampling = [scheduled.sequence for scheduled in step if scheduled.samples]
     rows = []

@@ -59,18 +59,19 @@ class Encoded:
     added to them; layer_adds[i], of
     the same shape, is added to the decoder's stream at those positions after layer i. source
     (source_tokens, hidden) is what cross-attention layers read. Without embeds the medium has no
-    tokens to replace.
+    tokens to replace. `kept` is for the request's speaker alone.
     """
 
     embeds: Tensor | None
     layer_adds: tuple[Tensor, ...] = ()
     source: Tensor | None = None
     adds: bool = False
+    kept: tuple[Tensor, ...] = ()
 
     @property
     def num_bytes(self) -> int:
         """Memory that the tensors take."""
-        held = (self.embeds, self.source, *self.layer_adds)
+        held = (self.embeds, self.source, *self.layer_adds, *self.kept)
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 

@@ -20,6 +20,8 @@ MODULES = {
     "internvl_chat": "internvl_chat",
     "multi_modality": "multi_modality",
     "moondream3": "moondream3",
+    "molmo_point": "molmo_point",
+    "moondream3": "moondream3",
     "molmo": "molmo",
     "multi_modality_hybrid": "multi_modality_hybrid",
     "llava": "llava",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opsin.families.base import Encoded
 from opsin.towers.places import PlaceHead, share_of_bin
 
 MOST = 150  # objects of one answer
@@ -76,6 +77,7 @@ class PlaceSpeaker:
     """One request's answer: x, y and (for boxes) a size, again and again until the end token."""
 
     exclusive = True
+    reads: Sequence[int] = ()
 
     def __init__(
         self,
@@ -92,6 +94,12 @@ class PlaceSpeaker:
         self.pending: list[int] = []
         self.num_said = 0
 
+    def see(self, index: int, encoded: Encoded) -> None:
+        """The picture is in the stream."""
+
+    def read(self, places: Sequence[int], stream: Tensor) -> None:
+        """Nothing of the prompt is read."""
+
     def scores(self, stream: Tensor, logits: Tensor, said: Sequence[int]) -> Tensor:
         """All but what comes next at minus infinity; it ends where the end is the likeliest."""
         tokens, phase = self.tokens, len(said) % self.step
@@ -107,8 +115,9 @@ class PlaceSpeaker:
             scores[tokens.first + self.head.coordinate(state)] = 0.0
         return scores
 
-    def embeds(self, token_ids: Tensor) -> Tensor:
+    def embeds(self, token_ids: Tensor, before: Sequence[int]) -> Tensor:
         """Coordinates and sizes as the head writes them into the stream."""
+        del before
         own = token_ids - self.tokens.first
         pairs = (own - self.tokens.coordinates).clamp(min=0)
         bins = torch.stack((pairs // self.tokens.sizes, pairs % self.tokens.sizes), dim=1)

@@ -62,11 +62,21 @@ class Ours:
         cache = PagedCache(
             model.decoder.config, blocks, BLOCK, model.dtype, model.device, 1, sources
         )
+        sequence.speaker = model.family.speaker(prompt, model.towers)
         runner = Runner(model, cache)
         scheduled = [Scheduled(sequence, 0, length)]
         runner._encode_media(scheduled)
         step = dataclasses.replace(runner._step(scheduled), logit_rows=torch.arange(length))
-        return model.decoder(step, cache).float()
+        if sequence.speaker is None or not answer:
+            return model.decoder(step, cache).float()
+        speaker, first = sequence.speaker, len(prompt.token_ids) - 1
+        stream = model.decoder.stream(step, cache)
+        speaker.read(speaker.reads, stream[list(speaker.reads)])
+        logits = model.decoder.logits(model.decoder.norm(stream))
+        own = [
+            speaker.scores(stream[i], logits[i], answer[: i - first]) for i in range(first, length)
+        ]
+        return torch.cat((torch.zeros(first, len(own[0])), torch.stack(own)))
 
     def engine(self, *, step: int = 2048, memory: int = 1 << 25) -> Engine:
         """An engine of its own over the model; close it."""
