@@ -74,9 +74,9 @@ class MiniCPMO(Family):
         self.sound = {**SOUND, **(config.get("audio_config") or {})}
         self.patch = one_side(self.vision["patch_size"])
         self.queries = int(config.get("query_num", 64))
-        self.pool = int(config.get("audio_pool_step", 5))
         # Of the two that there are, only the later one's decoder states the width of its heads.
         self.kind = "qwen3" if self.text_config.get("head_dim") else "qwen2"
+        self.pool = int(config.get("audio_pool_step", 5 if self.kind == "qwen3" else 2))
 
     # The model.
 
@@ -88,7 +88,7 @@ class MiniCPMO(Family):
         return backbone(text, tied=bool(text.get("tie_word_embeddings", False)))
 
     def towers(self, kernels: Kernels) -> nn.ModuleDict:
-        dropped = int(self.config.get("drop_vision_last_layer", self.kind == "qwen3"))
+        dropped = int(self.config.get("drop_vision_last_layer", True))
         layers = self.vision["num_hidden_layers"] - dropped
         vit = clip_config(self.vision, layers=layers, post_norm=True)
         sound, hidden = self.sound, self.text_config["hidden_size"]
@@ -127,11 +127,13 @@ class MiniCPMO(Family):
                 remedy="Send one for each, and leave those words out of plain text",
                 param="prompt",
             )
+        stated = self.config.get("use_image_id", True)
+        numbered = self.processor_config.get("use_image_id", stated)
         written: list[str] = []
         end = pictures = 0
         for place, item in zip(found, media, strict=True):
             shown = item.text
-            if item.kind == "image" and self.config.get("use_image_id", True):
+            if item.kind == "image" and numbered:
                 shown = f"<image_id>{pictures}</image_id>{shown}"
                 pictures += 1
             _add_lines(written, text[end : place.start()], shown)
@@ -174,9 +176,9 @@ class MiniCPMO(Family):
         )
 
     def prepare_audio(self, samples: np.ndarray, options: Mapping[str, Any]) -> MediaInput:
-        """Pieces of 30 seconds, each between its own two marks."""
+        """Heard in pieces of 30 seconds, which the text does not show."""
         del options
-        features, texts, counts = {}, [], []
+        features, counts = {}, []
         for i, start in enumerate(range(0, max(len(samples), 1), PIECE)):
             piece = samples[start : start + PIECE]
             frames = -(-len(piece) // HOP)
@@ -189,9 +191,8 @@ class MiniCPMO(Family):
             heard = whisper_features(padded, mels=self.sound["num_mel_bins"], hop=HOP)
             features[f"audio_features_{i}"] = heard[:, :frames]
             counts.append(tokens)
-            texts.append(self._marked(tokens))
         return MediaInput(
-            "audio", features, "".join(texts), sum(counts), details={"counts": counts}
+            "audio", features, self._marked(sum(counts)), sum(counts), details={"counts": counts}
         )
 
     def _marked(self, tokens: int) -> str:
@@ -214,7 +215,7 @@ class MiniCPMO(Family):
         tower = vision_of(towers)
         table = one_side(self.vision["image_size"]) // self.patch
         grids: list[tuple[int, int]] = [grid for item in items for grid in item.details["grids"]]
-        places = torch.cat([bucketed_positions(rows, columns, table) for rows, columns in grids])
+        places = torch.cat([bucketed_positions(*grid, table, stepped=True) for grid in grids])
         layout = VisionLayout(
             [rows * columns for rows, columns in grids],
             position_embeds=tower.positions(places.to(tower.patch.weight.device)),

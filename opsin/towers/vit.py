@@ -360,16 +360,20 @@ def smoothed_positions(table: Tensor, height: int, width: int) -> Tensor:
     return resized[0].flatten(1).T.to(table)
 
 
-def bucketed_positions(height: int, width: int, side: int) -> Tensor:
+def bucketed_positions(height: int, width: int, side: int, stepped: bool = False) -> Tensor:
     """Rows of a table of side x side positions for a grid of any size (arXiv:2307.06304).
 
     Each patch takes the place that its fraction of the way down and across falls in; row by row,
-    (height * width,).
+    (height * width,). Where it falls between two, rounding decides: `stepped` fractions are those
+    of `torch.arange`, as in the first models of the kind; others are multiples of one, rounded.
     """
     boundaries = torch.arange(1 / side, 1.0, 1 / side)
 
     def buckets(count: int) -> Tensor:
-        fractions = torch.arange(count, dtype=torch.float32) * (1.0 / torch.tensor(count))
+        if stepped:
+            fractions = torch.arange(0, 1 - 1e-6, 1 / count)
+        else:
+            fractions = torch.arange(count, dtype=torch.float32) * (1.0 / torch.tensor(count))
         return torch.bucketize(fractions.clamp(max=1.0 - 1e-6), boundaries, right=True)
 
     return (buckets(height)[:, None] * side + buckets(width)).flatten()

@@ -51,7 +51,13 @@ LATER_TEMPLATE = (
 )
 
 
-def _case(variant: str, template: str, own: dict[str, Any], vision: dict[str, Any]) -> Case:
+def _case(
+    variant: str,
+    template: str,
+    large: tuple[int, int],
+    own: dict[str, Any],
+    vision: dict[str, Any],
+) -> Case:
     config = {
         "architectures": ["MiniCPMO"],
         "audio_chunk_length": 1.0,
@@ -118,7 +124,7 @@ def _case(variant: str, template: str, own: dict[str, Any], vision: dict[str, An
             }
         },
         audio=True,
-        large=(200, 130),
+        large=large,
     )
 
 
@@ -126,12 +132,14 @@ CASES: tuple[Case, ...] = (
     _case(
         "later",
         LATER_TEMPLATE,
+        (1000, 20),  # 25 patches wide, some just between two of the table's 70 places
         {"attention_bias": False, "audio_pool_step": 5, "head_dim": 40, "version": "4.5"},
         {},
     ),
     _case(
         "earlier",
         EARLIER_TEMPLATE,
+        (200, 130),
         {
             "audio_pool_step": 2,
             "drop_vision_last_layer": True,
