@@ -162,6 +162,9 @@ def load_model(
         model = Model(family, config, kernels.select(place))
     refuse_lost_adapters(folder, family, model.decoder)
     kind = pick_dtype(dtype, config, tensors)
+    if place.type == "cuda" and kind == torch.float32:
+        # By default cuDNN rounds the factors of float32 convolutions to 10 bits (TF32).
+        torch.backends.cudnn.allow_tf32 = False
     native = None if why_not_native(model.decoder, place, kind) else native_library()
     packer = pick_packer(model, tensors, quantize, torch.empty(0, dtype=kind, device=place), native)
     weights.assign(

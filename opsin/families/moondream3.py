@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from opsin.checkpoint.safetensors import StoredTensor
 from opsin.decoder.config import DecoderConfig
-from opsin.decoder.decoder import Decoder
 from opsin.errors import InputError
 from opsin.families.base import Encoded, Family, MediaInput, Prompt
 from opsin.families.moondream3_places import PlaceSpeaker, PlaceTokens
@@ -73,8 +72,7 @@ class Moondream3(Family):
         self.bos, self.eos = tokens.get("bos_id", 0), tokens.get("eos_id", 0)
         self.templates = tokens.get("templates") or TEMPLATES
         self.name_of: Callable[[int], str | None] = str
-        self.norm: Callable[[Tensor], Tensor] = nn.Identity()
-        self.has_region = True
+        self.has_region = self.region_has_norm = True
         self.side = self.vision["crop_size"] // self.vision["enc_patch_size"]
         self.own = PlaceTokens(
             self.text["vocab_size"], self.region["coord_out_dim"], self.region["size_out_dim"] // 2
@@ -82,8 +80,10 @@ class Moondream3(Family):
         self.rename = (*dense_rename(self.moe["start_layer"]), *RENAME)
 
     def inspect(self, tensors: Sequence[StoredTensor]) -> None:
-        """MLX's conversions have no region head."""
-        self.has_region = any("region." in tensor.name for tensor in tensors)
+        """MLX's conversions have no region head, and not every head has a norm."""
+        names = [tensor.name for tensor in tensors if "region." in tensor.name]
+        self.has_region = bool(names)
+        self.region_has_norm = any("region.ln." in name for name in names)
 
     def decoder(self) -> DecoderConfig:
         return decoder_of(self.text, self.moe)
@@ -107,14 +107,9 @@ class Moondream3(Family):
                 self.text["dim"],
                 features=(region["coord_feat_dim"], region["size_feat_dim"]),
                 bins=(self.own.coordinates, self.own.sizes),
-                eps=EPS,
+                eps=EPS if self.region_has_norm else None,
             )
         return towers
-
-    def connect(self, decoder: Decoder, towers: nn.ModuleDict) -> None:
-        """Places are read from the stream behind the decoder's last norm."""
-        del towers
-        self.norm = decoder.norm
 
     # What goes in.
 
@@ -232,7 +227,7 @@ class Moondream3(Family):
             )
         head = towers["region"]
         assert isinstance(head, PlaceHead)
-        return PlaceSpeaker(head, self.norm, self.own, self.eos, boxes=boxes)
+        return PlaceSpeaker(head, self.own, self.eos, boxes=boxes)
 
     def written(self, token_ids: Sequence[int]) -> str | None:
         return self.own.written(token_ids) if max(token_ids, default=0) >= self.own.first else None

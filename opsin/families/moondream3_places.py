@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,14 +82,12 @@ class PlaceSpeaker:
     def __init__(
         self,
         head: PlaceHead,
-        norm: Callable[[Tensor], Tensor],
         tokens: PlaceTokens,
         end: int,
         *,
         boxes: bool,
     ) -> None:
-        """`norm` is the decoder's last, through which the head reads the stream."""
-        self.head, self.norm, self.tokens, self.end, self.boxes = head, norm, tokens, end, boxes
+        self.head, self.tokens, self.end, self.boxes = head, tokens, end, boxes
         self.step = 3 if boxes else 2
         self.pending: list[int] = []
         self.num_said = 0
@@ -108,11 +106,10 @@ class PlaceSpeaker:
         if phase == 0 and (over or int(logits.argmax()) == self.end):
             scores[self.end] = 0.0
             return scores
-        state = self.norm(stream[None])[0]
         if phase == 2:
-            scores[tokens.size(*self.head.size(state))] = 0.0
+            scores[tokens.size(*self.head.size(stream))] = 0.0
         else:
-            scores[tokens.first + self.head.coordinate(state)] = 0.0
+            scores[tokens.first + self.head.coordinate(stream)] = 0.0
         return scores
 
     def embeds(self, token_ids: Tensor, before: Sequence[int]) -> Tensor:

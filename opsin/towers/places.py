@@ -41,12 +41,14 @@ class PlaceHead(nn.Module):
         *,
         features: tuple[int, int],
         bins: tuple[int, int],
-        eps: float,
+        eps: float | None,
     ) -> None:
-        """`features` and `bins` are a coordinate's and a size's."""
+        """`features` and `bins` are a coordinate's and a size's; without `eps`, no norm."""
         super().__init__()
         self.bins = bins
-        self.norm = norm(kernels, "layer", hidden, eps)
+        self.norm: nn.Module = nn.Identity()
+        if eps is not None:
+            self.norm = norm(kernels, "layer", hidden, eps)
         self.coord_in = Fourier(kernels, 1, features[0], hidden)
         self.coord_out = Linear(kernels, hidden, bins[0], bias=True)
         self.size_in = Fourier(kernels, 2, features[1], hidden)

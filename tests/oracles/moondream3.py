@@ -138,7 +138,7 @@ def region_tree(c: dict[str, Any]) -> Table:
         size_features=torch.zeros(2, c["size_feat_dim"] // 2),
         size_encoder=nn.Linear(c["size_feat_dim"], c["dim"]),
         size_decoder=nn.Linear(c["dim"], c["size_out_dim"]),
-        ln=nn.LayerNorm(c["dim"]),
+        **({"ln": nn.LayerNorm(c["dim"])} if c.get("ln") else {}),
     )
 
 
@@ -261,9 +261,10 @@ class Moondream3(nn.Module):
         """What detect and point give: shares of the picture's sides.
 
         A coordinate's bin is argmax / 1024; a size's is 2 ** (bin / 1023 * 10 - 10). The region
-        head reads the stream after the last block, before `post_ln`, through a norm of its own.
-        (The repository, which has Moondream 2, has no such norm; vLLM, for 3, has it, and reads
-        the stream after `post_ln`.)
+        head reads the stream after the last block, before `post_ln`: so do the authors' repository
+        (of Moondream 2) and a port of 3 to Transformers. Those and the authors' engine for 3 have
+        no norm in the head; vLLM has one, `region.ln`, behind `post_ln`. Here a head has the norm
+        where the config of the test says so ("ln").
         """
         text, region = self.model.text, self.model.region
         prefix = self.text_config["prefix_attn"] if "pixel_values" in inputs else 0
@@ -271,26 +272,28 @@ class Moondream3(nn.Module):
         found: list[dict[str, float]] = []
 
         def last() -> torch.Tensor:
-            return text.post_ln(self.hidden(x, prefix)[-1:])
+            return self.hidden(x, prefix)[-1:]
+
+        def heard() -> torch.Tensor:
+            return region.ln(last()) if hasattr(region, "ln") else last()
 
         def fourier(values: list[float], table: torch.Tensor) -> torch.Tensor:
             f = 2 * math.pi * torch.tensor([values]) @ table
             return torch.cat((f.cos(), f.sin()), -1)
 
         while len(found) < most:
-            state = last()
-            if int(text.lm_head(state).argmax()) == self.tokens["eos_id"]:
+            if int(text.lm_head(text.post_ln(last())).argmax()) == self.tokens["eos_id"]:
                 break
             centre = []
             for _ in range(2):
-                bins = region.coord_decoder(region.ln(last()))
+                bins = region.coord_decoder(heard())
                 centre.append(float(bins.argmax()) / bins.shape[-1])
                 made = region.coord_encoder(fourier(centre[-1:], region.coord_features))
                 x = torch.cat((x, made))
             if not boxes:
                 found.append({"x": centre[0], "y": centre[1]})
                 continue
-            bins = region.size_decoder(region.ln(last())).view(2, -1).argmax(-1).float()
+            bins = region.size_decoder(heard()).view(2, -1).argmax(-1).float()
             w, h = (2.0 ** (bins / 1023 * 10 - 10)).tolist()
             x = torch.cat((x, region.size_encoder(fourier([w, h], region.size_features))))
             found.append(

@@ -34,7 +34,7 @@ def _templates() -> dict[str, Any]:
 GAINS = ((r"wte$", 3.0), (r"lm_head\.bias$", 0.0), (r"\.ln\.weight$", 10.0))
 
 
-def _case(variant: str, text: dict, vision: dict) -> Case:
+def _case(variant: str, text: dict, vision: dict, *, region_norm: bool) -> Case:
     vision = {
         "crop_size": 70,
         "enc_dim": 24,
@@ -54,6 +54,7 @@ def _case(variant: str, text: dict, vision: dict) -> Case:
             "coord_feat_dim": 16,
             "coord_out_dim": 64,
             "dim": 64,
+            "ln": region_norm,
             "size_feat_dim": 24,
             "size_out_dim": 128,
         },
@@ -95,10 +96,11 @@ def _case(variant: str, text: dict, vision: dict) -> Case:
 
 
 CASES: tuple[Case, ...] = (
-    _case("experts", {}, {}),
+    _case("experts", {}, {}, region_norm=True),
     _case(
         "other_sizes",
         {"n_heads": 4, "n_kv_heads": 4, "rope_theta": 10000.0},
         {"crop_size": 56, "enc_n_layers": 4},
+        region_norm=False,
     ),
 )
