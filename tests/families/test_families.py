@@ -16,7 +16,7 @@ from .conftest import Lab
 from .ours import answers, relative_error, tokens
 from .pictures import picture
 from .scenes import Scene, one_image
-from .zoo import CASES
+from .zoo import CASES, each
 
 TOLERANCE = 1e-4
 PIXEL_TOLERANCE = 1 / 255
@@ -38,7 +38,7 @@ def is_ported(case: Case) -> bool:
     return True
 
 
-@pytest.fixture(params=[case for case in CASES if is_ported(case)], ids=str)
+@pytest.fixture(params=each(case for case in CASES if is_ported(case)), ids=str)
 def lab(request: pytest.FixtureRequest, labs: Callable[[Case], Lab]) -> Lab:
     """The lab of each ported family's cases, one after another."""
     return labs(request.param)

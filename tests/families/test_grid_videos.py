@@ -25,14 +25,14 @@ from .oracle import read_json
 from .ours import answers, relative_error, tokens
 from .pictures import picture
 from .scenes import IMAGE, text, user
-from .zoo import ernie, qwen, qwen_more
+from .zoo import each, ernie, qwen, qwen_more
 
 CASES = (*qwen.CASES, *qwen_more.CASES, *ernie.CASES)
 VIDEO = {"type": "video"}
 SETTINGS = ("patch_size", "merge_size", "image_mean", "image_std", "size")
 
 
-@pytest.fixture(params=CASES, ids=str)
+@pytest.fixture(params=each(CASES), ids=str)
 def lab(request: pytest.FixtureRequest, labs: Callable[[Case], Lab]) -> Lab:
     """Every checkpoint of these families."""
     pytest.importorskip("torchvision")

@@ -11,10 +11,10 @@ from opsin.cli.models import inspection
 from .checkpoints import Case
 from .conftest import Lab
 from .test_families import is_ported
-from .zoo import CASES
+from .zoo import CASES, each
 
 
-@pytest.fixture(params=[case for case in CASES if is_ported(case)], ids=str)
+@pytest.fixture(params=each(case for case in CASES if is_ported(case)), ids=str)
 def lab(request: pytest.FixtureRequest, labs: Callable[[Case], Lab]) -> Lab:
     """The lab of each ported family's cases, one after another."""
     return labs(request.param)

@@ -14,7 +14,7 @@ from .checkpoints import Case
 from .pictures import picture
 from .test_families import is_ported
 from .test_grid_videos import clip
-from .zoo import CASES
+from .zoo import CASES, each
 
 ABSURD: tuple[Any, ...] = ("x", "7", -1, 0, 10**9, None, [], True, 1.5, {"a": 1}, float("nan"))
 FILES = ("processor_config.json", "preprocessor_config.json")
@@ -30,7 +30,7 @@ def family_of(case: Case) -> Family:
 
 
 @pytest.fixture(
-    params=[case for case in CASES if case.served_type is None and is_ported(case)], ids=str
+    params=each(case for case in CASES if case.served_type is None and is_ported(case)), ids=str
 )
 def family(request: pytest.FixtureRequest) -> Family:
     """The family of each case."""

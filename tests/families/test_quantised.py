@@ -29,6 +29,7 @@ def lab(request: pytest.FixtureRequest, labs: Callable[[Case], Lab]) -> Lab:
     return labs(request.param)
 
 
+@pytest.mark.slow
 def test_eight_bits_stay_near(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "LEAST_ROWS", 1)
     quantised = Ours(lab.case, lab.published, quantize=8)

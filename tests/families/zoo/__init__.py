@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
 from ..checkpoints import Case
 from . import (
     authors,
@@ -62,3 +67,14 @@ CASES: tuple[Case, ...] = (
     *authors.CASES,
     *phi_adapters.CASES,
 )
+
+
+def each(cases: Iterable[Case]) -> list[Any]:
+    """Parameters of a fixture: the first case of each family, and the others as slow tests."""
+    seen: set[str] = set()
+    found = []
+    for case in cases:
+        marks = [pytest.mark.slow] if case.family in seen else []
+        found.append(pytest.param(case, marks=marks))
+        seen.add(case.family)
+    return found
