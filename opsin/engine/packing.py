@@ -21,6 +21,7 @@ from opsin.nn.linear import Adapter, Embedding, Linear
 from opsin.nn.packing import ModulePacker
 from opsin.quant.formats import Format, Kind, quantised
 from opsin.quant.mlx import AffineTensor
+from opsin.towers.mobilenet_v5 import MobileNetV5
 
 GROUPS, SCALES = (32, 64, 128), (torch.float16, torch.bfloat16)
 LEAST_ROWS = 64  # smaller outputs (gates, scores) stay as they are: they cost nothing
@@ -63,11 +64,15 @@ def quantised_formats(decoder: Decoder, towers: nn.Module, bits: int) -> Formats
 
 
 def _matrices(module: nn.Module) -> Iterator[nn.Module]:
-    """Linear layers and experts, without adapters and first layers over patches."""
+    """Linear layers and experts, without adapters and first layers over patches.
+
+    Nor a convolutional tower's: what is a linear layer there is a 1x1 convolution, and the whole of
+    its error at 8 bits came from these.
+    """
     for name, child in module.named_children():
         if isinstance(child, Linear | ExpertLinear) and name != "patch":
             yield child
-        if not isinstance(child, Adapter):
+        if not isinstance(child, Adapter | MobileNetV5):
             yield from _matrices(child)
 
 
