@@ -170,8 +170,10 @@ class Session:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize(("kind", "tolerance"), [("bf16", 0.02), ("q8", 0.04), ("q4", 0.05)])
+@pytest.mark.parametrize(("kind", "tolerance"), [("bf16", 0.02), ("q8", 0.04), ("q4", 0.04)])
 def test_stack_equals_the_decoder(best, name, kind, tolerance):
+    if (name, kind) == ("sandwich", "q4"):
+        tolerance = 0.045  # norms after each block double every error: 0.019 at 16 bits already
     decoder = build(VARIANTS[name])
     stack = native_stack(best, decoder, kind)
     plain, native = Session(decoder, None), Session(decoder, stack)
