@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from opsin.cli.flags import (
+    SAMPLING,
     ChatTemplate,
     Device,
     KVBits,
@@ -19,10 +20,15 @@ from opsin.cli.flags import (
     MatFormerConfig,
     MatFormerSlice,
     MaxKVSize,
+    MinP,
     Model,
     Quant,
     QuantizedKVStart,
+    RepetitionPenalty,
     Revision,
+    Temperature,
+    TopK,
+    TopP,
     json_option,
     load_with_progress,
     note_window,
@@ -36,7 +42,6 @@ if TYPE_CHECKING:
     from opsin.cli.chat_session import Attached, Commands, Session
     from opsin.types import Message
 
-SAMPLING = "Sampling"
 PROMPT = "> "
 HISTORY_LINES = 1000
 LARGEST_PREVIEWED = 4  # pictures of one message
@@ -68,23 +73,11 @@ def command(
     max_tokens: Annotated[
         int, typer.Option(help="Most tokens of an answer.", rich_help_panel=SAMPLING)
     ] = 1024,
-    temperature: Annotated[
-        float,
-        typer.Option("--temperature", "--temp", help="0 is greedy.", rich_help_panel=SAMPLING),
-    ] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Nucleus mass; 1 is off.", rich_help_panel=SAMPLING)
-    ] = 1.0,
-    top_k: Annotated[
-        int, typer.Option(help="Keep the k likeliest; 0 is off.", rich_help_panel=SAMPLING)
-    ] = 0,
-    min_p: Annotated[
-        float,
-        typer.Option(help="Keep those this likely beside the best.", rich_help_panel=SAMPLING),
-    ] = 0.0,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="1 is off.", rich_help_panel=SAMPLING)
-    ] = 1.0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     seed: Annotated[
         int | None, typer.Option(help="Repeat sampled answers.", rich_help_panel=SAMPLING)
     ] = None,

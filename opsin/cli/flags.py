@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from opsin.engine.processor import Processor
 
 ENGINE = "Engine"
+SAMPLING = "Sampling"
 
 Model: TypeAlias = Annotated[
     str, typer.Option("--model", "-m", help="A hub name or a folder.", rich_help_panel=ENGINE)
@@ -63,6 +64,22 @@ ChatTemplate: TypeAlias = Annotated[
         help="A jinja file, JSON holding one, or a bundled template's name.",
         rich_help_panel="Prompt",
     ),
+]
+
+Temperature: TypeAlias = Annotated[
+    float, typer.Option("--temperature", "--temp", help="0 is greedy.", rich_help_panel=SAMPLING)
+]
+TopP: TypeAlias = Annotated[
+    float, typer.Option(help="Nucleus mass; 1 is off.", rich_help_panel=SAMPLING)
+]
+TopK: TypeAlias = Annotated[
+    int, typer.Option(help="Keep the k likeliest; 0 is off.", rich_help_panel=SAMPLING)
+]
+MinP: TypeAlias = Annotated[
+    float, typer.Option(help="Keep those this likely beside the best.", rich_help_panel=SAMPLING)
+]
+RepetitionPenalty: TypeAlias = Annotated[
+    float, typer.Option(help="1 is off.", rich_help_panel=SAMPLING)
 ]
 
 KVBits: TypeAlias = Annotated[

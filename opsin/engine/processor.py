@@ -301,6 +301,7 @@ class Processor:
         self, text: str, ready: list[MediaInput], timings: Timings | None = None
     ) -> Prompt:
         """A rendered prompt and its prepared media to tokens and positions."""
+        self.family.check_media(ready)
         expanded = self.family.expand(text, ready)
         if not self.family.text_apart:
             return self.of_tokens(self._piece_ids(expanded), ready, expanded, timings)

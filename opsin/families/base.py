@@ -137,6 +137,7 @@ class Family:
     media_tokens     for each kind, the token that embeddings replace; default: the placeholder
     stand_ins        kinds that the chat template knows as another one: a video as a picture
     rename, ignored  rules from checkpoint names to ours, and patterns of tensors to leave out
+    one_picture      a prompt holds one picture at most
     bare_prompt      the prompt is the last message's text alone, without a chat template
     tokenizer_frame  the tokenizer puts its special tokens around the prompt, where it would
     text_apart       the text before, between and after media is tokenised piece by piece, each
@@ -167,6 +168,7 @@ class Family:
     stand_ins: ClassVar[Mapping[str, Literal["image", "audio"]]] = {}
     rename: tuple[Rename, ...] = ()
     ignored: tuple[str, ...] = ()
+    one_picture: ClassVar[bool] = False
     bare_prompt: ClassVar[bool] = False
     tokenizer_frame: ClassVar[bool] = True
     text_apart: ClassVar[bool] = False
@@ -307,6 +309,16 @@ class Family:
         """
         del media, ids
         return token_ids
+
+    def check_media(self, media: Sequence[MediaInput]) -> None:
+        """Raise InputError for more media than a prompt of this family holds."""
+        pictures = sum(item.kind == "image" for item in media)
+        if self.one_picture and pictures > 1:
+            raise InputError(
+                f"This model reads one picture at a time, and {pictures} came",
+                remedy="Ask about each in a request of its own",
+                param="image",
+            )
 
     def expand(self, text: str, media: Sequence[MediaInput]) -> str:
         """A rendered prompt with each placeholder replaced by what stands for that medium.

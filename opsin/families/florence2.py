@@ -55,6 +55,7 @@ class Florence2(Family):
     """A task in words, with or without a picture; answers name places by a thousand bins."""
 
     message_format = "prompt_only"
+    one_picture = True
     placeholders = {"image": IMAGE}
     bare_prompt = True
     tokenizer_frame = False
@@ -194,16 +195,7 @@ class Florence2(Family):
         return int(self.config.get("image_token_id", self.text["vocab_size"]))
 
     def expand(self, text: str, media: Sequence[MediaInput]) -> str:
-        """The words of the task that a prompt names, framed where a picture comes before them.
-
-        Raises InputError for more than one picture.
-        """
-        if len(media) > 1:
-            raise InputError(
-                f"This model reads one picture at a time, and {len(media)} came",
-                remedy="Ask about each in a request of its own",
-                param="image",
-            )
+        """The words of the task that a prompt names, framed where a picture comes before them."""
         missing = max(len(media) - text.count(IMAGE), 0)
         words = asked(super().expand(IMAGE * missing + text, media))
         return f"<s>{words}</s>" if media else words

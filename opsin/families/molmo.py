@@ -11,7 +11,6 @@ from torch import nn
 
 from opsin.checkpoint.safetensors import StoredTensor
 from opsin.decoder.config import AttentionConfig, DecoderConfig, LayerConfig, MLPConfig
-from opsin.errors import InputError
 from opsin.families.base import Encoded, Family, MediaInput
 from opsin.families.molmo_shape import (
     BLOCK_RENAME,
@@ -63,6 +62,7 @@ class Molmo(Family):
     """One picture at most; points are written as `<point x="10.5" y="20">`."""
 
     message_format = "prompt_only"
+    one_picture = True
     placeholders = {"image": IMAGE}
     media_tokens = {"image": PATCH}
     bare_prompt = True
@@ -193,13 +193,7 @@ class Molmo(Family):
         )
 
     def expand(self, text: str, media: Sequence[MediaInput]) -> str:
-        """The beginning, the picture, then a user's turn. Raises InputError for two pictures."""
-        if len(media) > 1:
-            raise InputError(
-                f"This model reads one picture at a time, and {len(media)} came",
-                remedy="Ask about each in a request of its own",
-                param="image",
-            )
+        """The beginning, the picture, then a user's turn."""
         words = text.replace(IMAGE, "") if media else text
         return BEGIN + "".join(item.text for item in media) + f" User: {words} Assistant:"
 

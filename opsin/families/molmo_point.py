@@ -43,6 +43,7 @@ class MolmoPoint(Family):
     """One picture; what is pointed at comes as `<POINT_p><POINT_s><POINT_l> id`."""
 
     message_format = "list_with_image_first"
+    one_picture = True
     placeholders = {"image": IMAGE}
     media_tokens = {"image": "<im_patch>"}
     tokenizer_frame = False
@@ -156,14 +157,7 @@ class MolmoPoint(Family):
         return (levels / 255 - mean) / std
 
     def expand(self, text: str, media: Sequence[MediaInput]) -> str:
-        """Every prompt begins with a token of its own. Raises InputError for two pictures."""
-        if len(media) > 1:
-            raise InputError(
-                f"This model reads one picture at a time here, and {len(media)} came",
-                why="several would have to see each other across the text between them",
-                remedy="Ask about each in a request of its own",
-                param="image",
-            )
+        """Every prompt begins with a token of its own."""
         text = super().expand(text, media)
         return text if text.startswith(BEGIN) else BEGIN + text
 

@@ -46,6 +46,7 @@ class Moondream3(Family):
     """A question, a caption, or places, of one picture at most."""
 
     message_format = "prompt_only"
+    one_picture = True
     placeholders = {"image": IMAGE}
     # A picture's tokens have no id of their own; no template uses this one.
     media_tokens = {"image": "<|md_reserved_7|>"}
@@ -143,13 +144,6 @@ class Moondream3(Family):
         )
 
     def expand(self, text: str, media: Sequence[MediaInput]) -> str:
-        """Raises InputError for more than one picture."""
-        if len(media) > 1:
-            raise InputError(
-                f"This model reads one picture at a time, and {len(media)} came",
-                remedy="Ask about each in a request of its own",
-                param="image",
-            )
         missing = max(len(media) - text.count(IMAGE), 0)
         return super().expand(IMAGE * missing + text, media)
 
