@@ -10,8 +10,12 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
+from setuptools.modified import newer_group
 
 SOURCE = Path("opsin/kernels/cpu/src")
+HEADERS = [str(path) for path in sorted(SOURCE.glob("*.h"))]
+# One place for every way of installing, so that the second way need not compile again.
+OBJECTS = f"build/native-{platform.machine().lower()}"
 COMMON = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -52,13 +56,19 @@ class BuildNative(build_ext):
         )
 
     def compile_one(self, source: str) -> str:
-        """Compile one file; if its instruction set is unknown to the compiler, without it."""
+        """Compile one file; if its instruction set is unknown to the compiler, without it.
+
+        An object that is newer than everything it may depend on is taken as it is.
+        """
         stem = Path(source).stem
+        made = Path(OBJECTS, source).with_suffix(".o")
+        if not newer_group([source, *HEADERS, __file__], str(made)):
+            return str(made)
         variants = [flags_of(stem), []] if flags_of(stem) else [[]]
         for flags in variants:
             try:
                 return self.compiler.compile(
-                    [source], output_dir=self.build_temp, extra_postargs=[*COMMON, *flags]
+                    [source], output_dir=OBJECTS, extra_postargs=[*COMMON, *flags]
                 )[0]
             except CompileError as error:
                 failure = error
@@ -75,7 +85,7 @@ setup(
         Extension(
             "opsin.kernels.cpu._native",
             sources=[str(path) for path in sorted(SOURCE.glob("*.cpp"))],
-            depends=[str(path) for path in sorted(SOURCE.glob("*.h"))],
+            depends=HEADERS,
             language="c++",
             optional=True,
         )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import logging
 import re
 
 import pytest
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from .running import Running, serving, wait_for
@@ -23,9 +26,17 @@ def samples(server: Running) -> dict[str, float]:
     return found
 
 
-def test_requests_tokens_and_stages_are_counted(server: Running, data_url: str) -> None:
+def fresh_picture() -> str:
+    """A picture that no other test sends, as a data URL."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (83, 61), (201, 17, 93)).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_requests_tokens_and_stages_are_counted(server: Running) -> None:
     before = samples(server)
-    part = {"type": "image_url", "image_url": {"url": data_url}}
+    # A picture of its own: one that another test sent would come prepared from the cache.
+    part = {"type": "image_url", "image_url": {"url": fresh_picture()}}
     content = [part, {"type": "text", "text": "?"}]
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 5}
     usage = server.post("/v1/chat/completions", {**body, "ignore_eos": True}).json()["usage"]
