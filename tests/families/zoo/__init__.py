@@ -11,6 +11,7 @@ from ..checkpoints import Case
 from . import (
     authors,
     deepseek,
+    deepseek_vl_v2,
     deepseekocr,
     dots,
     ernie,
@@ -53,6 +54,7 @@ CASES: tuple[Case, ...] = (
     *gemma3n_more.CASES,
     *llama.CASES,
     *deepseek.CASES,
+    *deepseek_vl_v2.CASES,
     *deepseekocr.CASES,
     *dots.CASES,
     *ernie.CASES,
