@@ -16,6 +16,7 @@ from opsin.engine.grammar import Grammars
 from opsin.engine.prepared_cache import PreparedCache, prepared_key
 from opsin.errors import CheckpointError, InputError, UnsupportedMedia
 from opsin.families.base import Family, MediaInput, Prompt, SourceViews, check_options
+from opsin.media.cancellation import Cancellation
 from opsin.media.fetched import FetchedCache
 from opsin.media.key import array_key, image_key
 from opsin.media.limits import DEFAULT_LIMITS, MediaLimits
@@ -112,6 +113,7 @@ class Processor:
         options: Mapping[str, Any] | None = None,
         keep_pictures: bool = False,
         salt: bytes = b"",
+        cancellation: Cancellation | None = None,
         **template: Any,
     ) -> Prompt:
         """A prompt ready for the engine.
@@ -121,7 +123,8 @@ class Processor:
         Media given beside the messages go into the first user message. `options` are the family's
         processor options, `template` what the chat template is given. `keep_pictures` leaves the
         decoded originals on the prompt's media. Prompts of different `salt` share nothing that
-        was fetched, prepared or computed.
+        was fetched, prepared or computed. `cancellation` ends fetching and decoding, with a
+        MediaTimeout.
         """
         beside = [Media("image", source) for source in images]
         rate = {"fps": template["fps"]} if isinstance(template.get("fps"), int | float) else {}
@@ -130,17 +133,20 @@ class Processor:
         timings = Timings()
         if any(is_document(item) for item in beside):
             self._check_modalities(beside)
-            beside = pages_of(beside, self.limits, timings)
+            beside = pages_of(beside, self.limits, timings, cancellation)
         if isinstance(prompt, str) and self.is_formatted(prompt):
             text, held = prompt, beside
         else:
-            prompt = self._with_pages(prompt, timings)
+            prompt = self._with_pages(prompt, timings, cancellation)
             held = self._in_order(prompt, beside)
             self._check_modalities(held)
             text = self._render(prompt, held, videos, template)
         self._check_modalities(held)
         check_options(self.family, _without(options or {}, GENERAL_OPTIONS))
-        ready = [self._ready(item, options or {}, timings, keep_pictures, salt) for item in held]
+        ready = [
+            self._ready(item, options or {}, timings, keep_pictures, salt, cancellation)
+            for item in held
+        ]
         prompt_of_all = self.assemble(text, ready, timings)
         prompt_of_all.cache_salt = salt
         return prompt_of_all
@@ -151,14 +157,16 @@ class Processor:
             return any(placeholder in text for placeholder in self.family.placeholders.values())
         return any(token in text for token in self.tokenizer.special_tokens)
 
-    def _with_pages(self, prompt: PromptForm, timings: Timings) -> PromptForm:
+    def _with_pages(
+        self, prompt: PromptForm, timings: Timings, cancellation: Cancellation | None
+    ) -> PromptForm:
         """The prompt with pictures of their pages in place of documents, if it holds any."""
         messages = parse_messages(prompt)
         held = [item for message in messages for item in message.media]
         if not any(is_document(item) for item in held):
             return prompt
         self._check_modalities(held)
-        return with_pages(messages, self.limits, timings)
+        return with_pages(messages, self.limits, timings, cancellation)
 
     def _in_order(self, prompt: PromptForm, beside: Sequence[Media]) -> list[Media]:
         """All media in the order in which the rendered prompt names them."""
@@ -234,6 +242,7 @@ class Processor:
         timings: Timings,
         keep_pictures: bool,
         salt: bytes,
+        cancellation: Cancellation | None,
     ) -> MediaInput:
         """Fetch, decode and preprocess one medium, as far as that was not done before.
 
@@ -250,7 +259,7 @@ class Processor:
             return self.prepared.get(key, with_picture=keep_pictures and item.kind == "image")
 
         memory = Memory(self.fetched, salt, recall)
-        loaded = load(item, self.limits, memory, **self._load_settings(item))
+        loaded = load(item, self.limits, memory, cancellation, **self._load_settings(item))
         timings.fetch += loaded.timing.fetch
         timings.decode += loaded.timing.decode
         if isinstance(loaded.value, MediaInput):

@@ -169,12 +169,13 @@ class Document:
         timer.daemon = True
         timer.start()
         try:
-            if asked is not None:
-                process.stdin.write(json.dumps(asked).encode() + b"\n")
-                process.stdin.flush()
-            line = process.stdout.readline()
-            answer: dict[str, Any] = json.loads(line) if line.endswith(b"\n") else _GONE
-            pixels = process.stdout.read(answer.get("bytes", 0))
+            with deadline.cancellation.ending(process.kill):
+                if asked is not None:
+                    process.stdin.write(json.dumps(asked).encode() + b"\n")
+                    process.stdin.flush()
+                line = process.stdout.readline()
+                answer: dict[str, Any] = json.loads(line) if line.endswith(b"\n") else _GONE
+                pixels = process.stdout.read(answer.get("bytes", 0))
         except OSError:
             answer, pixels = _GONE, b""
         finally:

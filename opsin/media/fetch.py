@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import socket
 import ssl
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from http import HTTPStatus
@@ -268,7 +270,6 @@ class _CheckedBackend(httpcore.NetworkBackend):
         self.limits = limits
         self.deadline = deadline
         self.what = what
-        self._network = httpcore.SyncBackend()
 
     def connect_tcp(
         self,
@@ -282,30 +283,44 @@ class _CheckedBackend(httpcore.NetworkBackend):
         for address in checked_addresses(host.strip("[]"), port, self.limits, self.what):
             self.deadline.check(self.what)
             try:
-                stream = self._network.connect_tcp(
-                    str(address), port, _within(timeout, self.deadline), None, socket_options
-                )
-                return _TimedStream(stream, self.deadline)
+                return _connected(address, port, timeout, self.deadline)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failure = error
         raise failure or httpcore.ConnectError("the host has no address")
 
 
-class _TimedStream(httpcore.NetworkStream):
+def _connected(
+    address: Address, port: int, timeout: float | None, deadline: Deadline
+) -> _Connection:
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        with _wait(sock, deadline, timeout, httpcore.ConnectTimeout, httpcore.ConnectError):
+            sock.connect((str(address), port))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except BaseException:
+        sock.close()
+        raise
+    return _Connection(sock, deadline)
+
+
+class _Connection(httpcore.NetworkStream):
     """A connection whose every wait ends at the deadline, however slowly bytes drip in."""
 
-    def __init__(self, stream: httpcore.NetworkStream, deadline: Deadline) -> None:
-        self._stream = stream
+    def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
+        self._sock = sock
         self._deadline = deadline
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        return self._stream.read(max_bytes, _within(timeout, self._deadline, httpcore.ReadTimeout))
+        with _wait(self._sock, self._deadline, timeout, httpcore.ReadTimeout, httpcore.ReadError):
+            return self._sock.recv(max_bytes)
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._stream.write(buffer, _within(timeout, self._deadline, httpcore.WriteTimeout))
+        with _wait(self._sock, self._deadline, timeout, httpcore.WriteTimeout, httpcore.WriteError):
+            self._sock.sendall(buffer)
 
     def close(self) -> None:
-        self._stream.close()
+        self._sock.close()
 
     def start_tls(
         self,
@@ -313,20 +328,52 @@ class _TimedStream(httpcore.NetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,
     ) -> httpcore.NetworkStream:
-        limit = _within(timeout, self._deadline)
-        inner = self._stream.start_tls(ssl_context, server_hostname, limit)
-        return _TimedStream(inner, self._deadline)
+        late, failed = httpcore.ConnectTimeout, httpcore.ConnectError
+        try:
+            # The handshake apart, since wrapping makes another socket of this one.
+            self._sock = sock = ssl_context.wrap_socket(
+                self._sock, server_hostname=server_hostname, do_handshake_on_connect=False
+            )
+            with _wait(sock, self._deadline, timeout, late, failed):
+                sock.do_handshake()
+        except BaseException:
+            self.close()
+            raise
+        return self
 
     def get_extra_info(self, info: str) -> Any:
-        return self._stream.get_extra_info(info)
+        if info == "ssl_object" and isinstance(self._sock, ssl.SSLSocket):
+            return self._sock
+        # An idle connection that can be read from has been closed: none is used for a second hop.
+        return True if info == "is_readable" else None
 
 
-def _within(
-    timeout: float | None,
+@contextmanager
+def _wait(
+    sock: socket.socket,
     deadline: Deadline,
-    error: type[httpcore.TimeoutException] = httpcore.ConnectTimeout,
-) -> float:
+    timeout: float | None,
+    late: type[httpcore.TimeoutException],
+    failed: type[httpcore.NetworkError],
+) -> Iterator[None]:
+    """One wait for a socket, its end and its failures as httpcore's; cancelling hangs up."""
     left = deadline.remaining()
     if left <= 0.0:
-        raise error("the deadline has passed")
-    return left if timeout is None else min(timeout, left)
+        raise late("the deadline has passed")
+    try:
+        with deadline.cancellation.ending(lambda: _hang_up(sock)):
+            sock.settimeout(left if timeout is None else min(timeout, left))
+            yield
+    except TimeoutError:
+        raise late("it took too long") from None
+    except OSError as error:
+        if not deadline.cancellation.cancelled:
+            raise failed(error) from error
+    if deadline.cancellation.cancelled:  # what looks like the end of a body is none
+        raise late("nobody waits for it")
+
+
+def _hang_up(sock: socket.socket) -> None:
+    """Wake whoever waits for a socket, which stays theirs to close."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # TLS would say goodbye first

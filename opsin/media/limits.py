@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from opsin.errors import InputError, MediaTimeout, MediaTooLarge
+from opsin.media.cancellation import Cancellation
 
 if TYPE_CHECKING:
     import os
@@ -90,16 +91,20 @@ DEFAULT_LIMITS = MediaLimits()
 
 
 class Deadline:
-    """The time that fetching and decoding one item share, and how much of it fetching took."""
+    """The time that fetching and decoding one item share, and how much of it fetching took.
 
-    def __init__(self, seconds: float) -> None:
+    It is over at once when the work is cancelled.
+    """
+
+    def __init__(self, seconds: float, cancellation: Cancellation | None = None) -> None:
         self.seconds = seconds
+        self.cancellation = cancellation or Cancellation()
         self.fetch_seconds = 0.0
         self._end = time.monotonic() + seconds
 
     def remaining(self) -> float:
         """Seconds left, never below zero."""
-        return max(0.0, self._end - time.monotonic())
+        return 0.0 if self.cancellation.cancelled else max(0.0, self._end - time.monotonic())
 
     def check(self, what: str) -> None:
         """Raise MediaTimeout once the time is over; `what` names the media."""
@@ -108,6 +113,8 @@ class Deadline:
 
     def expired(self, what: str) -> MediaTimeout:
         """The error for `what` having outlived this deadline."""
+        if self.cancellation.cancelled:
+            return MediaTimeout(f"{what} is not wanted any more", why="its request has ended")
         return MediaTimeout(
             f"{what} took too long",
             why=f"fetching and decoding it was not done after {self.seconds:g} seconds",

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from opsin.errors import InputError
+from opsin.media.cancellation import Cancellation
 from opsin.media.failure import source_name
 from opsin.media.limits import DEFAULT_LIMITS, Deadline, MediaLimits
 from opsin.media.memory import Memory
@@ -49,6 +50,7 @@ def load(
     media: Media,
     limits: MediaLimits = DEFAULT_LIMITS,
     memory: Memory | None = None,
+    cancellation: Cancellation | None = None,
     **settings: Any,
 ) -> Loaded:
     """Fetch and decode one media part of a message, unless `memory` knows what comes of it.
@@ -56,9 +58,9 @@ def load(
     settings, by kind: audio `sample_rate`; video `fps`, `max_frames`, `choose`, as `load_audio` and
     `load_video` take them. For a video, `fps` and `max_frames` in `media.options` come first, and
     a document's `dpi` and `pages` are found there; other options are facts for the prompt and the
-    processor, and are not read here. Raises MediaError or a subclass.
+    processor, and are not read here. Raises MediaError or a subclass, MediaTimeout when cancelled.
     """
-    deadline = Deadline(limits.deadline)
+    deadline = Deadline(limits.deadline, cancellation)
     decode: Callable[[Any], Decoded]
     if media.kind == "image":
         decode = partial(_image, limits=limits, deadline=deadline, **settings)

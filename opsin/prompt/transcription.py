@@ -9,8 +9,9 @@ from typing import Any
 
 from opsin import families
 from opsin.errors import InputError, UnsupportedMedia
-from opsin.media.audio import load_audio
+from opsin.media.cancellation import Cancellation
 from opsin.media.limits import MediaLimits
+from opsin.media.loading import load
 from opsin.media.pauses import Piece, cut_at_pauses
 from opsin.prompt.api import PromptProcessor
 from opsin.types import Media, Message, Part, Text
@@ -34,12 +35,15 @@ class Segment:
     text: str
 
 
-def load_pieces(source: Any, limits: MediaLimits, longest: float) -> list[Piece]:
+def load_pieces(
+    source: Any, limits: MediaLimits, longest: float, cancellation: Cancellation | None = None
+) -> list[Piece]:
     """A sound at 16 kHz in pieces cut at its pauses, without the silent ones.
 
     Of a sound that is all silence the first piece is left. Raises MediaError or a subclass.
     """
-    pieces = cut_at_pauses(load_audio(source, limits, RATE), RATE, longest)
+    loaded = load(Media("audio", source), limits, None, cancellation, sample_rate=RATE)
+    pieces = cut_at_pauses(loaded.value, RATE, longest)
     return [piece for piece in pieces if not piece.is_silent] or pieces[:1]
 
 

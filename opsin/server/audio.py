@@ -8,6 +8,7 @@ from typing import Any
 
 from opsin.engine.processor import Processor
 from opsin.errors import InputError
+from opsin.media.cancellation import Cancellation
 from opsin.media.pauses import Piece
 from opsin.prompt.transcription import (
     FORMATS,
@@ -49,10 +50,10 @@ class Transcription:
         """Seconds of one piece."""
         return LONGEST_TIMED if self.response_format in TIMED else LONGEST
 
-    def plan(self, processor: Processor) -> Plan:
+    def plan(self, processor: Processor, cancellation: Cancellation) -> Plan:
         """The sound in pieces, and a request for each; decodes, so it runs in a pool."""
         check_hears(processor)
-        pieces = load_pieces(self.sound, processor.limits, self.longest)
+        pieces = load_pieces(self.sound, processor.limits, self.longest, cancellation)
         requests = []
         for piece in pieces:
             messages, template = asking(processor, piece, self.language, self.context)

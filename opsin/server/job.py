@@ -14,6 +14,7 @@ from opsin.engine.form import AnswerForm
 from opsin.engine.sampler import LogitsProcessor
 from opsin.errors import EngineError, QueueFull
 from opsin.families.base import Prompt
+from opsin.media.cancellation import Cancellation
 from opsin.prompt.stream import THINK, open_tag
 from opsin.server.courier import Courier
 from opsin.server.manager import Loaded
@@ -80,6 +81,7 @@ class Job:
         self._arrived = asyncio.Event()
         self._latest: list[float] = []
         self._closed = False
+        self._cancellation = Cancellation()
 
     async def __aenter__(self) -> Job:
         self.shop.admission.enter(self._places)
@@ -99,7 +101,7 @@ class Job:
 
     async def _prepare(self, request: Request) -> Prompt:
         vocabulary = self.loaded.model.decoder.config.vocab_size
-        work = partial(prepare, self.loaded.processor, request, vocabulary)
+        work = partial(prepare, self.loaded.processor, request, vocabulary, self._cancellation)
         return await self.shop.pools.run(request, work)
 
     def _submit(self) -> None:
@@ -205,6 +207,7 @@ class Job:
         if self._closed:
             return
         self._closed = True
+        self._cancellation.cancel()
         for engine_id in self._open.values():
             self.loaded.engine.cancel(engine_id)
         self._open.clear()

@@ -13,6 +13,7 @@ from opsin.engine.form import AnswerForm, dialect_of, reasoning_tags, template_t
 from opsin.engine.processor import Processor
 from opsin.errors import InputError, OpsinError
 from opsin.families.base import Prompt
+from opsin.media.cancellation import Cancellation
 from opsin.prompt.tasks import task_messages
 from opsin.server.request import Request
 
@@ -51,14 +52,18 @@ class Pools:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def prepare(processor: Processor, request: Request, vocabulary: int) -> Prompt:
+def prepare(
+    processor: Processor, request: Request, vocabulary: int, cancellation: Cancellation
+) -> Prompt:
     """The prompt of a request, ready for the engine; `vocabulary` is how many tokens there are."""
-    prompt = _prepare(processor, request, vocabulary)
+    prompt = _prepare(processor, request, vocabulary, cancellation)
     prompt.cache_salt = request.salt.encode()
     return prompt
 
 
-def _prepare(processor: Processor, request: Request, vocabulary: int) -> Prompt:
+def _prepare(
+    processor: Processor, request: Request, vocabulary: int, cancellation: Cancellation
+) -> Prompt:
     _check_tokens(request, vocabulary)
     if isinstance(request.prompt, str):
         return processor.assemble(request.prompt, [])
@@ -73,10 +78,14 @@ def _prepare(processor: Processor, request: Request, vocabulary: int) -> Prompt:
     if request.wanted.offered:
         dialect_of(processor, request.wanted, _own_template(request))
         variables["tools"] = [template_tool(tool) for tool in request.wanted.offered]
-    salt = request.salt.encode()
-    work = partial(processor.prepare, messages, options=request.processor, salt=salt, **variables)
     try:
-        return work()
+        return processor.prepare(
+            messages,
+            options=request.processor,
+            salt=request.salt.encode(),
+            cancellation=cancellation,
+            **variables,
+        )
     except OpsinError:
         raise
     except (TypeError, ValueError, ArithmeticError, LookupError) as error:

@@ -88,7 +88,7 @@ async def tokenize_text(http: HttpRequest) -> Response:
     service = service_of(http)
     fields = tokenize.parse(await service.body(http))
     reply = await service.with_model(
-        http, fields.model, lambda loaded: tokenize.tokenize(fields, loaded)
+        http, fields.model, lambda loaded, _: tokenize.tokenize(fields, loaded)
     )
     return JsonReply(reply)
 
@@ -99,7 +99,7 @@ async def detokenize_ids(http: HttpRequest) -> Response:
     service = service_of(http)
     fields = validated(tokenize.DetokenizeBody, await service.body(http))
     reply = await service.with_model(
-        http, fields.model, lambda loaded: tokenize.detokenize(fields, loaded)
+        http, fields.model, lambda loaded, _: tokenize.detokenize(fields, loaded)
     )
     return JsonReply(reply)
 

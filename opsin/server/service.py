@@ -15,6 +15,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from opsin.errors import EngineError
+from opsin.media.cancellation import Cancellation
 from opsin.server.bounds import Bounds
 from opsin.server.courier import Courier
 from opsin.server.failures import BodyTooLarge, Failure, Refused, error_body
@@ -205,21 +206,28 @@ class Service:
         return await while_connected(http, work, self.settings.timeout)
 
     async def with_model(
-        self, http: HttpRequest, model: str, work: Callable[[Loaded], T], *, media: bool = False
+        self,
+        http: HttpRequest,
+        model: str,
+        work: Callable[[Loaded, Cancellation], T],
+        *,
+        media: bool = False,
     ) -> T:
-        """The result of `work(model)`, done in a pool."""
+        """The result of `work(model, cancellation)` in a pool; a client that leaves cancels it."""
         self._refuse_when_draining()
         pool = self.shop.pools.media if media else self.shop.pools.text
+        cancellation = Cancellation()
 
         async def run() -> T:
             async with self.manager.lease(model) as loaded:
                 loop = asyncio.get_running_loop()
-                return await loop.run_in_executor(pool, work, loaded)
+                return await loop.run_in_executor(pool, work, loaded, cancellation)
 
         self.shop.admission.enter(1)
         try:
             return await self.connected(http, run())
         finally:
+            cancellation.cancel()
             self.shop.admission.leave(1)
 
     def _refuse_when_draining(self) -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 
+from opsin.media.cancellation import Cancellation
 from opsin.server import anthropic, audio, openai_responses, response_events
 from opsin.server.failures import Failure, anthropic_error
 from opsin.server.job import Job
@@ -137,9 +138,9 @@ async def count_tokens(http: HttpRequest) -> Response:
     service = service_of(http)
     request = anthropic.parse_count(await service.body(http), service.bounds)
 
-    def count(loaded: Loaded) -> int:
+    def count(loaded: Loaded, cancellation: Cancellation) -> int:
         size = loaded.model.decoder.config.vocab_size
-        return len(prepare(loaded.processor, request, size).text_ids)
+        return len(prepare(loaded.processor, request, size, cancellation).text_ids)
 
     tokens = await service.with_model(http, request.model, count, media=request.has_media)
     return JsonReply({"input_tokens": tokens})
@@ -178,7 +179,10 @@ async def transcribe(http: HttpRequest) -> Response:
     parts = parse_form(http.headers.get("content-type", ""), body)
     asked = audio.parse(parts, service.bounds.max_tokens)
     plan = await service.with_model(
-        http, asked.model, lambda loaded: asked.plan(loaded.processor), media=True
+        http,
+        asked.model,
+        lambda loaded, cancellation: asked.plan(loaded.processor, cancellation),
+        media=True,
     )
     if asked.stream:
         return await service.streamed(

@@ -4,12 +4,14 @@ import ipaddress
 import socket
 import ssl
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
 from opsin.errors import MediaError, MediaTimeout, MediaTooLarge
 from opsin.media import fetch as fetch_module
+from opsin.media.cancellation import Cancellation
 from opsin.media.fetch import fetch
 from opsin.media.image import load_image
 from opsin.media.limits import Deadline, MediaLimits
@@ -25,11 +27,12 @@ def connections(monkeypatch):
     """Every address that a connection was tried to; none is really opened."""
     tried = []
 
-    def connect(self, host, port, *_):
-        tried.append(host)
-        raise fetch_module.httpcore.ConnectError("closed by the test")
+    class Closed(socket.socket):
+        def connect(self, address):
+            tried.append(address[0])
+            raise ConnectionRefusedError("closed by the test")
 
-    monkeypatch.setattr(fetch_module.httpcore.SyncBackend, "connect_tcp", connect)
+    monkeypatch.setattr(fetch_module.socket, "socket", Closed)
     return tried
 
 
@@ -286,6 +289,54 @@ def test_tls_asks_for_the_name_while_connected_to_the_checked_address(monkeypatc
     client = fetch_module._tls()
     assert client.check_hostname
     assert client.verify_mode is ssl.CERT_REQUIRED
+
+
+def full_host():
+    """A port that answers no connection: its queue of one is full."""
+    server = socket.create_server(("127.0.0.1", 0), backlog=0)
+    return server, socket.create_connection(server.getsockname())
+
+
+@pytest.mark.parametrize("stage", ["connect", "handshake", "head", "body"])
+def test_row_30_cancelling_hangs_up_wherever_a_fetch_waits(stage):
+    cancellation = Cancellation()
+    deadline = Deadline(60.0, cancellation)
+    waits = threading.Event()
+    held = []
+
+    def serve(server):
+        connection, _ = server.accept()
+        held.append(connection)
+        connection.recv(1000)
+        if stage == "body":
+            connection.sendall(b"HTTP/1.1 200 OK\r\n\r\nabc")  # its end is the connection's
+        waits.set()
+
+    if stage == "connect":
+        server, other = full_host()
+        held.append(other)
+        waits.set()
+    else:
+        server = socket.create_server(("127.0.0.1", 0))
+        threading.Thread(target=serve, args=(server,), daemon=True).start()
+    scheme = "https" if stage == "handshake" else "http"
+    url = f"{scheme}://127.0.0.1:{server.getsockname()[1]}/"
+    with server, ThreadPoolExecutor(1) as pool:
+        fetched = pool.submit(fetch, url, LOOPBACK, deadline)
+        assert waits.wait(20)
+        cancellation.cancel()
+        with pytest.raises(MediaTimeout, match="not wanted any more"):
+            fetched.result(20)
+    for connection in held:
+        connection.close()
+
+
+def test_row_30_what_was_cancelled_before_is_not_fetched(connections):
+    cancellation = Cancellation()
+    cancellation.cancel()
+    with pytest.raises(MediaTimeout, match="not wanted any more"):
+        fetch("http://127.0.0.1:1/", LOOPBACK, Deadline(60.0, cancellation))
+    assert connections == []
 
 
 def test_row_03_text_around_a_url_is_never_searched_for_it(connections):

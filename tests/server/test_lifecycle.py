@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import gc
 import http.server
+import json
 import signal
 import socket
 import subprocess
@@ -21,6 +22,8 @@ import pytest
 from opsin import api
 from opsin.cli.serve import serve
 from opsin.errors import CheckpointError, OpsinError
+from opsin.media.limits import Deadline, MediaLimits
+from opsin.media.worker import WORKERS
 from opsin.server.health import Heart
 from opsin.server.manager import Source
 
@@ -79,6 +82,92 @@ def test_row_30_a_client_that_leaves_while_media_are_fetched(checkpoint: Path) -
             reply = running.post("/v1/chat/completions", body)
             assert reply.status_code == 408
             assert "--media-timeout" in reply.json()["error"]["message"]
+
+
+@contextlib.contextmanager
+def dripping_host() -> Iterator[tuple[str, threading.Event, threading.Event]]:
+    """A host whose picture never ends, what says that one was asked for, and that it was left."""
+    asked, left = threading.Event(), threading.Event()
+
+    def drip(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.recv(4096)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n\r\n\x89PNG")
+            asked.set()
+            connection.settimeout(60)
+            connection.recv(1)  # returns when the other side hangs up
+        left.set()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=drip, args=(server,), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/x.png", asked, left
+    thread.join(10)
+
+
+ROUTES_WITH_MEDIA = {
+    "chat": ("/v1/chat/completions", {"type": "image_url"}),
+    "stream": ("/v1/chat/completions", {"type": "image_url"}),
+    "count": ("/v1/messages/count_tokens", {"type": "image"}),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES_WITH_MEDIA)
+def test_row_30_a_client_that_leaves_ends_its_download(checkpoint: Path, route: str) -> None:
+    """Long before --media-timeout: the host is hung up on, and no thread goes on waiting."""
+    path, part = ROUTES_WITH_MEDIA[route]
+    with (
+        serving(checkpoint, allow_private_media=True, media_timeout=300) as running,
+        dripping_host() as (url, asked, left),
+        socket.create_connection(("127.0.0.1", running.ready().server.port), 20) as client,
+    ):
+        place = {"source": {"type": "url", "url": url}} if route == "count" else {}
+        part = {**part, **(place or {"image_url": {"url": url}})}
+        fields: dict = {"messages": [{"role": "user", "content": [part]}], "model": "default"}
+        if route != "count":
+            fields["stream"] = route == "stream"
+        body = json.dumps(fields).encode()
+        client.sendall(
+            b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            b"content-length: %d\r\n\r\n" % (path.encode(), len(body)) + body
+        )
+        assert asked.wait(30)
+        client.close()
+        assert left.wait(30)
+        wait_for(running.is_quiet, 5)
+        wait_for(lambda: not any(t.name == "opsin-media" for t in threading.enumerate()))
+        assert WORKERS.left_behind() == 0
+
+
+def test_row_30_a_client_that_leaves_ends_the_decoding(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decoder that reads and reads is stopped at its next look; nothing after it is begun."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def endless(source: object, limits: MediaLimits, deadline: Deadline) -> None:
+        begun.set()
+        try:
+            while True:
+                deadline.check("the picture")
+        finally:
+            ended.set()
+
+    monkeypatch.setattr("opsin.media.image.decode_image", endless)
+    with serving(checkpoint, media_timeout=300) as running:
+        prepared = running.ready().service.manager.loaded[0].processor.prepared
+        url = "data:image/png;base64,aGVsbG8="
+        content = [{"type": "image_url", "image_url": {"url": url}}] * 3
+        body = chat_body(messages=[{"role": "user", "content": content}])
+        with pytest.raises(httpx.ReadTimeout):
+            running.client.post(
+                "/v1/chat/completions", json=body, timeout=httpx.Timeout(10, read=0.3)
+            )
+        assert begun.is_set()
+        assert ended.wait(30)
+        wait_for(running.is_quiet, 5)
+        assert prepared.misses == 1
 
 
 def test_row_30_a_thousand_cancelled_requests_leak_nothing(server: Running) -> None:
