@@ -1,7 +1,8 @@
 # The checks that CI and pre-commit run: `make check` for all of them.
+# `make reference` writes docs/reference anew after flags, signatures or docstrings have changed.
 PYTHON ?= python
 
-.PHONY: check format format-check lint types test
+.PHONY: check format format-check lint types test reference
 
 check: format-check lint types test
 
@@ -20,3 +21,6 @@ types:
 
 test:
 	$(PYTHON) -m pytest
+
+reference:
+	$(PYTHON) docs/reference/write.py
