@@ -22,6 +22,7 @@ from . import (
     gemma3n_more,
     gemma_more,
     idefics,
+    jina_vlm,
     llama,
     llava,
     minicpmo,
@@ -42,6 +43,7 @@ from . import (
 CASES: tuple[Case, ...] = (
     *qwen.CASES,
     *idefics.CASES,
+    *jina_vlm.CASES,
     *llava.CASES,
     *minicpmo.CASES,
     *moondream.CASES,
