@@ -230,7 +230,10 @@ class Chat:
         try:
             stream = cast("Generator[GenerationResult]", self.generate(messages))
             for last in stream:
-                answer.push(last.text)
+                if last.reasoning:
+                    answer.think(last.reasoning)
+                if last.text:
+                    answer.push(last.text)
         except KeyboardInterrupt:
             last = None
         except OpsinError as error:
@@ -242,6 +245,7 @@ class Chat:
             if stream is not None:
                 stream.close()
         answer.close()
+        self.session.thoughts = answer.thoughts.strip()
         if answer.text:
             self.session.answered(answer.text)
         else:

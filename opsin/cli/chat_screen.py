@@ -12,11 +12,12 @@ from opsin.config import variables
 
 if TYPE_CHECKING:
     from PIL import Image
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.live import Live
 
 PREVIEW = (320, 200)  # pixels, at most
 SIXEL_COLOURS = 64
+THOUGHT_LINES = 4  # of the reasoning that are seen while it is written
 REDRAW = 0.08  # seconds between two drawings of a growing block
 _SIGNS = (
     "TERM",
@@ -39,12 +40,28 @@ class Answer:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.text = ""
+        self.thoughts = ""
+        self._began = 0.0
         self._tail = ""
         self._live: Live | None = None
         self._drawn = 0.0
 
+    def think(self, text: str) -> None:
+        """Show that it thinks: the last lines, dimmed, until the answer begins."""
+        if not self.thoughts:
+            self._began = time.monotonic()
+        self.thoughts += text
+        if self.console.is_terminal and not self.text:
+            from rich.text import Text
+
+            lines = self.thoughts.rstrip().splitlines()[-THOUGHT_LINES:]
+            wide = self.console.width
+            self._show(Text("Thinking...\n" + "\n".join(f"  {x}"[-wide:] for x in lines), "dim"))
+
     def push(self, text: str) -> None:
         """Show more of the answer."""
+        if text and not self.text:
+            self._fold()
         self.text += text
         if not self.console.is_terminal:
             self.console.file.write(text)
@@ -59,6 +76,8 @@ class Answer:
 
     def close(self) -> None:
         """End the answer, whether or not it is whole."""
+        if not self.text:
+            self._fold()
         if not self.console.is_terminal:
             self.console.file.write("\n")
             self.console.file.flush()
@@ -68,9 +87,22 @@ class Answer:
             self._print(self._tail)
         self._tail = ""
 
+    def _fold(self) -> None:
+        """Put one line in the place of the reasoning, on a terminal."""
+        self._end_live()
+        if self.thoughts.strip() and self.console.is_terminal:
+            seconds = time.monotonic() - self._began
+            self.console.print(
+                f"(thought for {seconds:.0f} s; /thinking shows it)", style="dim", markup=False
+            )
+
     def _draw(self) -> None:
-        from rich.live import Live
         from rich.markdown import Markdown
+
+        self._show(Markdown(self._tail))
+
+    def _show(self, block: RenderableType) -> None:
+        from rich.live import Live
 
         if self._live is None:
             # Transient: what it showed is printed for good when the block is done.
@@ -79,7 +111,7 @@ class Answer:
         now = time.monotonic()
         if now - self._drawn >= REDRAW:
             self._drawn = now
-            self._live.update(Markdown(self._tail), refresh=True)
+            self._live.update(block, refresh=True)
 
     def _print(self, text: str) -> None:
         from rich.markdown import Markdown

@@ -18,6 +18,7 @@ HELP = {
     "/audio FILE...": "let it hear sounds",
     "/video FILE...": "show it videos",
     "/system TEXT": "set the system message; without TEXT, remove it",
+    "/thinking": "show what it thought before its last answer",
     "/clear": "forget the conversation and what is attached",
     "/save FILE": "write the conversation as Markdown, or as JSON if FILE ends in .json",
     "/help": "this list",
@@ -54,6 +55,7 @@ class Session:
     system: str | None = None
     turns: list[Message] = field(default_factory=list)
     attached: list[Attached] = field(default_factory=list)
+    thoughts: str = ""  # before the last answer
     names: dict[int, str] = field(default_factory=dict)  # of media, by identity, for saving
 
     def attach(self, kind: str, path: str) -> Attached:
@@ -86,6 +88,7 @@ class Session:
         """Forget the turns and what is attached; the system message stays."""
         self.turns.clear()
         self.attached.clear()
+        self.thoughts = ""
 
     def save(self, path: Path) -> None:
         """Write the conversation: JSON that `generate` takes back, or Markdown."""
@@ -188,6 +191,8 @@ class Commands:
         elif name == "/system":
             self.session.system = rest or None
             self.say("The system message is set." if rest else "There is no system message.")
+        elif name == "/thinking":
+            self.say(self.session.thoughts or "It did not think before its last answer.")
         elif name == "/save":
             self._save(rest)
         elif name == "/help":

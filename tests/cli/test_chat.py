@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -38,10 +39,11 @@ from opsin.cli.chat_session import Session
 
 def generate(messages):
     if messages[-1].text == "short":
-        yield Result(text=f"after {len(messages)}", finish_reason="stop")
+        yield Result(text="", reasoning="Let me count.", finish_reason=None)
+        yield Result(text=f"after {len(messages)}", reasoning="", finish_reason="stop")
         return
     while True:
-        yield Result(text="word ", finish_reason=None)
+        yield Result(text="word ", reasoning="", finish_reason=None)
 
 Chat(Session(("image",)), generate).run()
 """
@@ -138,7 +140,11 @@ def test_ctrl_c_ends_the_answer_and_nothing_else(tmp_path: Path) -> None:
         it.wait_for("(stopped)")
         it.wait_for("> ")
         it.type("short\n")
+        it.wait_for("s; /thinking shows it)")
         it.wait_for("after 3")
+        it.wait_for("> ")
+        it.type("/thinking\n")
+        it.wait_for("Let me count.")
         it.wait_for("> ")
         it.interrupt_until("leaves")
         it.wait_for("> ")
@@ -189,6 +195,12 @@ def test_commands_change_the_conversation(tmp_path: Path) -> None:
     assert (session.turns, session.system) == ([], "Be brief.")
     run.run("/system")
     assert session.system is None
+    session.thoughts = "First, colours."
+    run.run("/thinking")
+    run.run("/clear")
+    run.run("/thinking")
+    assert said[-3] == "First, colours."
+    assert said[-1].startswith("It did not think")
     run.run("/help")
     assert any("/save FILE" in line for line in said)
     assert not run.run("/exit")
@@ -255,6 +267,34 @@ def test_an_answer_is_shown_once_whatever_its_pieces(size: int) -> None:
     assert final.count("y = 2") == 1
     assert "some words here" in final
     assert final.rstrip().endswith("the end")
+
+
+@pytest.mark.parametrize("size", [3, 17])
+def test_reasoning_is_seen_while_it_comes_and_folded_then(size: int) -> None:
+    thoughts = "\n".join(f"step {number} of many" for number in range(9))
+    out = io.StringIO()
+    answer = Answer(Console(file=out, width=60, force_terminal=True, legacy_windows=False))
+    for at in range(0, len(thoughts), size):
+        answer._drawn = 0.0
+        answer.think(thoughts[at : at + size])
+    seen = screen(out.getvalue())
+    assert "Thinking..." in seen
+    assert "step 8 of many" in seen
+    assert "step 3" not in seen
+    answer.push("It is nine.")
+    answer.close()
+    final = screen(out.getvalue())
+    assert re.fullmatch(r"\(thought for \d+ s; /thinking shows it\)\s+It is nine\.\s*", final)
+    assert answer.thoughts == thoughts
+
+
+def test_a_pipe_gets_the_answer_without_reasoning() -> None:
+    out = io.StringIO()
+    answer = Answer(Console(file=out))
+    answer.think("Let me see.")
+    answer.push("Nine.")
+    answer.close()
+    assert out.getvalue() == "Nine.\n"
 
 
 def screen(written: str, width: int = 60) -> str:
