@@ -9,6 +9,7 @@ from typing import Any
 
 from opsin import families
 from opsin.errors import InputError, UnsupportedMedia
+from opsin.families.index import MODULES
 from opsin.media.cancellation import Cancellation
 from opsin.media.limits import MediaLimits
 from opsin.media.loading import load
@@ -60,8 +61,8 @@ def check_hears(processor: PromptProcessor) -> None:
 
 
 def hearing_families() -> list[str]:
-    """The families that take sound."""
-    return [name for name in families.model_types() if "audio" in families.find(name).modalities]
+    """The families that take sound, each by one name."""
+    return [name for name in sorted(MODULES) if "audio" in families.find(name).modalities]
 
 
 def asking(
