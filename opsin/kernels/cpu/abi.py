@@ -181,6 +181,8 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         (c_void_p, *(c_int,) * 3, c_void_p, c_int, c_void_p, c_void_p),
     ),
     "opsin_matrix_fill_bias": (c_int, (c_void_p, *(c_int,) * 3, c_void_p)),
+    "opsin_matrix_view": (c_void_p, (*(c_int,) * 5, c_void_p, c_int64)),
+    "opsin_matrix_data": (c_void_p, (c_void_p,)),
     "opsin_matrix_free": (None, (c_void_p,)),
     "opsin_matrix_bytes": (c_int64, (c_void_p,)),
     "opsin_matrix_rows": (c_int, (c_void_p, c_void_p, c_int, c_int, c_void_p)),

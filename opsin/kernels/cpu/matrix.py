@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,16 @@ from opsin.kernels.cpu.library import Library, pointer
 from opsin.quant.formats import Format, Kind
 
 _KINDS = {"bf16": 0, "q8": 1, "q4": 2}
+SLACK = 4096  # bytes past its end that a matrix's memory has
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Readable memory at an address that is a multiple of 64, alive as long as its `owner`."""
+
+    owner: object
+    address: int
+    num_bytes: int
 
 
 class PackedMatrix:
@@ -32,18 +43,26 @@ class PackedMatrix:
         *,
         group: int = 64,
         scale_dtype: torch.dtype = torch.float16,
+        kept: Region | None = None,
     ) -> None:
-        handle = library.handle.opsin_matrix_new(_KINDS[kind], n, k, group, abi.DTYPES[scale_dtype])
+        shape = (_KINDS[kind], n, k, group, abi.DTYPES[scale_dtype])
+        if kept is None:
+            handle = library.handle.opsin_matrix_new(*shape)
+        else:
+            handle = library.handle.opsin_matrix_view(*shape, kept.address, kept.num_bytes)
         if not handle:
             raise EngineError(
                 f"a {kind} matrix of {n} x {k} in groups of {group} cannot be packed",
-                why="columns must be whole groups of 32, 64 or a multiple of 64, and fit in memory",
+                why="columns must be whole groups of 32, 64 or a multiple of 64, and fit in memory"
+                if kept is None
+                else "its memory is of another size",
             )
         self.library = library
         self.handle: int = handle
         self.format = Format(kind, group, scale_dtype)
         self.n = n
         self.k = k
+        self._kept = kept
         self._free = weakref.finalize(self, library.handle.opsin_matrix_free, handle)
 
     @classmethod
@@ -68,10 +87,30 @@ class PackedMatrix:
         """A matrix of a format, to be filled."""
         return cls(library, form.kind, n, k, group=form.group, scale_dtype=form.scale_dtype)
 
+    @classmethod
+    def view(cls, library: Library, form: Format, n: int, k: int, region: Region) -> PackedMatrix:
+        """A matrix of a format whose packed bytes lie in a region; it cannot be filled.
+
+        Raises EngineError for a region of another size than `region_bytes` of such a matrix.
+        """
+        return cls(
+            library, form.kind, n, k, group=form.group, scale_dtype=form.scale_dtype, kept=region
+        )
+
     @property
     def nbytes(self) -> int:
         """Bytes that a product reads."""
         return int(self.library.handle.opsin_matrix_bytes(self.handle))
+
+    @property
+    def region_bytes(self) -> int:
+        """Bytes of the region that a view of the same matrix needs: products read past the end."""
+        return self.nbytes + SLACK
+
+    def memory(self) -> memoryview:
+        """The packed bytes themselves, for as long as the matrix lives."""
+        address = self.library.handle.opsin_matrix_data(self.handle)
+        return memoryview((ctypes.c_uint8 * self.nbytes).from_address(address)).cast("B")
 
     def fill(self, weight: Tensor, row: int = 0, *, spread: int = 1) -> None:
         """Put weight (rows, k) at `row`; spread 2 leaves every other sixteen rows for its pair."""

@@ -7,6 +7,7 @@ import torch
 
 from opsin.errors import EngineError
 from opsin.kernels.cpu import Library, PackedMatrix
+from opsin.kernels.cpu.matrix import Region
 from opsin.quant.affine import dequantise, quantise
 from opsin.quant.formats import Format
 
@@ -71,3 +72,26 @@ def test_a_file_that_ends_too_soon_is_an_error(best: Library, tmp_path: Path):
     matrix = PackedMatrix(best, "bf16", 64, 64)
     with (tmp_path / "weights").open("rb") as file, pytest.raises(EngineError, match="fill"):
         matrix.fill_file(file.fileno(), 0, 64, torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "q8", "q4"])
+def test_a_view_of_packed_bytes_is_the_same_matrix(best: Library, kind):
+    matrix = PackedMatrix.dense(best, torch.randn(75, 192), kind)
+    place = torch.empty(matrix.region_bytes + 64, dtype=torch.uint8)
+    start = -place.data_ptr() % 64
+    place[start : start + matrix.nbytes] = torch.frombuffer(matrix.memory(), dtype=torch.uint8)
+
+    def view(num_bytes: int) -> PackedMatrix:
+        region = Region(place, place.data_ptr() + start, num_bytes)
+        return PackedMatrix.view(best, matrix.format, 75, 192, region)
+
+    seen, x, bias = view(matrix.region_bytes), torch.randn(3, 192), torch.randn(75)
+    assert torch.equal(whole(seen), whole(matrix))
+    for each in (matrix, seen):
+        each.fill_bias(bias)
+    assert torch.equal(seen.multiply(x), matrix.multiply(x))
+    with pytest.raises(EngineError, match="fill"):
+        seen.fill(torch.zeros(75, 192))
+    assert torch.equal(whole(seen), whole(matrix)), "a view is read only"
+    with pytest.raises(EngineError, match="another size"):
+        view(matrix.nbytes)

@@ -167,6 +167,11 @@ OPSIN_API int opsin_matrix_fill_affine(OpsinMatrix* m, int row, int rows, int sp
                                        const uint16_t* biases);
 OPSIN_API int opsin_matrix_fill_bias(OpsinMatrix* m, int row, int rows, int spread,
                                      const float* bias);
+// A matrix over memory that lies elsewhere, aligned to 64 bytes and laid out as this library does:
+// `bytes` are the matrix's and 4096 more that can be read. The caller keeps it; fills refuse it.
+OPSIN_API OpsinMatrix* opsin_matrix_view(int kind, int n, int k, int group, int scale_dtype,
+                                         const void* data, int64_t bytes);
+OPSIN_API const void* opsin_matrix_data(const OpsinMatrix* m);
 OPSIN_API void opsin_matrix_free(OpsinMatrix* m);
 OPSIN_API int64_t opsin_matrix_bytes(const OpsinMatrix* m);
 // Rows as numbers (an embedding table): out (count, k), rows in float32 or bfloat16

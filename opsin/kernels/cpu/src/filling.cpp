@@ -257,7 +257,8 @@ struct Runs {
 };
 
 int fill(const Matrix* m, int row, int rows, int spread, const Source& source) {
-  if (!fits(m, row, rows, spread) || source.dtype < OPSIN_F32 || source.dtype > OPSIN_F16) {
+  if (!fits(m, row, rows, spread) || !m->capacity || source.dtype < OPSIN_F32 ||
+      source.dtype > OPSIN_F16) {
     return OPSIN_BAD_ARGUMENT;
   }
   Pool& pool = Pool::instance();
@@ -318,7 +319,9 @@ int opsin_matrix_fill_file(OpsinMatrix* m, int row, int rows, int spread, int fi
 
 int opsin_matrix_fill_affine(OpsinMatrix* m, int row, int rows, int spread, const uint32_t* codes,
                              int bits, const uint16_t* scales, const uint16_t* biases) {
-  if (!opsin::fits(m, row, rows, spread) || m->kind == opsin::kBf16) return OPSIN_BAD_ARGUMENT;
+  if (!opsin::fits(m, row, rows, spread) || !m->capacity || m->kind == opsin::kBf16) {
+    return OPSIN_BAD_ARGUMENT;
+  }
   if (bits < 2 || bits > (m->kind == opsin::kQ4 ? 4 : 8)) return OPSIN_BAD_ARGUMENT;
   if (static_cast<int64_t>(m->k) * bits % 32 != 0 || m->group > 1024) return OPSIN_BAD_ARGUMENT;
   const int64_t words = static_cast<int64_t>(m->k) * bits / 32;

@@ -33,7 +33,7 @@ struct Matrix {
   int64_t group_bytes;
   int64_t block_bytes;
   float* bias;         // (blocks * 16), or null
-  int64_t capacity;    // bytes mapped at data
+  int64_t capacity;    // bytes mapped at data, 0: it is another's, to be read alone
 };
 
 // Activations of a product, ready for one kind of matrix; the memory holds whole panels of rows.

@@ -39,6 +39,36 @@ uint8_t* map_bytes(int64_t bytes, int64_t* capacity) {
   return at;
 }
 
+// A matrix without memory; null when the arguments do not do.
+Matrix* describe(int kind, int n, int k, int group, int scale_dtype) {
+  const bool quantised = kind == kQ8 || kind == kQ4;
+  if (n <= 0 || k <= 0 || (!quantised && kind != kBf16)) return nullptr;
+  if (quantised && group != 0 && (group % 32 != 0 || k % group != 0)) return nullptr;
+  if (quantised && group > 64 && group % 64 != 0) return nullptr;
+  if (quantised && group == 0 && k > 65536) return nullptr;  // the integer sums would overflow
+  Matrix* m = static_cast<Matrix*>(std::calloc(1, sizeof(Matrix)));
+  if (!m) return nullptr;
+  m->kind = kind;
+  m->n = n;
+  m->k = k;
+  m->blocks = (n + kRows - 1) / kRows;
+  if (quantised) {
+    m->padded_k = group ? k : (k + 63) / 64 * 64;
+    m->group = group ? group : m->padded_k;
+    m->groups = m->padded_k / m->group;
+    m->scale_f16 = scale_dtype == OPSIN_F16;
+    m->group_bytes = 64 + static_cast<int64_t>(m->group) * (kind == kQ8 ? 16 : 8);
+    m->block_bytes = m->groups * m->group_bytes;
+  } else {
+    m->padded_k = (k + 31) / 32 * 32;
+    m->group = m->padded_k;
+    m->groups = 0;
+    m->block_bytes = static_cast<int64_t>(m->padded_k) * 32;
+  }
+  m->bytes = m->block_bytes * m->blocks;
+  return m;
+}
+
 }  // namespace
 
 int64_t tile_scratch_bytes(const Matrix* m) {  // a block of four-bit codes as bytes, for tiles
@@ -58,31 +88,8 @@ int64_t attention_scratch_bytes(int head_dim, int value_dim) {
 using opsin::Matrix;
 
 OpsinMatrix* opsin_matrix_new(int kind, int n, int k, int group, int scale_dtype) {
-  const bool quantised = kind == opsin::kQ8 || kind == opsin::kQ4;
-  if (n <= 0 || k <= 0 || (!quantised && kind != opsin::kBf16)) return nullptr;
-  if (quantised && group != 0 && (group % 32 != 0 || k % group != 0)) return nullptr;
-  if (quantised && group > 64 && group % 64 != 0) return nullptr;
-  if (quantised && group == 0 && k > 65536) return nullptr;  // the integer sums would overflow
-  Matrix* m = static_cast<Matrix*>(std::calloc(1, sizeof(Matrix)));
+  Matrix* m = opsin::describe(kind, n, k, group, scale_dtype);
   if (!m) return nullptr;
-  m->kind = kind;
-  m->n = n;
-  m->k = k;
-  m->blocks = (n + opsin::kRows - 1) / opsin::kRows;
-  if (quantised) {
-    m->padded_k = group ? k : (k + 63) / 64 * 64;
-    m->group = group ? group : m->padded_k;
-    m->groups = m->padded_k / m->group;
-    m->scale_f16 = scale_dtype == OPSIN_F16;
-    m->group_bytes = 64 + static_cast<int64_t>(m->group) * (kind == opsin::kQ8 ? 16 : 8);
-    m->block_bytes = m->groups * m->group_bytes;
-  } else {
-    m->padded_k = (k + 31) / 32 * 32;
-    m->group = m->padded_k;
-    m->groups = 0;
-    m->block_bytes = static_cast<int64_t>(m->padded_k) * 32;
-  }
-  m->bytes = m->block_bytes * m->blocks;
   m->data = opsin::map_bytes(m->bytes, &m->capacity);
   if (!m->data) {
     std::free(m);
@@ -91,9 +98,23 @@ OpsinMatrix* opsin_matrix_new(int kind, int n, int k, int group, int scale_dtype
   return m;
 }
 
+OpsinMatrix* opsin_matrix_view(int kind, int n, int k, int group, int scale_dtype,
+                               const void* data, int64_t bytes) {
+  Matrix* m = opsin::describe(kind, n, k, group, scale_dtype);
+  if (!m) return nullptr;
+  if (!data || reinterpret_cast<uintptr_t>(data) % 64 != 0 || bytes != m->bytes + opsin::kSlack) {
+    std::free(m);
+    return nullptr;
+  }
+  m->data = static_cast<uint8_t*>(const_cast<void*>(data));
+  return m;
+}
+
+const void* opsin_matrix_data(const OpsinMatrix* m) { return m ? m->data : nullptr; }
+
 void opsin_matrix_free(OpsinMatrix* m) {
   if (!m) return;
-  munmap(m->data, static_cast<size_t>(m->capacity));
+  if (m->capacity) munmap(m->data, static_cast<size_t>(m->capacity));
   std::free(m->bias);
   std::free(m);
 }
