@@ -17,6 +17,7 @@ import torch
 
 from opsin.decoder.cache import PagedCache
 from opsin.engine.blocks import BlockPool
+from opsin.engine.encoding import MediaEncoder
 from opsin.engine.grammar import Guide
 from opsin.engine.limits import EngineLimits as EngineLimits
 from opsin.engine.memory import default_cache_memory
@@ -138,6 +139,7 @@ class Engine:
             kept=kept,
         )
         self.runner = Runner(model, self.cache, self.limits.media_cache, kept)
+        self.encoder = MediaEncoder(self.runner)
         self.steps = 0
         self._requests: dict[int, _Request] = {}
         self._held: dict[int, torch.Tensor] = {}  # logits that wait for their grammar
@@ -278,6 +280,7 @@ class Engine:
         try:
             self._loop()
         finally:  # whatever ended the thread, nobody waits for an answer that will not come
+            self.encoder.close()
             with self._wake:
                 self._closing = True
                 abandoned = [*self._requests.values(), *self._inbox]
@@ -317,6 +320,7 @@ class Engine:
         try:
             self._choose_held()
             step = self.scheduler.schedule()
+            step = self._encoded(step)
             if step:
                 self._step(step)
             self._guide_on()
@@ -324,6 +328,17 @@ class Engine:
             failed = {s.sequence.request_id for s in step} or set(self._requests)
             for request_id in failed & set(self._requests):
                 self._finish(self._requests[request_id], "error", error)
+
+    def _encoded(self, step: list[Scheduled]) -> list[Scheduled]:
+        """A step without the requests whose media are being encoded, or could not be."""
+        try:
+            ready = self.encoder.ready(step)
+        except STEP_ERRORS as error:
+            for sequence in list(self.encoder.sequences):
+                self._finish(self._requests[sequence.request_id], "error", error)
+            return [s for s in step if s.sequence.request_id in self._requests]
+        self.steps += not ready  # a slice of a tower's work alone is one too
+        return ready
 
     def _step(self, step: list[Scheduled]) -> None:
         """Run one step and hand every sampled token to its request."""
@@ -410,6 +425,7 @@ class Engine:
     ) -> None:
         del self._requests[request.sequence.request_id]
         self._held.pop(request.sequence.request_id, None)
+        self.encoder.forget(request.sequence)
         self.scheduler.finish(request.sequence)
         if error is not None and not isinstance(error, OpsinError):
             failure = EngineError("The request failed inside the engine", why=type(error).__name__)

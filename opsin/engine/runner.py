@@ -42,23 +42,25 @@ class Runner:
 
         A list of rows where a request has tokens of its own.
         """
-        self._encode_media(step)
+        self.encode_media(step)
+        encode_prompts(self.model, step)
         decoder, ready = self.model.decoder, self._step(step)
         if not speaks(step):
             logits: Tensor = decoder(ready, self.cache)
             return logits
         return scored(decoder, self.cache, ready, step)
 
-    def _encode_media(self, step: list[Scheduled]) -> None:
-        """Run the towers over the media whose tokens this step meets first, by kind; then the
-        encoder over the prompts that one reads.
-        """
+    def lacks_media(self, scheduled: Scheduled) -> bool:
+        """Whether media are not encoded yet that a sequence's next tokens need."""
+        return bool(_lacking(scheduled))
+
+    def encode_media(self, step: list[Scheduled]) -> None:
+        """Run the towers over the media whose tokens this step meets first, by kind."""
         pending: dict[str, list[tuple[Sequence, int]]] = defaultdict(list)
         for scheduled in step:
-            sequence = scheduled.sequence
-            for i, item in enumerate(sequence.prompt.media):
-                if i not in sequence.encoded and _is_needed(item, scheduled):
-                    pending[item.kind].append((sequence, i))
+            for i in _lacking(scheduled):
+                sequence = scheduled.sequence
+                pending[sequence.prompt.media[i].kind].append((sequence, i))
         for wanted in pending.values():
             started = time.perf_counter()
             items = [sequence.prompt.media[i] for sequence, i in wanted]
@@ -74,7 +76,6 @@ class Runner:
                     sequence.speaker.see(i, result)
             for sequence in {id(sequence): sequence for sequence, _ in wanted}.values():
                 sequence.timings.encode += seconds
-        encode_prompts(self.model, step)
 
     def _step(self, step: list[Scheduled]) -> Step:
         device = self.model.device
@@ -202,6 +203,16 @@ def _long(step: list[Scheduled], ends: list[int], device: torch.device) -> Tenso
     for scheduled, start, end in zip(step, ends, ends[1:], strict=False):
         long[start:end] = scheduled.sequence.long
     return long.to(device)
+
+
+def _lacking(scheduled: Scheduled) -> list[int]:
+    """The media that a step needs of a sequence and that are not encoded, by their number."""
+    sequence = scheduled.sequence
+    return [
+        i
+        for i, item in enumerate(sequence.prompt.media)
+        if i not in sequence.encoded and _is_needed(item, scheduled)
+    ]
 
 
 def _is_needed(item: MediaInput, scheduled: Scheduled) -> bool:
