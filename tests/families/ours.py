@@ -65,7 +65,7 @@ class Ours:
         sequence.speaker = model.family.speaker(prompt, model.towers)
         runner = Runner(model, cache)
         scheduled = [Scheduled(sequence, 0, length)]
-        runner._encode_media(scheduled)
+        runner.encode_media(scheduled)
         step = dataclasses.replace(runner._step(scheduled), logit_rows=torch.arange(length))
         if sequence.speaker is None or not answer:
             return model.decoder(step, cache).float()
