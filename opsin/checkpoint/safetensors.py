@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import struct
 from collections.abc import Iterator
@@ -76,6 +77,12 @@ class StoredTensor:
         if not direct:
             out.copy_(buffer.view(out.shape))
 
+    def within(self, whole: Tensor) -> Tensor:
+        """The tensor as a view of all bytes of its file, as `mapped` gives them."""
+        if len(whole) < self.start + self.num_bytes:
+            raise _bad(self.path, f"it ends inside tensor {self.name!r}")
+        return whole[self.start : self.start + self.num_bytes].view(self.dtype).view(self.shape)
+
     def _read(self, file: int, out: memoryview, at: int) -> None:
         """Fill `out` with the bytes from the tensor's byte `at` on."""
         done = 0
@@ -96,6 +103,16 @@ def _bad(path: Path, why: str) -> CheckpointError:
     return CheckpointError(
         f"Cannot read the weights in {path.name}", why=why, remedy="Download the checkpoint again"
     )
+
+
+def mapped(path: Path) -> Tensor:
+    """The bytes of a file, (size,) uint8, each page read when it is first used.
+
+    What is written to it stays in this process. Raises OSError where the file cannot be mapped.
+    """
+    with path.open("rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def stored_tensors(path: Path) -> Iterator[StoredTensor]:

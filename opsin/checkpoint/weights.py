@@ -16,13 +16,15 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from opsin.checkpoint.safetensors import StoredTensor, stored_tensors
+from opsin.checkpoint.safetensors import StoredTensor, mapped, stored_tensors
 from opsin.errors import CheckpointError
 
 # (regular expression, replacement): all rules are applied to each name, one after another. The
 # replacement is a function where numbers in a name change.
 Rename: TypeAlias = tuple[str, str | Callable[[re.Match[str]], str]]
 
+# Smaller tensors are read: a page of the file for each would cost as much.
+MAP_BYTES = 1 << 20
 _TARGET = re.compile(r"^(.*?)(?:\[([\d,]+)\])?(\^T\??)?$")
 
 
@@ -150,7 +152,8 @@ def assign(
 
     The model's parameters are on the meta device and get their memory when their first tensor
     comes: in `dtype`, if they are floating-point and their module does not ask for precision, on
-    `device`. A `packer` takes the tensors of some parameters, which then get no memory. Memory
+    `device`. On the CPU, large ones that are stored just so are the file itself, mapped: read as
+    they are used. A `packer` takes the tensors of some parameters, which then get no memory. Memory
     never holds more than the model and one tensor.
 
     A target may end in an index, `qkv.weight[1]`, which names a part of a fused parameter, and in
@@ -160,6 +163,7 @@ def assign(
     """
     missing = {name: parameter.numel() for name, parameter in model.named_parameters()}
     unused: list[tuple[str, str]] = []
+    files: dict[Path, Tensor] = {}
     for tensor in tensors:
         if any(re.search(pattern, tensor.name) for pattern in ignored):
             continue
@@ -172,6 +176,9 @@ def assign(
         sink = None if packer is None else packer.sink(owner, name, target.index, tensor)
         if sink is not None:
             missing[target.base] -= _pour(tensor, target, sink, dtype)
+            continue
+        if device.type == "cpu" and _map(owner, name, tensor, target, dtype, files):
+            missing[target.base] -= math.prod(tensor.shape)
             continue
         out = _memory(owner, name, dtype, device)
         if target.index:
@@ -200,12 +207,43 @@ def _memory(owner: nn.Module, name: str, dtype: torch.dtype, device: torch.devic
     """A parameter's memory, made now if it has none yet."""
     parameter = owner.get_parameter(name)
     if parameter.is_meta:
-        precise = isinstance(owner, HasPrecision) and owner.precise
-        kind = dtype if parameter.dtype.is_floating_point and not precise else parameter.dtype
+        kind = _dtype(owner, parameter, dtype)
         memory = torch.empty(parameter.shape, dtype=kind, device=device)
         parameter = nn.Parameter(memory, requires_grad=False)
         owner.register_parameter(name, parameter)
     return parameter.data
+
+
+def _dtype(owner: nn.Module, parameter: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What a parameter is kept in: `dtype`, unless it is no float or its module is precise."""
+    precise = isinstance(owner, HasPrecision) and owner.precise
+    return dtype if parameter.dtype.is_floating_point and not precise else parameter.dtype
+
+
+def _map(
+    owner: nn.Module,
+    name: str,
+    tensor: StoredTensor,
+    target: Target,
+    dtype: torch.dtype,
+    files: dict[Path, Tensor],
+) -> bool:
+    """Let a parameter be a tensor's own bytes in its file, if they are large and just as needed."""
+    parameter = owner.get_parameter(name)
+    plain = type(tensor) is StoredTensor and tensor.start % tensor.dtype.itemsize == 0
+    kind = _dtype(owner, parameter, dtype)
+    if not (plain and parameter.is_meta and not target.index and tensor.dtype == kind):
+        return False
+    if tensor.num_bytes < MAP_BYTES or _as_stored(tensor, target, parameter) is not parameter:
+        return False
+    try:
+        if tensor.path not in files:
+            files[tensor.path] = mapped(tensor.path)
+    except OSError:  # a file system that maps nothing
+        return False
+    memory = tensor.within(files[tensor.path]).view(parameter.shape)
+    owner.register_parameter(name, nn.Parameter(memory, requires_grad=False))
+    return True
 
 
 def _as_stored(tensor: StoredTensor, target: Target, out: Tensor) -> Tensor:
