@@ -114,6 +114,9 @@ class MediaEncoder:
         lacking = [scheduled for scheduled in step if self.runner.lacks_media(scheduled)]
         if lacking and not self.sliced.busy:
             self.sequences = [scheduled.sequence for scheduled in lacking]
+            now = time.perf_counter()
+            for sequence in self.sequences:
+                sequence.started = sequence.started or now  # its wait in the queue is over
             self.sliced.start(lambda: self._encode(lacking))
         if self.sliced.busy:
             self.sliced.advance(SLICE_SECONDS)

@@ -204,3 +204,13 @@ def test_work_stops_at_modules_and_its_errors_come_through() -> None:
     sliced.close()
     assert done == [1, 1]
     assert not modules[0]._forward_pre_hooks
+
+
+def test_encoding_is_no_part_of_the_time_in_the_queue(engine: Engine) -> None:
+    inbox = Inbox()
+    engine.submit(shown(engine, seed=9), ANSWER, inbox)
+    assert inbox.reason() == "length"
+    timings = inbox.events[-1].timings
+    assert timings is not None
+    assert timings.encode > 0
+    assert timings.prefill > 0
