@@ -24,10 +24,18 @@ CSS = """
 footer {display: none !important}
 [aria-label="Share"], [title="Share"] {display: none !important}
 .opsin-figures p {font-size: 0.8rem; opacity: 0.7; margin: 0}
+.sidebar input {text-overflow: ellipsis; padding-right: 1.6rem !important}
+#side .grid-wrap {max-height: none; height: auto; overflow: visible}
 """
 # On a narrow screen the panel would hide the conversation: it starts folded there.
 FOLD = """() => {
   if (window.innerWidth < 700) document.querySelector(".sidebar .toggle-button")?.click();
+}"""
+# There the drawn picture lies below the answer: it is brought into sight.
+SHOW = """() => {
+  const side = document.querySelector("#side");
+  if (window.innerWidth < 700 && side?.checkVisibility())
+    side.scrollIntoView({block: "nearest", behavior: "smooth"});
 }"""
 FONT = ["system-ui", "-apple-system", "Segoe UI", "sans-serif"]  # nothing is fetched
 MONO = ["ui-monospace", "Consolas", "monospace"]
@@ -158,7 +166,7 @@ def build(backend: Backend, *, any_model: bool = True) -> gr.Blocks:
     names = backend.models()
     with gr.Blocks(title="Opsin", fill_height=True, analytics_enabled=False) as made:
         talk = gr.State(None)
-        with gr.Sidebar(width=300):
+        with gr.Sidebar(width=320):
             gr.Markdown("## Opsin")
             model = gr.Dropdown(
                 names, value=names[0], label="Model", allow_custom_value=any_model, filterable=True
@@ -179,14 +187,14 @@ def build(backend: Backend, *, any_model: bool = True) -> gr.Blocks:
                     placeholder=EMPTY,
                     editable="user",
                     buttons=["copy"],
-                    height="calc(100vh - 190px)",
+                    height="calc(100vh - 210px)",
                     feedback_options=None,
                     allow_tags=False,
                     elem_id="chat",
                 )
                 box = gr.MultimodalTextbox(
                     show_label=False,
-                    placeholder="Ask something; drop or paste files here",
+                    placeholder="Ask, or drop a file",
                     file_count="multiple",
                     file_types=ENDINGS,
                     sources=["upload", "microphone"],
@@ -200,7 +208,10 @@ def build(backend: Backend, *, any_model: bool = True) -> gr.Blocks:
                 )
         panel: list[Any] = [model, system, longest, heat, mass, thinking]
         out: list[Any] = [talk, chat, box, figures, side, found, state]
-        box.submit(page.ask, [box, talk, *panel], out, api_name="ask", show_progress="hidden")
+        asked = box.submit(
+            page.ask, [box, talk, *panel], out, api_name="ask", show_progress="hidden"
+        )
+        asked.then(None, js=SHOW)
         box.stop(page.stop, talk, queue=False, api_name=False)
         chat.retry(page.again, [talk, *panel], out, api_name=False, show_progress="hidden")
         _on_edit(chat, page, [talk, *panel], out)

@@ -216,6 +216,16 @@ def test_a_narrow_screen_shows_the_conversation_first(chromium: Browser, url: st
     tab.wait_text("heard small by")
 
 
+def test_a_narrow_screen_brings_the_drawn_picture_into_sight(chromium: Browser) -> None:
+    for url in served(Local("bundled")):
+        tab = chromium.tab()
+        tab.open(url, 390, 844)
+        tab.drop_file(SHAPES)
+        tab.ask("Locate the blue square in the image.")
+        drawn = "[...document.querySelectorAll('#side img')].find(i => i.naturalWidth > 0)"
+        tab.wait(f"{drawn}?.getBoundingClientRect().top < window.innerHeight - 100")
+
+
 def test_nothing_is_fetched_from_elsewhere(tab: Tab) -> None:
     names = tab.run("performance.getEntriesByType('resource').map(e => new URL(e.name).hostname)")
     assert set(names) == {"127.0.0.1"}
