@@ -248,6 +248,9 @@ class _Reader:
         self.damaged = 0
         self.position = survey.first
         self.can_seek = not survey.counted
+        # Frames that no other refers to need no decoding on the way; counting needs them all.
+        self.can_skip = not survey.counted
+        self._wanted = survey.first
         self.per_second = survey.info.fps if survey.counted else float(1 / stream.time_base)
         self._min_gap = SEEK_SECONDS * self.per_second
         self._last: Any = None
@@ -278,11 +281,17 @@ class _Reader:
         return self.survey.first + int((index - 0.5) / self.survey.info.fps * self.per_second)
 
     def _advance(self, target: int) -> Any:
+        self._wanted = target
         if self._jump_helps(target):
             self._jump(target)
-        for frame in self._frames:
-            if self.position >= target:
-                return frame
+        found = self._next_from(target)
+        if found is None and self.can_skip:
+            # The last frame of all may be one that was skipped.
+            self.can_skip = False
+            self._jump(target)
+            found = self._next_from(target)
+        if found is not None:
+            return found
         slack = max(self.per_second, 0.02 * self.survey.info.duration * self.per_second)
         if self._last is None or self.position < target - slack:
             seconds = max(0.0, (self.position - self.survey.first) / self.per_second)
@@ -293,6 +302,10 @@ class _Reader:
                 remedy="Check that the whole file was sent, or save it again",
             )
         return self._last
+
+    def _next_from(self, target: int) -> Any:
+        """The next frame that is not before `target`, None at the end."""
+        return next((frame for frame in self._frames if self.position >= target), None)
 
     def _jump_helps(self, target: int) -> bool:
         if not self.can_seek:
@@ -327,6 +340,9 @@ class _Reader:
         count = -1
         for packet in self.container.demux(self.stream):
             self.deadline.check(self.name)
+            on_the_way = packet.pts is not None and packet.pts < self._wanted
+            skips = self.can_skip and on_the_way
+            self.stream.codec_context.skip_frame = "NONREF" if skips else "DEFAULT"
             try:
                 frames = packet.decode()
             except av.error.InvalidDataError:

@@ -1,5 +1,6 @@
 """Videos: which frames are kept, their times, and what a hostile file may cost."""
 
+import dataclasses
 import io
 import itertools
 import threading
@@ -155,6 +156,34 @@ def test_without_keyframes_between_no_seek_repeats_the_work(decoded_frames, monk
     monkeypatch.setattr(container_module, "SURVEY_BYTES", 0)
     assert load_video(data, fps=None, max_frames=8).indices[-1] == 599
     assert len(decoded_frames) < 1200
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_frames_that_no_other_refers_to_are_skipped_on_the_way(codec, decoded_frames):
+    data = clip(200, gop=1000, codec=codec)
+    whole = load_video(data, fps=None)
+    decoded_frames.clear()
+    chosen = [0, 60, 61, 62, 130, 199]
+    video = load_video(data, choose=lambda info: chosen)
+    assert np.array_equal(video.frames, whole.frames[chosen])
+    if codec == "libx264":  # which writes such frames
+        assert len(decoded_frames) < 150
+
+
+@pytest.mark.parametrize("missing", [1, 20])
+def test_the_last_frame_is_found_where_a_file_states_too_many(missing, monkeypatch):
+    data = clip(120, gop=30)
+    whole = load_video(data, fps=None)
+    real = container_module._stated_info
+
+    def overstated(*given):
+        info = real(*given)
+        return dataclasses.replace(info, num_frames=info.num_frames + missing)
+
+    monkeypatch.setattr(container_module, "_stated_info", overstated)
+    monkeypatch.setattr(container_module, "SURVEY_BYTES", 0)
+    video = load_video(data, fps=None, max_frames=3)
+    assert np.array_equal(video.frames[-1], whole.frames[-1])
 
 
 def animation(name, count=12, **options):
