@@ -92,8 +92,9 @@ class PagedCache:
     """What every layer remembers of every sequence.
 
     A softmax attention layer has keys and values, (slots, kv_heads, head_dim), where slot = block *
-    size + offset; so has a cross-attention layer, in blocks of their own, for the encoded media; a
-    recurrent layer has states, tensors whose first axis is a sequence's state slot
+    size + offset, and the same rows are both where its values are in its keys; so has a
+    cross-attention layer, in blocks of their own, for the encoded media; a recurrent layer has
+    states, tensors whose first axis is a sequence's state slot
     (for a delta network: the convolution's inputs (state slots, kernel - 1, channels) and the
     memory (state slots, heads, key_dim, value_dim), float32). The lists run over all layers and are
     empty where the layer is of another kind.
@@ -135,8 +136,11 @@ class PagedCache:
                 own = isinstance(kind, AttentionConfig)
                 blocks = num_blocks if own else num_source_blocks
                 shape = (blocks * block_size, kind.kv_heads, kind.head_dim)
+            within = isinstance(layer.attention, AttentionConfig) and layer.attention.values_in_keys
             for rows in (self.keys, self.values):
-                if form.packed and isinstance(layer.attention, AttentionConfig):
+                if within and rows is self.values:
+                    rows.append(self.keys[-1])
+                elif form.packed and isinstance(layer.attention, AttentionConfig):
                     rows.append(_packed_rows(form, shape, dtype, device))
                 else:
                     rows.append(torch.empty(shape, dtype=dtype, device=device))
@@ -169,7 +173,7 @@ class PagedCache:
     ) -> int:
         """Cache memory that one token, quantised if any is, takes over all layers."""
         own = [a for a in config.attentions if not _reads_another(a)]
-        return sum(2 * a.kv_heads * form.row_bytes(a.head_dim, dtype) for a in own)
+        return sum(_rows_per_token(a) * form.row_bytes(a.head_dim, dtype) for a in own)
 
     @staticmethod
     def bytes_per_source_token(config: DecoderConfig, dtype: torch.dtype) -> int:
@@ -268,6 +272,11 @@ def _packed_rows(
         scales = torch.zeros(sizes, dtype=dtype, device=device)
     plain = codes.view(-1).view(dtype).view(-1, heads, dim)
     return PackedRows(plain, codes, scales, form.bits)
+
+
+def _rows_per_token(config: AttentionConfig) -> int:
+    """How many rows of a head a layer keeps of a token."""
+    return config.kv_heads if config.values_in_keys else 2 * config.kv_heads
 
 
 def _reads_another(config: AttentionConfig) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from opsin.kernels import Activation
 from opsin.nn.norm import NormKind
@@ -38,6 +38,28 @@ class AttentionConfig:
     chunk: int | None = None
     temperature: tuple[float, float, float] | None = None
     qk_norm_whole: bool = False
+    # Whether a token's values are part of its cached keys, and have no rows of their own.
+    values_in_keys: ClassVar[bool] = False
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttentionConfig(AttentionConfig):
+    """Softmax attention over one small vector a token (multi-head latent attention,
+    arXiv:2405.04434).
+
+    The cache keeps, for all heads in common, a key part that turns, of `rope.dim` values, and a
+    normalised vector of `latent` values: kv_heads is 1 and head_dim their sum. A head's key is
+    `plain_dim` values that it makes of the vector, beside the part that turns; so is its value, of
+    `value_dim`. Queries are made through a normalised vector of `query_rank` values where that is
+    set. `latent_eps` is for both norms; `qkv_bias` goes to what makes the two vectors.
+    """
+
+    latent: int = 0
+    plain_dim: int = 0
+    value_dim: int = 0
+    query_rank: int | None = None
+    latent_eps: float = 1e-6
+    values_in_keys: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +169,8 @@ class MoEConfig:
     which counts as at least `min_total`; `scale` multiplies them. `precise_router` scores in
     float32 whatever the model computes in, and `router_bias` adds a learned bias before anything
     else. `up_offset` is added to what an expert's gate multiplies. `limits` (groups, kept) allows a
-    token experts of only so many of as many equal groups, those with the best experts.
+    token experts of only so many of as many equal groups, those whose best `limits_by` experts have
+    the highest sum.
     `selection_bias` is a learned bias that only the choice sees. `weigh_input` applies the weights
     to what the experts read rather than to what they return. `shared` is a block that every token
     goes through, `shared_gate` puts a sigmoid gate on it.
@@ -169,6 +192,7 @@ class MoEConfig:
     shared_gate: bool = False
     router_bias: bool = False
     up_offset: float = 0.0
+    limits_by: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from opsin.decoder.config import (
     DeltaNetConfig,
     EnrichedLayerConfig,
     GroupedMoEConfig,
+    LatentAttentionConfig,
     LayerConfig,
     LayerInputsConfig,
     MLPConfig,
@@ -27,6 +28,7 @@ from opsin.decoder.config import (
 )
 from opsin.decoder.cross_attention import CrossLayer
 from opsin.decoder.delta_net import DeltaNet
+from opsin.decoder.latent_attention import LatentAttention
 from opsin.decoder.mlp import GatedMLP
 from opsin.decoder.moe import GroupedExperts, MixtureOfExperts
 from opsin.decoder.parallel import ParallelLayer
@@ -91,9 +93,11 @@ class Layer(nn.Module):
             self.attention = DeltaNet(kernels, config.attention, index, hidden, eps)
         else:
             assert isinstance(config.attention, AttentionConfig)
-            kind = Attention
+            kind: type[Attention | LatentAttention] = Attention
             if isinstance(config.attention, SharedAttentionConfig):
                 kind = SharedAttention
+            elif isinstance(config.attention, LatentAttentionConfig):
+                kind = LatentAttention
             self.attention = kind(kernels, config.attention, index, hidden, eps, decoder.adapters)
         self.mlp_norm: nn.Module = nn.Identity()
         if config.pre_norms:

@@ -100,7 +100,8 @@ class MixtureOfExperts(nn.Module):
         if config.limits is not None:
             groups, kept = config.limits
             grouped = ranked.unflatten(-1, (groups, -1))
-            chosen = grouped.amax(dim=-1).topk(kept, dim=-1).indices
+            worth = grouped.topk(config.limits_by, dim=-1).values.sum(dim=-1)
+            chosen = worth.topk(kept, dim=-1).indices
             barred = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, chosen, False)
             ranked = grouped.masked_fill(barred[..., None], 0.0).flatten(1)
         experts = ranked.topk(config.top_k, dim=-1).indices

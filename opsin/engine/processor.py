@@ -311,6 +311,7 @@ class Processor:
     ) -> Prompt:
         """A rendered prompt and its prepared media to tokens and positions."""
         self.family.check_media(ready)
+        ready = self.family.together(ready)
         expanded = self.family.expand(text, ready)
         if not self.family.text_apart:
             return self.of_tokens(self._piece_ids(expanded), ready, expanded, timings)
@@ -325,7 +326,10 @@ class Processor:
     def _piece_ids(self, text: str) -> list[int]:
         if self.family.tokenizer_frame:
             return self.tokenizer.encode_prompt(text)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        for run in self.family.text_runs(text):
+            ids += self.tokenizer.encode(run, add_special_tokens=False)
+        return ids
 
     def of_tokens(
         self,

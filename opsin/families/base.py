@@ -320,6 +320,21 @@ class Family:
                 param="image",
             )
 
+    def together(self, media: list[MediaInput]) -> list[MediaInput]:
+        """The media of one prompt, where what becomes of each depends on how many there are.
+
+        Called before `expand`. What differs is a value of its own, with a key of its own. The same
+        by default.
+        """
+        return media
+
+    def text_runs(self, text: str) -> Sequence[str]:
+        """The runs of a prompt's text that are tokenised each on its own; one by default.
+
+        Only without a `tokenizer_frame`.
+        """
+        return (text,)
+
     def expand(self, text: str, media: Sequence[MediaInput]) -> str:
         """A rendered prompt with each placeholder replaced by what stands for that medium.
 

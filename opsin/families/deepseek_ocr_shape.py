@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from opsin.decoder.config import DecoderConfig, MLPConfig, MoEConfig
+from opsin.decoder.config import DecoderConfig
 from opsin.families import bundled_template
 from opsin.families.base import Family
-from opsin.families.llama_shape import ACTIVATIONS, llama_decoder, with_experts
+from opsin.families.deepseek_v2_text import deepseek_decoder
 from opsin.towers import pixels
 from opsin.towers.sam import SamConfig
 from opsin.types import Grounding, Task
@@ -70,26 +69,7 @@ class DeepseekOCRShape(Family):
         return bool(self.config.get("tie_word_embeddings", False))
 
     def decoder(self) -> DecoderConfig:
-        text = dict(self.text_config)
-        text.pop("head_dim", None)
-        activation = ACTIVATIONS[text.get("hidden_act", "silu")]
-        inner = text.get("moe_intermediate_size", 1407)
-        moe = MoEConfig(
-            experts=text.get("n_routed_experts", 64),
-            top_k=text["num_experts_per_tok"],
-            hidden=inner,
-            activation=activation,
-            precise_router=True,
-            normalise=bool(text.get("norm_topk_prob", False)),
-            scale=text.get("routed_scaling_factor", 1.0),
-            limits=expert_limits(text),
-            shared=MLPConfig(inner * text.get("n_shared_experts", 2), activation),
-        )
-        count = text["num_hidden_layers"]
-        dense = text.get("first_k_dense_replace", 0)
-        kinds = text.get("mlp_layer_types") or ["dense"] * dense + ["sparse"] * (count - dense)
-        sparse = [i for i, kind in enumerate(kinds) if kind == "sparse"]
-        return with_experts(llama_decoder(text, tied=self.tied()), moe, sparse)
+        return deepseek_decoder(self.text_config, tied=self.tied(), latent=False)
 
     def sam_config(self) -> SamConfig:
         """SAM's shape."""
@@ -123,10 +103,3 @@ class DeepseekOCRShape(Family):
         wide = pixels.resize(image, columns * side, rows * side, resample)
         cut = self.normalised(wide).view(3, rows, side, columns, side)
         return cut.permute(1, 3, 0, 2, 4).flatten(0, 1)
-
-
-def expert_limits(text: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Groups of experts and how many of them a token may use, if that is limited."""
-    if text.get("topk_method", "greedy") != "group_limited_greedy" or not text.get("n_group"):
-        return None
-    return int(text["n_group"]), int(text["topk_group"])

@@ -102,7 +102,7 @@ class DeepseekOCR(DeepseekOCRShape):
         if grid == (1, 1):  # one tile would show what the whole does: the authors leave it out
             grid = (0, 0)
         squeezed = not cropping and base <= SQUEEZED
-        square = pixels.resize(image, base, base, 3) if squeezed else padded(image, base)
+        square = pixels.resize(image, base, base, 3) if squeezed else padded(image, (base, base))
         across, side = tile // TOKEN, base // TOKEN
         tokens = grid[1] * across * (grid[0] * across + 1) if grid[0] else 0
         tokens += side * (side + 1) + 1
@@ -165,17 +165,19 @@ def side_option(options: Mapping[str, Any], name: str, default: int) -> int:
     return side
 
 
-def padded(image: Image.Image, side: int) -> Image.Image:
-    """The picture as large as fits, in the middle of a grey square; halves go to the even pixel."""
+def padded(
+    image: Image.Image, size: tuple[int, int], colour: tuple[int, ...] = GREY
+) -> Image.Image:
+    """The picture as large as fits into `size`, in its middle; halves go to the even pixel."""
     width, height = image.size
-    if width > height:
-        size = (side, max(round(height / width * side), 1))
+    if width / height > size[0] / size[1]:
+        inner = (size[0], max(round(height / width * size[0]), 1))
     else:
-        size = (max(round(width / height * side), 1), side)
-    small = pixels.resize(image, *size, 3)
-    square = Image.new("RGB", (side, side), GREY)
-    square.paste(small, (round((side - size[0]) * 0.5), round((side - size[1]) * 0.5)))
-    return square
+        inner = (max(round(width / height * size[1]), 1), size[1])
+    small = pixels.resize(image, *inner, 3)
+    canvas = Image.new("RGB", size, colour)
+    canvas.paste(small, (round((size[0] - inner[0]) * 0.5), round((size[1] - inner[1]) * 0.5)))
+    return canvas
 
 
 FAMILY = DeepseekOCR

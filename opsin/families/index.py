@@ -4,6 +4,7 @@
 MODULES = {
     "deepseek_vl": "deepseek_vl",
     "deepseek_vl_hybrid": "deepseek_vl_hybrid",
+    "deepseek_vl_v2": "deepseek_vl_v2",
     "deepseekocr": "deepseekocr",
     "deepseekocr_2": "deepseekocr_2",
     "dots_ocr": "dots_ocr",
