@@ -8,8 +8,9 @@ from typing import Any
 
 from opsin.errors import InputError
 
-# Between the parts of a JSON document: a model may set it out in lines, not fill them for ever.
-JSON_SPACE = r"( |\n[ \t]{0,24})?"
+# A document stands in one line, with at most a space behind commas and colons: nobody can tell how
+# a model that was never shown the form would set it out. The separators are regular expressions.
+JSON_SPACING = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 # The formats that a grammar can hold a string to; by the standard any other is a remark.
 FORMATS = frozenset(
     ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
@@ -22,7 +23,7 @@ _COMBINING = ("$ref", "allOf", "anyOf", "oneOf", "if", "patternProperties", "dep
 
 
 def enforceable(schema: Any, param: str) -> dict[str, Any]:
-    """A schema without formats that are only a remark, with objects closed and white space bounded.
+    """A schema without formats that are only a remark, objects closed and set out in one line.
 
     Properties that an object's schema does not list are not written, unless the schema says that
     there may be more: without this, a model may go on inventing them. Raises InputError.
@@ -41,7 +42,8 @@ def enforceable(schema: Any, param: str) -> dict[str, Any]:
         ) from None
     own = kept.get("x-guidance")
     settings = own if isinstance(own, dict) else {}
-    return {**kept, "x-guidance": {"whitespace_pattern": JSON_SPACE, **settings}}
+    spaced = "whitespace_pattern" in settings or not JSON_SPACING.keys().isdisjoint(settings)
+    return {**kept, "x-guidance": settings if spaced else {**JSON_SPACING, **settings}}
 
 
 def _objects(schema: Any) -> Iterator[Mapping[str, Any]]:

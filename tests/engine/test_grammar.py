@@ -228,6 +228,33 @@ def test_a_wrong_form_is_refused_with_the_reason(
     assert "| start" not in str(caught.value)
 
 
+SPACED = {
+    "natural": '{"a": "x y", "b": [1, 2]}',
+    "compact": '{"a":"x y","b":[1,2]}',
+    "padded": '{ "a" : "x y", "b": [1, 2] }',
+    "wide": '{"a":  "x y", "b": [1, 2]}',
+    "lines": '{\n  "a": "x y",\n  "b": [1, 2]\n}',
+    "trailing": '{"a": "x y", "b": [1, 2]\n    }',
+}
+
+
+@pytest.mark.parametrize(
+    ("own", "taken"), [({}, {"natural", "compact"}), ({"whitespace_flexible": True}, set(SPACED))]
+)
+def test_json_stands_in_one_line_unless_its_schema_says_otherwise(
+    loaded: tuple[Any, Any], own: dict[str, Any], taken: set[str]
+) -> None:
+    properties = {"a": {"type": "string"}, "b": {"type": "array", "items": {"type": "integer"}}}
+    schema = {"type": "object", "properties": properties, "required": ["a", "b"], "x-guidance": own}
+    text = grammar_text(Constraint("json_schema", schema), None)
+    assert text is not None
+    matcher = loaded[1].grammars.compile(text, "schema").matcher
+    for name, answer in SPACED.items():
+        tokens, copy = loaded[1].tokenizer.encode(answer), matcher.deep_copy()
+        fits = copy.try_consume_tokens(tokens) == len(tokens) and copy.is_accepting()
+        assert fits == (name in taken), name
+
+
 def test_a_format_that_is_no_form_is_only_a_remark(engine: Engine) -> None:
     held = {"type": "string", "format": "file-path", "maxLength": 3}
     schema = {"properties": {"format": held, "day": {"type": "string", "format": "date"}}}

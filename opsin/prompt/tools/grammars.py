@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from opsin.errors import InputError
-from opsin.prompt.json_schema import JSON_SPACE
+from opsin.prompt.json_schema import JSON_SPACING
 
 # How deep a schema may be nested, counted in objects and lists.
 _MAX_DEPTH = 128
@@ -131,7 +131,7 @@ def schema_of(tool: HasSchema) -> dict[str, Any]:
 def json_term(schema: Mapping[str, Any], strict: bool) -> str:
     """JSON of a schema; unless strict, what the grammar has no means for is let through."""
     leniency = {"coerce_one_of": True} if strict else {"lenient": True}
-    guidance = {"x-guidance": {"whitespace_pattern": JSON_SPACE, **leniency}}
+    guidance = {"x-guidance": {**JSON_SPACING, **leniency}}
     return "%json " + json.dumps({**guidance, **schema})
 
 
