@@ -6,6 +6,7 @@ import os
 import zlib
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +17,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from tests.families.torchvision_operators import declare
 
 declare()
+
+# How long an example takes says more of what else the machine does than of the code.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 # Of the tests marked slow, one of so many runs unless all are asked for: the same ones each time.
 SHARE = 4
