@@ -23,13 +23,16 @@ class Settings:
     cache: where Opsin keeps what it can make again (`OPSIN_CACHE`, default a folder of the user's
     cache); cpu_isa: the instruction set the native kernels are held to (`OPSIN_CPU_ISA`, default:
     the best one found); num_threads: threads of CPU arithmetic (`OPSIN_NUM_THREADS`, default: one
-    a core); log_level: `OPSIN_LOG_LEVEL`, one of debug, info, warning, error.
+    a core); log_level: `OPSIN_LOG_LEVEL`, one of debug, info, warning, error;
+    repacked_cache: where packed weights are kept to be mapped the next time
+    (`OPSIN_REPACKED_CACHE`): off, on or a folder.
     """
 
     cache: Path
     cpu_isa: str | None = None
     num_threads: int | None = None
     log_level: str = "warning"
+    repacked_cache: str = "off"
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Settings:
@@ -39,6 +42,7 @@ class Settings:
             cpu_isa=_text(environ, "OPSIN_CPU_ISA"),
             num_threads=_count(environ, "OPSIN_NUM_THREADS"),
             log_level=_choice(environ, "OPSIN_LOG_LEVEL", LOG_LEVELS, "warning"),
+            repacked_cache=environ.get("OPSIN_REPACKED_CACHE", "").strip() or "off",
         )
 
 

@@ -16,8 +16,10 @@ def test_every_variable_is_read() -> None:
         "OPSIN_CPU_ISA": "AVX2",
         "OPSIN_NUM_THREADS": "3",
         "OPSIN_LOG_LEVEL": "Debug",
+        "OPSIN_REPACKED_CACHE": "/kept/Here",
     }
-    assert Settings.read(environ) == Settings(Path("somewhere"), "avx2", 3, "debug")
+    expected = Settings(Path("somewhere"), "avx2", 3, "debug", "/kept/Here")
+    assert Settings.read(environ) == expected
     assert Settings.read({"XDG_CACHE_HOME": "base"}).cache == Path("base/opsin")
 
 

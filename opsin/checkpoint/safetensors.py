@@ -121,6 +121,22 @@ def stored_tensors(path: Path) -> Iterator[StoredTensor]:
     Raises CheckpointError if the header lies: lengths, offsets and shapes must agree with each
     other and lie inside the file.
     """
+    header, start, size = _header(path)
+    header.pop("__metadata__", None)
+    entries = [_entry(path, name, value, start, size) for name, value in header.items()]
+    yield from sorted(entries, key=lambda entry: entry.start)
+
+
+def stored_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself; CheckpointError if it is none."""
+    stated = _header(path)[0].get("__metadata__")
+    if not isinstance(stated, dict):
+        return {}
+    return {key: value for key, value in stated.items() if isinstance(value, str)}
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """A file's header, its first byte of data, and its size."""
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -135,9 +151,7 @@ def stored_tensors(path: Path) -> Iterator[StoredTensor]:
             raise _bad(path, "its header is not JSON") from error
     if not isinstance(header, dict):
         raise _bad(path, "its header is not a JSON object")
-    header.pop("__metadata__", None)
-    entries = [_entry(path, name, value, 8 + length, size) for name, value in header.items()]
-    yield from sorted(entries, key=lambda entry: entry.start)
+    return header, 8 + length, size
 
 
 def _entry(path: Path, name: str, value: Any, data_start: int, size: int) -> StoredTensor:

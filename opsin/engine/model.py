@@ -17,19 +17,20 @@ from opsin.checkpoint.config import Config, read_config, read_json, read_process
 from opsin.checkpoint.safetensors import StoredTensor
 from opsin.config import settings
 from opsin.decoder.decoder import Decoder
-from opsin.decoder.native import NativeStack, why_not
+from opsin.decoder.native import NativeStack, gate_up_layers, why_not
 from opsin.engine.packing import (
     Formats,
+    Recipe,
     native_formats,
     packer_of,
     quantised_formats,
     stored_formats,
 )
+from opsin.engine.repacking import RepackedCache, cache_folder
 from opsin.errors import CheckpointError, InputError, MissingDependency
 from opsin.families.base import Family
 from opsin.kernels import cpu
 from opsin.kernels.cpu.library import Library
-from opsin.nn.packing import ModulePacker
 from opsin.quant import mlx
 from opsin.quant.formats import check_bits
 
@@ -139,15 +140,18 @@ def load_model(
     matformer_config: str | None = None,
     matformer_slice: str | None = None,
     quantize: int | None = None,
+    repacked_cache: str | Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Read a checkpoint folder into memory, tensor by tensor.
 
     `quantize`, 8 or 4, is the bits that matrices are quantised to as they are read.
     `matformer_slice` names one of the smaller models within a nested one, `matformer_config` a CSV
-    file of them in place of the family's own. `on_progress` is called with the bytes read so far
-    and the bytes there are. Peak memory is the model's own and one tensor. Raises CheckpointError
-    for a folder that does not hold what its config.json says, InputError for what cannot be meant.
+    file of them in place of the family's own. `repacked_cache` is where the packed weights are kept
+    to be mapped next time: "on", "off" or a folder (`opsin.engine.repacking.cache_folder`).
+    `on_progress` is called with the bytes read so far and the bytes there are. Peak memory is the
+    model's own and one tensor. Raises CheckpointError for a folder that does not hold what its
+    config.json says, InputError for what cannot be meant.
     """
     check_bits(quantize)
     place = pick_device(device)
@@ -166,7 +170,11 @@ def load_model(
         # By default cuDNN rounds the factors of float32 convolutions to 10 bits (TF32).
         torch.backends.cudnn.allow_tf32 = False
     native = None if why_not_native(model.decoder, place, kind) else native_library()
-    packer = pick_packer(model, tensors, quantize, torch.empty(0, dtype=kind, device=place), native)
+    nothing = torch.empty(0, dtype=kind, device=place)
+    recipe = pick_recipe(model, tensors, quantize, nothing, native)
+    cache = cache_of(repacked_cache, folder, model, recipe, tensors)
+    kept = {} if cache is None else cache.read()
+    packer = packer_of(recipe, kept)
     weights.assign(
         model,
         counted(tensors, on_progress),
@@ -180,6 +188,8 @@ def load_model(
         if isinstance(module, FinishesLoading):
             module.finish_loading()
     packer.finish()
+    if cache is not None and not kept:
+        cache.write()
     family.connect(model.decoder, model.towers)
     if native is not None:
         model.decoder.native = NativeStack(native, model.decoder)
@@ -255,20 +265,38 @@ def pick_formats(model: Model, tensors: list[StoredTensor], quantize: int | None
     return quantised_formats(model.decoder, model.towers, quantize)
 
 
-def pick_packer(
+def pick_recipe(
     model: Model,
     tensors: list[StoredTensor],
     quantize: int | None,
     nothing: Tensor,
     native: Library | None,
-) -> ModulePacker:
-    """What packs a model's matrices as they are read: for the native stack, quantised, or both."""
+) -> Recipe:
+    """How a model's matrices are packed: for the native stack, quantised, or both."""
     formats = {} if native is None else native_formats(model.decoder)
     formats |= pick_formats(model, tensors, quantize)
     library = native
     if native is None and formats and nothing.device.type == "cpu":
         library = native_library()
-    return packer_of(model.decoder, formats, library, nothing, native=native is not None)
+    alternating = frozenset[nn.Module]() if native is None else gate_up_layers(model.decoder)
+    return Recipe(formats, library, nothing, alternating)
+
+
+def cache_of(
+    named: str | Path | None,
+    folder: Path,
+    model: Model,
+    recipe: Recipe,
+    tensors: list[StoredTensor],
+) -> RepackedCache | None:
+    """Where the packed weights of a checkpoint folder are kept; None where they are not."""
+    where = cache_folder(named)
+    if where is None:
+        return None
+    if recipe.library is None or not recipe.formats:
+        LOG.warning("nothing of this model is packed here: none of it is kept in %s", where)
+        return None
+    return RepackedCache.of(where, folder, model, recipe, tensors, model.family.rename)
 
 
 def counted(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from opsin.checkpoint.safetensors import StoredTensor
 from opsin.checkpoint.weights import Rename, target_of
 from opsin.decoder.decoder import Decoder
-from opsin.decoder.native import gate_up_layers
 from opsin.kernels.cpu.library import Library
 from opsin.kernels.cpu.matrix import PackedMatrix
 from opsin.kernels.packed import Packed, PlainMatrix
@@ -123,19 +122,29 @@ def summary(model: nn.Module, formats: Formats, dtype: torch.dtype) -> Summary:
     return Summary(int(total), dict(parameters))
 
 
-def packer_of(
-    decoder: Decoder, formats: Formats, library: Library | None, nothing: Tensor, *, native: bool
-) -> ModulePacker:
-    """What packs the matrices of `formats`: natively with a library, else in plain torch.
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a model's matrices are packed.
 
-    With `native`, gate and up rows alternate as the native stack reads them. `nothing` is an empty
-    tensor of the model's dtype on its device.
+    formats: which, and how each is kept; library: what packs them, plain torch where it is None;
+    nothing: an empty tensor of the model's dtype on its device; interleaved: the modules whose gate
+    and up rows alternate as the native stack reads them.
     """
 
-    def new(form: Format, rows: int, columns: int) -> Packed:
-        if library is None:
-            return PlainMatrix(form, rows, columns, nothing.device)
-        return PackedMatrix.empty(library, form, rows, columns)
+    formats: Formats
+    library: Library | None
+    nothing: Tensor
+    interleaved: frozenset[nn.Module] = frozenset()
 
-    interleaved = gate_up_layers(decoder) if native else frozenset()
-    return ModulePacker(formats, new, nothing, interleaved=interleaved)
+
+def packer_of(recipe: Recipe, kept: Mapping[nn.Module, Sequence[Packed]]) -> ModulePacker:
+    """What packs the matrices of a recipe, but for those `kept`, which hold their values."""
+
+    def new(form: Format, rows: int, columns: int) -> Packed:
+        if recipe.library is None:
+            return PlainMatrix(form, rows, columns, recipe.nothing.device)
+        return PackedMatrix.empty(recipe.library, form, rows, columns)
+
+    return ModulePacker(
+        recipe.formats, new, recipe.nothing, interleaved=recipe.interleaved, kept=kept
+    )

@@ -39,6 +39,7 @@ class PackedSink:
 
     shape: tuple[int, ...]
     pieces: Sequence[Piece]
+    filled: bool = False
 
     def read(self, tensor: StoredTensor) -> bool:
         """Take rows straight from the file, or codes as they are."""
@@ -84,7 +85,7 @@ class ModulePacker:
 
     `formats` says how each module's weight is kept; `interleaved` are those whose two outputs
     alternate by sixteen rows; `new` makes an empty matrix; `nothing` is an empty tensor of the
-    model's dtype, on its device.
+    model's dtype, on its device; `kept` are the modules' matrices that hold their values already.
     """
 
     def __init__(
@@ -94,8 +95,10 @@ class ModulePacker:
         nothing: Tensor,
         *,
         interleaved: frozenset[nn.Module] = frozenset(),
+        kept: Mapping[nn.Module, Sequence[Packed]] | None = None,
     ) -> None:
         self.formats = formats
+        self.kept = kept or {}
         self.interleaved = interleaved
         self.new = new
         self.nothing = nothing
@@ -110,17 +113,25 @@ class ModulePacker:
         if isinstance(module, ExpertLinear):
             return self._experts(module, form, index)
         if isinstance(module, Embedding):
-            matrix = module.packed or self.new(form, *module.weight.shape)
+            matrix = module.packed or self._matrices(module, form, 1)[0]
             module.pack(matrix, self.nothing)
             first, rows = 0, matrix.n
             if index:
                 first, rows = sum(module.splits[: index[0]]), module.splits[index[0]]
-            return PackedSink((rows, matrix.k), [Piece(matrix, first, rows)])
+            pieces = [Piece(matrix, first, rows)]
+            return PackedSink((rows, matrix.k), pieces, module in self.kept)
         assert isinstance(module, Linear)
         return self._linear(module, form, index)
 
+    def _matrices(self, module: nn.Module, form: Format, count: int) -> Sequence[Packed]:
+        """A module's matrices: those that are kept, or as many new ones."""
+        if module in self.kept:
+            return self.kept[module]
+        shape = module.get_parameter("weight").shape[-2:]
+        return [self.new(form, *shape) for _ in range(count)]
+
     def _linear(self, module: Linear, form: Format, index: tuple[int, ...]) -> Sink:
-        matrix, splits = module.packed or self.new(form, *module.weight.shape), module.splits
+        matrix, splits = module.packed or self._matrices(module, form, 1)[0], module.splits
         module.pack(matrix, self.nothing)
         rows = sum(splits)
         if module in self.interleaved:
@@ -129,18 +140,20 @@ class ModulePacker:
         else:
             start, rows = (sum(splits[: index[0]]), splits[index[0]]) if index else (0, rows)
             pieces = [Piece(matrix, start, rows)]
-        return PackedSink((sum(piece.rows for piece in pieces), matrix.k), pieces)
+        rows = sum(piece.rows for piece in pieces)
+        return PackedSink((rows, matrix.k), pieces, module in self.kept)
 
     def _experts(self, module: ExpertLinear, form: Format, index: tuple[int, ...]) -> Sink:
         if not module.packed:
-            experts, rows, columns = module.weight.shape
-            module.pack([self.new(form, rows, columns) for _ in range(experts)], self.nothing)
+            module.pack(self._matrices(module, form, len(module.weight)), self.nothing)
         splits, columns = module.splits, module.packed[0].k
         start, rows = (sum(splits[: index[0]]), splits[index[0]]) if index else (0, sum(splits))
+        filled = module in self.kept
         if len(index) > 1:
-            return PackedSink((rows, columns), [Piece(module.packed[index[1]], start, rows)])
+            pieces = [Piece(module.packed[index[1]], start, rows)]
+            return PackedSink((rows, columns), pieces, filled)
         pieces = [Piece(matrix, start, rows) for matrix in module.packed]
-        return PackedSink((len(pieces), rows, columns), pieces)
+        return PackedSink((len(pieces), rows, columns), pieces, filled)
 
     def finish(self) -> None:
         """Hand the biases over too, when every tensor is in place."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,10 +26,21 @@ _MEANING = {
 }
 
 
+def _path() -> Path | None:
+    return next((_FOLDER / name for name in _NAMES if (_FOLDER / name).exists()), None)
+
+
+@functools.cache
+def build_id() -> str:
+    """A digest of the library's code: two builds of one digest pack matrices in one way."""
+    path = _path()
+    return "" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 @functools.cache
 def _open() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and why."""
-    path = next((_FOLDER / name for name in _NAMES if (_FOLDER / name).exists()), None)
+    path = _path()
     if path is None:
         return None, "it was not built: installing found no C++ compiler that could"
     try:

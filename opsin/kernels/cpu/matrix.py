@@ -103,6 +103,11 @@ class PackedMatrix:
         return int(self.library.handle.opsin_matrix_bytes(self.handle))
 
     @property
+    def is_view(self) -> bool:
+        """Whether its memory is another's."""
+        return self._kept is not None
+
+    @property
     def region_bytes(self) -> int:
         """Bytes of the region that a view of the same matrix needs: products read past the end."""
         return self.nbytes + SLACK

@@ -1,0 +1,190 @@
+"""Packed weights kept in a cache folder, and mapped when the same checkpoint is loaded again."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from torch import nn
+
+from opsin.checkpoint import repacked
+from opsin.checkpoint.repacked import KeptFile, kept_files
+from opsin.checkpoint.safetensors import StoredTensor
+from opsin.checkpoint.weights import Rename, target_of
+from opsin.config import settings
+from opsin.engine.packing import Formats, Recipe
+from opsin.errors import CheckpointError, EngineError
+from opsin.kernels import cpu
+from opsin.kernels.cpu.library import Library
+from opsin.kernels.cpu.matrix import SLACK, PackedMatrix, Region
+from opsin.nn.experts import ExpertLinear
+from opsin.nn.linear import Embedding, Linear
+from opsin.quant.formats import Format
+
+LOG = logging.getLogger("opsin")
+LAYOUT = 1  # to be raised when the same build packs the same checkpoint in another way
+Kept = dict[nn.Module, list[PackedMatrix]]
+
+
+def cache_folder(named: str | Path | None) -> Path | None:
+    """Where packed weights are kept; None: nowhere.
+
+    `named` is "on", for a folder within Opsin's cache, "off", or a folder; None is what
+    `OPSIN_REPACKED_CACHE` says, which is "off" unless it is set.
+    """
+    named = settings().repacked_cache if named is None else named
+    if str(named) == "off":
+        return None
+    return settings().cache / "repacked" if str(named) == "on" else Path(named).expanduser()
+
+
+def files_kept() -> list[KeptFile]:
+    """The files in the folder that the settings name, or in the usual one where that is off."""
+    return kept_files(cache_folder(None) or settings().cache / "repacked")
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """One matrix of a file: the module it belongs to, and its shape."""
+
+    name: str
+    module: nn.Module
+    form: Format
+    rows: int
+    columns: int
+
+
+class RepackedCache:
+    """The file of one checkpoint, packed in one way on one instruction set.
+
+    Its name says which checkpoint and which way; its header says which state of it, by the files'
+    sizes, times and headers, so that a checkpoint that has changed is packed again in its place.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        library: Library,
+        source: Path,
+        slots: Sequence[_Slot],
+        way: str,
+        key: str,
+    ) -> None:
+        self.folder = folder
+        self.library = library
+        self.source = source
+        self.slots = slots
+        self.way = way
+        self.key = key
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        source: Path,
+        model: nn.Module,
+        recipe: Recipe,
+        tensors: Sequence[StoredTensor],
+        rules: Sequence[Rename],
+    ) -> RepackedCache:
+        """The file for a model whose parameters have no memory yet, read from `source`."""
+        assert recipe.library is not None, "only what is packed natively is kept"
+        slots = list(_slots(model, recipe.formats))
+        ways = [(s.name, s.form, s.rows, s.columns, s.module in recipe.interleaved) for s in slots]
+        way = _digest(str(source.resolve()), recipe.library.isa, recipe.nothing.dtype, ways)
+        files = sorted({tensor.path for tensor in tensors} | set(source.glob("*.safetensors")))
+        stats = [(path.relative_to(source), path.stat()) for path in files]
+        key = _digest(
+            way,
+            LAYOUT,
+            _version(),
+            cpu.build_id(),
+            [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats],
+            [repr(tensor).replace(str(source), "") for tensor in tensors],
+            [target_of(tensor.name, rules).name for tensor in tensors],
+        )
+        return cls(folder, recipe.library, source, slots, way, key)
+
+    @property
+    def recipe(self) -> str:
+        """How most of it is kept, in a word."""
+        kinds = [slot.form.kind for slot in self.slots]
+        return min(set(kinds), key=lambda kind: ("q4", "q8", "bf16").index(kind))
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        hub = self.source.parent.name == "snapshots"
+        named = self.source.parent.parent if hub else self.source.resolve()
+        name = named.name.removeprefix("models--")
+        return self.folder / f"{name}.{self.recipe}.{self.way[:12]}{repacked.SUFFIX}"
+
+    def read(self) -> Kept:
+        """The matrices that the file holds, empty if there is none that is of use."""
+        try:
+            found = repacked.read(self.path, self.key)
+            return {} if found is None else self._views(found)
+        except (CheckpointError, EngineError, OSError) as error:
+            why = error.why if isinstance(error, CheckpointError | EngineError) else error
+            LOG.warning("%s cannot be used (%s): packing the weights again", self.path.name, why)
+            return {}
+
+    def _views(self, found: repacked.Mapping) -> Kept:
+        kept: Kept = {}
+        if set(found.places) != {slot.name for slot in self.slots}:
+            raise CheckpointError(f"{self.path.name} is damaged", why="it holds other matrices")
+        for slot in self.slots:
+            address, num_bytes = found.places[slot.name]
+            region = Region(found.memory, address, num_bytes + SLACK)
+            matrix = PackedMatrix.view(self.library, slot.form, slot.rows, slot.columns, region)
+            kept.setdefault(slot.module, []).append(matrix)
+        return kept
+
+    def write(self) -> None:
+        """Keep the matrices that the model was given, or say in a line why that cannot be."""
+        parts = [(slot.name, _matrix(slot).memory()) for slot in self.slots]
+        try:
+            size = repacked.write(self.path, self.key, str(self.source), self.recipe, parts)
+        except OSError as error:
+            why = error.strerror or error
+            LOG.warning("cannot keep the packed weights in %s (%s)", self.folder, why)
+        else:
+            LOG.info("kept the packed weights in %s (%.2f GB)", self.path, size / 1e9)
+
+
+def _slots(model: nn.Module, formats: Formats) -> Iterator[_Slot]:
+    """Every matrix that a model's formats ask for, in the order of its modules."""
+    for name, module in model.named_modules():
+        if module not in formats:
+            continue
+        *count, rows, columns = module.get_parameter("weight").shape
+        names = [f"{name}.{i}" for i in range(count[0])] if count else [name]
+        for each in names:
+            yield _Slot(each, module, formats[module], rows, columns)
+
+
+def _matrix(slot: _Slot) -> PackedMatrix:
+    """The matrix that a slot's module was given."""
+    module = slot.module
+    if isinstance(module, ExpertLinear):
+        found = module.packed[int(slot.name.rpartition(".")[2])]
+        assert isinstance(found, PackedMatrix), "only native matrices are kept"
+        return found
+    assert isinstance(module, Linear | Embedding), "nothing else is packed"
+    assert isinstance(module.packed, PackedMatrix), "only native matrices are kept"
+    return module.packed
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _version() -> str:
+    try:
+        return metadata.version("opsin")
+    except metadata.PackageNotFoundError:  # run from its source
+        return ""
