@@ -88,6 +88,9 @@ class Processor:
                 families.bundled_template(chat_template) or chat_template,
                 template.variables if template is not None else None,
             )
+        if template is not None and family.template_variables:
+            known = {**template.variables, **family.template_variables}
+            template = replace(template, variables=known)
         return cls(family, config, tokenizer, template, limits)
 
     def _token_id(self, kind: str) -> int:

@@ -150,6 +150,7 @@ class Family:
     sampling_rate    samples a second of the sounds that `prepare_audio` takes
     default_template the chat template of checkpoints that are published without one, or with one
                      that `template_serves` rejects
+    template_variables  what the chat template is given beside the conversation
     adapter_folders  folders beside the weights that may hold the family's adapters once more, and
                      what each is called within the weights; `adapters_beside` says that the
                      checkpoint has them there alone
@@ -175,6 +176,7 @@ class Family:
     processor_options: ClassVar[tuple[str, ...]] = ()
     sampling_rate: ClassVar[int] = 16000
     default_template: str | None = None
+    template_variables: Mapping[str, Any] = MappingProxyType({})
     grounding: tuple[Grounding, ...] = ()
     tasks: Mapping[str, Task] = MappingProxyType({})
     adapter_folders: Mapping[str, str] = MappingProxyType({})

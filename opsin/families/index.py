@@ -16,6 +16,7 @@ MODULES = {
     "idefics2": "idefics2",
     "idefics3": "idefics3",
     "janus": "janus",
+    "jina_vlm": "jina_vlm",
     "llama4": "llama4",
     "internvl": "internvl",
     "internvl_chat": "internvl_chat",
@@ -46,6 +47,7 @@ MODULES = {
 
 # other spellings that published configs carry -> the name above
 ALIASES: dict[str, str] = {
+    "jvlm": "jina_vlm",
     "phi4_multimodal": "phi4mm",
     "phi4_siglip": "phi4-siglip",
     "ernie4_5_vl_moe": "ernie4_5_moe_vl",

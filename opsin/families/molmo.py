@@ -21,6 +21,7 @@ from opsin.families.molmo_shape import (
     halves,
     layers_named,
     left_out,
+    picture_features,
     rows_of,
     tensor_of,
 )
@@ -28,7 +29,7 @@ from opsin.families.options import MAX_TILES, whole_option
 from opsin.kernels import Kernels
 from opsin.nn.linear import Embedding
 from opsin.nn.rope import RopeConfig
-from opsin.towers import overlapping, pixels
+from opsin.towers import pixels
 from opsin.towers.projectors import GatedProjector
 from opsin.towers.vit import VisionLayout, VisionTransformer, ViTConfig, vision_of
 from opsin.towers.window_pooling import WindowPooling
@@ -213,13 +214,8 @@ class Molmo(Family):
         cover = item.features["cover"].to(padding.device)[..., None]
         partly = (cover < 1) & (cover != 0)
         x = x + padding[0] * (cover == 0).to(x) + padding[1] * partly.to(x)
-        side = int(length**0.5)
-        half = side // 2
-        windows = x.unflatten(1, (half, 2, half, 2)).transpose(2, 3).flatten(3, 4).flatten(0, 2)
-        pooled = towers["projector"](towers["pooling"](windows)).unflatten(0, (count, half, half))
-        left, right = (margin // 2 for margin in self.settings["overlap_margins"])
-        large = overlapping.stitched(pooled[1:], item.details["grid"], (left, right))
-        return Encoded(torch.cat((pooled[0].flatten(0, 1), large.flatten(0, 1))), adds=True)
+        margins = tuple(self.settings["overlap_margins"])
+        return Encoded(picture_features(towers, x, item.details["grid"], margins), adds=True)
 
 
 FAMILY = Molmo

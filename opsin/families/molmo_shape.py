@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opsin.checkpoint.cut import cut
 from opsin.checkpoint.safetensors import StoredTensor
 from opsin.checkpoint.weights import Rename
 from opsin.errors import InputError
-from opsin.towers import pixels
-from opsin.towers.overlapping import cut as cut_crops
+from opsin.quant.mlx import band
+from opsin.towers import overlapping, pixels
 
 # The decoder behind its prefix, and the tower behind "towers.vision.".
 BLOCK_RENAME: tuple[Rename, ...] = (
@@ -53,15 +54,18 @@ TOWER_RENAME: tuple[Rename, ...] = (
 )
 
 
-def halves(tensor: StoredTensor) -> Sequence[StoredTensor]:
-    """A feed-forward block's first product, in which the gate comes last, as its two halves."""
-    if not tensor.name.endswith(".ff_proj.weight"):
+def halves(tensor: StoredTensor, fused: str = r"\.ff_proj\.weight$") -> Sequence[StoredTensor]:
+    """A feed-forward block's first product, in which the gate comes last, as its two halves.
+
+    `fused` is a pattern of the names of such products; theirs get "_up" and "_gate".
+    """
+    if not re.search(fused, tensor.name):
         return (tensor,)
     middle, end = tensor.shape[0] // 2, tensor.shape[0]
-    parts = {"ff_proj_up": (0, middle), "ff_proj_gate": (middle, end)}
+    layer = tensor.name.removesuffix(".weight")
     return [
-        replace(cut(tensor, rows=(rows,)), name=tensor.name.replace("ff_proj", name))
-        for name, rows in parts.items()
+        replace(part, name=f"{layer}_{name}.weight")
+        for name, part in (("up", band(tensor, 0, middle)), ("gate", band(tensor, middle, end)))
     ]
 
 
@@ -117,9 +121,28 @@ def crop_patches(
     """picture (channels, height, width) to patches of its crops, channels last as the weights are:
     (crops, patches, patch * patch * channels).
     """
-    crops = cut_crops(picture, grid, side, step)
+    crops = overlapping.cut(picture, grid, side, step)
     patches = pixels.patchify(crops, patch).unflatten(1, (-1, patch * patch))
     return patches.transpose(1, 2).flatten(1).unflatten(0, (len(crops), -1))
+
+
+def picture_features(
+    towers: nn.ModuleDict, features: Tensor, grid: tuple[int, int], margins: tuple[int, ...]
+) -> Tensor:
+    """What stands for a picture: features of the whole and of its crops (crops, patches, dim),
+    pooled two by two and projected, row by row, the crops' as one picture's: (tokens, hidden).
+
+    A window at the end of an odd row or column has zeros for the patches that it lacks.
+    """
+    count, side = len(features), math.isqrt(features.shape[1])
+    odd, half = side % 2, (side + 1) // 2
+    squares = F.pad(features.unflatten(1, (side, side)), (0, 0, 0, odd, 0, odd))
+    windows = squares.unflatten(1, (half, 2)).unflatten(3, (half, 2)).transpose(2, 3)
+    pooled = towers["projector"](towers["pooling"](windows.flatten(3, 4).flatten(0, 2)))
+    pooled = pooled.unflatten(0, (count, half, half))
+    left, right = (margin // 2 for margin in margins)
+    large = overlapping.stitched(pooled[1:], grid, (left, right))
+    return torch.cat((pooled[0].flatten(0, 1), large.flatten(0, 1)))
 
 
 def rows_of(text: str, columns: int, rows: int, end: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,6 +58,21 @@ class AffineTensor(StoredTensor):
         out = torch.empty(self.shape, dtype=self.dtype)
         self.read_into(out)
         return out
+
+
+def band(tensor: StoredTensor, first: int, end: int) -> StoredTensor:
+    """Whole rows of a stored matrix; where it is stored in groups, as its codes."""
+    shape = (end - first, *tensor.shape[1:])
+    if not isinstance(tensor, AffineTensor):
+        assert type(tensor) is StoredTensor, "its rows do not lie one after another"
+        row = math.prod(shape[1:]) * tensor.dtype.itemsize
+        return StoredTensor(
+            tensor.name, tensor.dtype, shape, tensor.path, tensor.start + first * row
+        )
+    codes, scales, biases = (
+        band(part, first, end) for part in (tensor.codes, tensor.scales, tensor.biases)
+    )
+    return replace(tensor, shape=shape, codes=codes, scales=scales, biases=biases)
 
 
 def grouped(

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from opsin import families
 from opsin.decoder.native import why_not
+from opsin.engine import model as loading
 from opsin.errors import InputError
 from opsin.grounding import Point, parse
 
+from ..quant.test_mlx import write_both
 from .conftest import Lab
 from .ours import Ours, relative_error
 from .pictures import picture
@@ -62,6 +64,19 @@ def test_the_names_of_mlx_are_read(base: Lab, tmp_path: Path) -> None:
     prompt = base.ours.prompt(base.scenes["one"])
     again = Ours(base.case, tmp_path).logits(prompt)
     assert relative_error(again, base.ours.logits(prompt)) < 1e-6
+
+
+def test_the_codes_of_mlx_are_read(
+    base: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gates that come last are cut out of codes too."""
+    coded, whole = write_both(base.folder, tmp_path, 4)
+    monkeypatch.setattr(loading, "native_library", lambda: None)
+    prompt = base.ours.prompt(base.scenes["one"])
+    got, wanted = (
+        Ours(base.case, folder, dtype="float32").logits(prompt) for folder in (coded, whole)
+    )
+    assert relative_error(got, wanted) < 1e-4
 
 
 def test_points_are_shares_of_the_picture(base: Lab) -> None:
