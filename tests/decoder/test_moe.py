@@ -33,7 +33,11 @@ def one_by_one(block: MixtureOfExperts, x: torch.Tensor) -> torch.Tensor:
         if config.limits is not None:
             groups, kept = config.limits
             size = config.experts // groups
-            best = sorted(range(groups), key=lambda g: -max(ranked[g * size : (g + 1) * size]))
+            tops = [
+                sorted(ranked[g * size : (g + 1) * size])[-config.limits_by :]
+                for g in range(groups)
+            ]
+            best = sorted(range(groups), key=lambda g: -sum(tops[g]))
             ranked = [v if e // size in best[:kept] else -1.0 for e, v in enumerate(ranked)]
         chosen = sorted(range(config.experts), key=lambda e: -ranked[e])[: config.top_k]
         total = sum(float(scores[e]) for e in chosen) if config.normalise else 1.0
@@ -57,6 +61,7 @@ def one_by_one(block: MixtureOfExperts, x: torch.Tensor) -> torch.Tensor:
         {},
         {"router": "sigmoid", "normalise": False, "weigh_input": True},
         {"normalise": False, "scale": 2.5, "limits": (3, 1)},
+        {"router": "sigmoid", "selection_bias": True, "limits": (2, 1), "limits_by": 2},
         {"selection_bias": True, "precise_router": True, "top_k": 3},
         {"shared": MLPConfig(5), "shared_gate": True},
         {"shared": MLPConfig(5), "top_k": 1},
