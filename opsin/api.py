@@ -135,6 +135,7 @@ def load(
     media_limits: MediaLimits = DEFAULT_LIMITS,
     matformer_config: str | None = None,
     matformer_slice: str | None = None,
+    repacked_cache: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Model, Processor]:
     """Load a checkpoint: a folder, a hub name, or "bundled", the small model in the package.
@@ -145,7 +146,9 @@ def load(
     checkpoint's. revision: a branch, tag or commit of a hub name. chat_template: jinja text, a
     file, or the name of a bundled one, in place of the checkpoint's. matformer_slice: the name of a
     smaller model within a nested one, as in the table that comes with its family, or in the CSV
-    file matformer_config. on_progress is called with the bytes read so far and all. A model that
+    file matformer_config. repacked_cache: "on", "off" or a folder in which the weights are kept as
+    the CPU's kernels read them, to be mapped the next time; None is what OPSIN_REPACKED_CACHE says,
+    or else off. on_progress is called with the bytes read so far and all. A model that
     has no family here runs through Transformers, where that is installed, and says so on stderr.
     Raises NotFoundError, CheckpointError, InputError, UnknownFamily or MissingDependency.
     """
@@ -170,6 +173,7 @@ def load(
         dtype=dtype,
         matformer_config=matformer_config,
         matformer_slice=matformer_slice,
+        repacked_cache=repacked_cache,
         on_progress=on_progress,
     )
     model.processor = processor

@@ -52,6 +52,18 @@ def settings() -> Settings:
     return Settings.read(os.environ)
 
 
+def repacked_folder(named: str | Path | None = None) -> Path | None:
+    """The folder in which packed weights are kept; None: they are not.
+
+    `named` is "on", for a folder within the cache, "off", or a folder; None is what the settings
+    say.
+    """
+    named = settings().repacked_cache if named is None else named
+    if str(named) == "off":
+        return None
+    return settings().cache / "repacked" if str(named) == "on" else Path(named).expanduser()
+
+
 def variables(names: Iterable[str]) -> dict[str, str]:
     """Those of the named variables that are set, as they stand."""
     return {name: os.environ[name] for name in names if name in os.environ}

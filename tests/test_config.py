@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from opsin.config import Settings, settings
+from opsin.config import Settings, repacked_folder, settings
 from opsin.errors import InputError
 
 
@@ -40,4 +40,17 @@ def test_the_environment_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPSIN_NUM_THREADS", "4")
     assert settings() is first
     assert first.num_threads == 2
+    settings.cache_clear()
+
+
+def test_where_packed_weights_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OPSIN_CACHE", str(tmp_path))
+    monkeypatch.setenv("OPSIN_REPACKED_CACHE", "on")
+    settings.cache_clear()
+    assert repacked_folder() == repacked_folder("on") == tmp_path / "repacked"
+    assert repacked_folder("off") is None
+    assert repacked_folder("elsewhere") == Path("elsewhere")
+    monkeypatch.delenv("OPSIN_REPACKED_CACHE")
+    settings.cache_clear()
+    assert repacked_folder() is None
     settings.cache_clear()

@@ -112,6 +112,15 @@ MaxKVSize: TypeAlias = Annotated[
         rich_help_panel=ENGINE,
     ),
 ]
+RepackedCache: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--repacked-cache",
+        help="Keep the weights as the CPU reads them, to load sooner: on, off or a folder; off.",
+        metavar="WHERE",
+        rich_help_panel=ENGINE,
+    ),
+]
 
 BUNDLED_NOTE = "opsin: using the small bundled model; for real work name one: --model {suggestion}"
 

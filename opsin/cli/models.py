@@ -30,6 +30,8 @@ def models(
     if context.invoked_subcommand is not None:
         return
     from opsin.checkpoint.hub import cached_models
+    from opsin.checkpoint.repacked import kept_files
+    from opsin.config import repacked_folder
 
     table = family_table()
     if markdown:
@@ -38,8 +40,12 @@ def models(
     cached: list[dict[str, Any]] = [
         {"name": m.name, "model_type": m.model_type, "bytes": m.size} for m in cached_models()
     ]
+    repacked: list[dict[str, Any]] = [
+        {"made_from": file.source, "as": file.recipe, "bytes": file.num_bytes, "path": str(file.path)}
+        for file in kept_files(repacked_folder() or repacked_folder("on"))
+    ]
     if as_json:
-        typer.echo(json.dumps({"families": table, "cached": cached}))
+        typer.echo(json.dumps({"families": table, "cached": cached, "repacked": repacked}))
         return
     typer.echo("Families (model_type: what they take)")
     for row in table:
@@ -49,6 +55,11 @@ def models(
         typer.echo(f"  {entry['name']:<48}{entry['model_type']:<20}{entry['bytes'] / 1e9:.2f} GB")
     if not cached:
         typer.echo("  nothing yet; `opsin generate --model NAME` downloads what it needs")
+    if repacked:
+        total = sum(entry["bytes"] for entry in repacked) / 1e9
+        typer.echo(f"\nKept by --repacked-cache ({total:.2f} GB; delete a file to free its space)")
+    for entry in repacked:
+        typer.echo(f"  {entry['path']}  {entry['bytes'] / 1e9:.2f} GB")
 
 
 def family_table() -> list[dict[str, Any]]:

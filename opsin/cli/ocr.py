@@ -17,6 +17,7 @@ from opsin.cli.flags import (
     Device,
     Model,
     Quant,
+    RepackedCache,
     Revision,
     json_option,
     load_with_progress,
@@ -101,6 +102,7 @@ def command(
         typer.Option(help="float32, bfloat16 or float16.", rich_help_panel="Engine"),
     ] = None,
     quant: Quant = None,
+    repacked_cache: RepackedCache = None,
     revision: Revision = None,
 ) -> None:
     """Read pictures and PDF files."""
@@ -112,7 +114,12 @@ def command(
         "processor_kwargs": json_option("--processor-kwargs", processor_kwargs),
     }
     loaded, processor = load_with_progress(
-        model, device=device, dtype=dtype, quantize=quant, revision=revision
+        model,
+        device=device,
+        dtype=dtype,
+        quantize=quant,
+        repacked_cache=repacked_cache,
+        revision=revision,
     )
     from opsin.cli.ocr_reading import Asking, Reader
 

@@ -15,9 +15,10 @@ from opsin.checkpoint import weights
 from opsin.checkpoint.adapters import adapter_tensors
 from opsin.checkpoint.config import Config, read_config, read_json, read_processor_config
 from opsin.checkpoint.safetensors import StoredTensor
-from opsin.config import settings
+from opsin.config import repacked_folder, settings
 from opsin.decoder.decoder import Decoder
 from opsin.decoder.native import NativeStack, gate_up_layers, why_not
+from opsin.engine.limits import EngineLimits
 from opsin.engine.packing import (
     Formats,
     Recipe,
@@ -26,7 +27,7 @@ from opsin.engine.packing import (
     quantised_formats,
     stored_formats,
 )
-from opsin.engine.repacking import RepackedCache, cache_folder
+from opsin.engine.repacking import RepackedCache
 from opsin.errors import CheckpointError, InputError, MissingDependency
 from opsin.families.base import Family
 from opsin.kernels import cpu
@@ -65,6 +66,7 @@ class Model(nn.Module):
         self.towers = family.towers(arithmetic)
         self.num_parameters = sum(parameter.numel() for parameter in self.parameters())
         self.engine: Any = None  # the one that serves `opsin.generate`, made on first use
+        self.limits = EngineLimits()  # that engine's, where a call does not say otherwise
         self.processor: Any = None  # the one that was loaded with it
 
     @property
@@ -148,7 +150,7 @@ def load_model(
     `quantize`, 8 or 4, is the bits that matrices are quantised to as they are read.
     `matformer_slice` names one of the smaller models within a nested one, `matformer_config` a CSV
     file of them in place of the family's own. `repacked_cache` is where the packed weights are kept
-    to be mapped next time: "on", "off" or a folder (`opsin.engine.repacking.cache_folder`).
+    to be mapped next time: "on", "off" or a folder (`opsin.config.repacked_folder`).
     `on_progress` is called with the bytes read so far and the bytes there are. Peak memory is the
     model's own and one tensor. Raises CheckpointError for a folder that does not hold what its
     config.json says, InputError for what cannot be meant.
@@ -290,7 +292,7 @@ def cache_of(
     tensors: list[StoredTensor],
 ) -> RepackedCache | None:
     """Where the packed weights of a checkpoint folder are kept; None where they are not."""
-    where = cache_folder(named)
+    where = repacked_folder(named)
     if where is None:
         return None
     if recipe.library is None or not recipe.formats:

@@ -12,10 +12,8 @@ from pathlib import Path
 from torch import nn
 
 from opsin.checkpoint import repacked
-from opsin.checkpoint.repacked import KeptFile, kept_files
 from opsin.checkpoint.safetensors import StoredTensor
 from opsin.checkpoint.weights import Rename, target_of
-from opsin.config import settings
 from opsin.engine.packing import Formats, Recipe
 from opsin.errors import CheckpointError, EngineError
 from opsin.kernels import cpu
@@ -28,23 +26,6 @@ from opsin.quant.formats import Format
 LOG = logging.getLogger("opsin")
 LAYOUT = 1  # to be raised when the same build packs the same checkpoint in another way
 Kept = dict[nn.Module, list[PackedMatrix]]
-
-
-def cache_folder(named: str | Path | None) -> Path | None:
-    """Where packed weights are kept; None: nowhere.
-
-    `named` is "on", for a folder within Opsin's cache, "off", or a folder; None is what
-    `OPSIN_REPACKED_CACHE` says, which is "off" unless it is set.
-    """
-    named = settings().repacked_cache if named is None else named
-    if str(named) == "off":
-        return None
-    return settings().cache / "repacked" if str(named) == "on" else Path(named).expanduser()
-
-
-def files_kept() -> list[KeptFile]:
-    """The files in the folder that the settings name, or in the usual one where that is off."""
-    return kept_files(cache_folder(None) or settings().cache / "repacked")
 
 
 @dataclass(frozen=True, slots=True)

@@ -237,6 +237,7 @@ class Manager:
                 device=settings.device,
                 dtype=settings.dtype,
                 quantize=settings.quant,
+                repacked_cache=settings.repacked_cache,
                 chat_template=settings.chat_template if source.own else None,
                 media_limits=settings.media_limits(),
                 matformer_config=settings.matformer_config if source.own else None,

@@ -69,6 +69,12 @@ class ServeSettings:
     quant: int | None = _flag(
         None, "count", MODEL, "Quantise to 8 or 4 bits while loading.", "--isq", low=4
     )
+    repacked_cache: str | None = _flag(
+        None,
+        "text",
+        MODEL,
+        "Keep the weights as the CPU reads them, to load sooner: on, off or a folder; off.",
+    )
     revision: str | None = _flag(None, "text", MODEL, "Branch, tag or commit of --model.")
     chat_template: str | None = _flag(
         None, "text", MODEL, "A jinja file, JSON holding one, or a template's name.", "-c"
