@@ -135,6 +135,10 @@ def load(
     media_limits: MediaLimits = DEFAULT_LIMITS,
     matformer_config: str | None = None,
     matformer_slice: str | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+    quantized_kv_start: int = 5000,
+    max_kv_size: int | None = None,
     repacked_cache: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Model, Processor]:
@@ -150,13 +154,16 @@ def load(
     the CPU's kernels read them, to be mapped the next time; None is what OPSIN_REPACKED_CACHE says,
     or else off. on_progress is called with the bytes read so far and all. A model that
     has no family here runs through Transformers, where that is installed, and says so on stderr.
+    kv_bits, kv_group_size, quantized_kv_start and max_kv_size are how keys and values are kept, as
+    in EngineLimits, where a call does not say otherwise.
     Raises NotFoundError, CheckpointError, InputError, UnknownFamily or MissingDependency.
     """
     folder = resolve(path_or_hf_repo, revision=revision)
     try:
         processor = Processor.from_folder(folder, chat_template=chat_template, limits=media_limits)
     except UnknownFamily as unknown:
-        if any(given is not None for given in (quantize, matformer_slice, matformer_config)):
+        ours_alone = (quantize, matformer_slice, matformer_config, kv_bits, max_kv_size)
+        if any(given is not None for given in ours_alone):
             raise
         return load_fallback(
             folder,
@@ -177,12 +184,22 @@ def load(
         on_progress=on_progress,
     )
     model.processor = processor
+    model.limits = EngineLimits(
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
+        quantized_kv_start=quantized_kv_start,
+        max_kv_size=max_kv_size,
+    )
+    model.limits.cache_format(model.decoder.config)
+    model.limits.kept_tokens(model.decoder.config)
     return model, processor
 
 
-def engine_for(model: Model, processor: Processor, limits: EngineLimits | None = None) -> Engine:
-    """The model's engine, made when first asked for and again when other limits are asked."""
-    limits = limits or EngineLimits()
+def engine_for(
+    model: Model, processor: Processor, given: Mapping[str, Any] | None = None
+) -> Engine:
+    """The model's engine, made when first asked for and again when other limits are given."""
+    limits = dataclasses.replace(model.limits, **(given or {}))
     engine = model.engine
     if isinstance(engine, Engine) and (engine.limits, engine.processor) == (limits, processor):
         return engine
@@ -198,7 +215,7 @@ class _Options:
     """The keyword arguments of a generate call, by who they are for."""
 
     sampling: SamplingParams
-    limits: EngineLimits
+    limits: dict[str, Any]
     template: dict[str, Any]
     processor: dict[str, Any]
     task: str | None
@@ -239,7 +256,8 @@ class _Asked:
     def start(self, engine: Engine, sampling: SamplingParams) -> Stream:
         """Queue the prompt with an engine."""
         guide = self.form.guide(self.prompt)
-        return engine.stream(self.prompt, sampling, guide=guide, keep=self.form.keep)
+        ending = self.form.ending(sampling)
+        return engine.stream(self.prompt, ending, guide=guide, keep=self.form.keep)
 
     def read(self, result: GenerationResult, tokens: Sequence[int]) -> GenerationResult:
         """The last result with what all the answer's tokens say of places in the pictures."""
@@ -278,7 +296,7 @@ def _options(arguments: Mapping[str, Any]) -> _Options:
     given = {name: value for name, value in given.items() if value is not None}
     return _Options(
         checked_sampling({k: v for k, v in given.items() if k in SAMPLING_FIELDS}),
-        EngineLimits(**{k: v for k, v in given.items() if k in LIMIT_FIELDS}),
+        {k: v for k, v in given.items() if k in LIMIT_FIELDS},
         {k: v for k, v in given.items() if k in TEMPLATE_FIELDS},
         processor,
         task,

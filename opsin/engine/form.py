@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from opsin.engine.gate import Gate
@@ -15,7 +15,7 @@ from opsin.prompt.answer import AnswerReader
 from opsin.prompt.api import tool_dialect
 from opsin.prompt.stream import THINK, Tag, open_tag
 from opsin.prompt.tools.dialect import Dialect, Tool
-from opsin.types import Constraint
+from opsin.types import Constraint, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,12 @@ class AnswerForm:
         marks += dialect.markers if dialect is not None else ()
         keep = frozenset(special_marks(processor, marks).values())
         return cls(processor, wanted, dialect, grammar, tags, keep)
+
+    def ending(self, sampling: SamplingParams) -> SamplingParams:
+        """The parameters, with the tokens that ask for the results of calls as ends."""
+        marks = self.dialect.stops if self.dialect is not None else ()
+        ends = special_marks(self.processor, marks).values()
+        return replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *ends))
 
     def guide(self, prompt: Prompt) -> Guide | None:
         """What holds one answer to the grammar, if there is one."""

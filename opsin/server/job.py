@@ -114,7 +114,7 @@ class Job:
                 self._latest.append(0.0)
                 self._open[answer] = self.loaded.engine.submit(
                     prompt,
-                    nth_sampling(request.sampling, i),
+                    nth_sampling(form.ending(request.sampling), i),
                     self._receiver(answer),
                     self._processors(request, prompt),
                     form.guide(prompt),

@@ -201,6 +201,21 @@ def test_an_unknown_model_says_so() -> None:
         opsin.load("/no/such/folder")
 
 
+def test_how_keys_are_kept_is_said_when_loading_and_may_be_said_again(folder: Path) -> None:
+    kept = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0, "max_kv_size": 64}
+    model, processor = opsin.load(str(folder), device="cpu", **kept)
+    opsin.generate(model, processor, "Say something", max_tokens=2)
+    limits = model.engine.limits
+    assert {name: getattr(limits, name) for name in kept} == kept
+    opsin.generate(model, processor, "Say something", max_tokens=2, max_kv_size=32)
+    assert (model.engine.limits.kv_bits, model.engine.limits.max_kv_size) == (8, 32)
+    model.engine.close()
+    for wrong, named in (({"kv_bits": 5}, "kv_bits"), ({"max_kv_size": 3}, "max_kv_size")):
+        with pytest.raises(InputError) as caught:
+            opsin.load(str(folder), device="cpu", **wrong)
+        assert caught.value.param == named
+
+
 def test_device_and_dtype_are_checked(folder: Path) -> None:
     model, _ = opsin.load(str(folder), device="cpu", dtype="bfloat16")
     assert model.dtype == torch.bfloat16

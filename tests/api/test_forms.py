@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import opsin
 from opsin.cli import app
 from opsin.errors import InputError
+from opsin.prompt.tools.index import DIALECTS
 
 from ..families.checkpoints import write_checkpoint
 from ..families.zoo import qwen
@@ -47,6 +48,23 @@ def caller(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     folder = tmp_path_factory.mktemp("caller")
     write_checkpoint(dataclasses.replace(case, chat_template=TOOL_TEMPLATE), folder)
     return opsin.load(str(folder), device="cpu")
+
+
+def test_an_answer_ends_where_the_model_asks_for_the_results_of_its_calls(
+    caller: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    special = caller[1].tokenizer.special_tokens
+    mark = next(m for m in special if m not in ("<tool_call>", "</tool_call>") and "pad" in m)
+    token = caller[1].tokenizer.token_to_id(mark)
+    forced = {"logit_bias": {token: 100.0}, "max_tokens": 3, "ignore_eos": True, "tools": TOOLS}
+
+    def ask() -> tuple[int, str | None]:
+        result = opsin.generate(*caller, "Paint it", **forced)
+        return result.generation_tokens, result.finish_reason
+
+    assert ask() == (3, "length")
+    monkeypatch.setattr(DIALECTS["hermes"], "stops", (mark, "<not a token>"))
+    assert ask() == (1, "stop")
 
 
 @pytest.mark.parametrize(
