@@ -72,7 +72,8 @@ class GenerationResult:
     timings: seconds by stage. image_sizes: (width, height) that each picture was processed at.
     regions: boxes, points and polygons of the whole answer, in pixels of the original pictures;
     layout: the page, where the task reads one. pictures: the originals, kept where there are
-    regions (not by batch_generate).
+    regions (not by batch_generate). drafted_tokens, accepted_tokens: guesses that were computed
+    (`speculative`), and those of them that were right.
     """
 
     text: str = ""
@@ -91,6 +92,8 @@ class GenerationResult:
     regions: tuple[Region, ...] = ()
     layout: Layout | None = None
     pictures: tuple[Image.Image, ...] = field(default=(), repr=False, compare=False)
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def token(self) -> int | None:
@@ -401,6 +404,8 @@ def _finished(result: GenerationResult, event: Event) -> GenerationResult:
         peak_memory=peak_memory() / 1e9,
         finish_reason=event.finish_reason,
         timings=timings,
+        drafted_tokens=usage.drafted_tokens,
+        accepted_tokens=usage.accepted_tokens,
     )
 
 
@@ -466,14 +471,15 @@ def figures(result: GenerationResult) -> str:
     """Token counts, rates, times and memory of a result, in lines to print."""
     times = dataclasses.asdict(result.timings)
     stages = ", ".join(f"{name} {seconds:.3f}" for name, seconds in times.items() if seconds)
-    return "\n".join(
-        (
-            f"Prompt: {result.prompt_tokens} tokens, {result.prompt_tps:.1f} tokens/s",
-            f"Answer: {result.generation_tokens} tokens, {result.generation_tps:.1f} tokens/s",
-            f"Seconds: {stages}",
-            f"Peak memory: {result.peak_memory:.2f} GB",
-        )
-    )
+    lines = [
+        f"Prompt: {result.prompt_tokens} tokens, {result.prompt_tps:.1f} tokens/s",
+        f"Answer: {result.generation_tokens} tokens, {result.generation_tps:.1f} tokens/s",
+        f"Seconds: {stages}",
+        f"Peak memory: {result.peak_memory:.2f} GB",
+    ]
+    if result.drafted_tokens:
+        lines.insert(2, f"Guesses: {result.accepted_tokens} of {result.drafted_tokens} were right")
+    return "\n".join(lines)
 
 
 def batch_generate(

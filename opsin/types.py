@@ -147,12 +147,18 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one request; the cached and media tokens are part of `prompt_tokens`."""
+    """Token counts of one request; the cached and media tokens are part of `prompt_tokens`.
+
+    drafted_tokens: guesses that were computed where an engine speculates; accepted_tokens: those
+    that were right, part of `generation_tokens`.
+    """
 
     prompt_tokens: int = 0
     generation_tokens: int = 0
     cached_tokens: int = 0
     media_tokens: Mapping[str, int] = field(default_factory=dict)
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from opsin.cli.flags import (
     RepackedCache,
     RepetitionPenalty,
     Revision,
+    Speculative,
     Temperature,
     TopK,
     TopP,
@@ -93,6 +94,7 @@ def command(
     kv_group_size: KVGroupSize = 64,
     quantized_kv_start: QuantizedKVStart = 5000,
     max_kv_size: MaxKVSize = None,
+    speculative: Speculative = None,
     revision: Revision = None,
     matformer_config: MatFormerConfig = None,
     matformer_slice: MatFormerSlice = None,
@@ -114,6 +116,7 @@ def command(
         "kv_group_size": kv_group_size,
         "quantized_kv_start": quantized_kv_start,
         "max_kv_size": max_kv_size,
+        "speculative": speculative,
         "processor_kwargs": json_option("--processor-kwargs", processor_kwargs),
         "chat_template_kwargs": json_option("--chat-template-kwargs", chat_template_kwargs),
     }

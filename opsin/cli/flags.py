@@ -121,6 +121,15 @@ RepackedCache: TypeAlias = Annotated[
         rich_help_panel=ENGINE,
     ),
 ]
+Speculative: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--speculative",
+        help="ngram: guess from what was said before; the same answers, sooner where they repeat.",
+        metavar="KIND",
+        rich_help_panel=ENGINE,
+    ),
+]
 
 BUNDLED_NOTE = "opsin: using the small bundled model; for real work name one: --model {suggestion}"
 

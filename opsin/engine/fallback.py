@@ -317,7 +317,11 @@ class FallbackEngine(Engine):
         self.model: FallbackModel = model
         self.processor = processor
         self.limits = limits or EngineLimits()
-        asked = {"kv_bits": self.limits.kv_bits, "max_kv_size": self.limits.max_kv_size}
+        asked = {
+            "kv_bits": self.limits.kv_bits,
+            "max_kv_size": self.limits.max_kv_size,
+            "speculative": self.limits.speculative,
+        }
         for name, value in asked.items():
             if value is not None:
                 raise InputError(

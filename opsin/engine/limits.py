@@ -9,6 +9,7 @@ from opsin.decoder.config import DecoderConfig
 from opsin.decoder.layout import KeptTokens
 from opsin.errors import InputError
 
+SPECULATIVE = ("ngram",)
 FIRST_KEPT = 4  # tokens that a window never leaves: attention leans on them (arXiv:2309.17453)
 
 
@@ -31,6 +32,8 @@ class EngineLimits:
     quantized_kv_start  tokens of each sequence that stay at 16 bits, up to the next whole block
     max_kv_size       tokens of a sequence that its next token sees: the first four and the last
                       ones; None: all. What lies between is forgotten, so that memory stays bounded
+    speculative       "ngram": guess what comes next from the request's own tokens, and compute
+                      guesses where that was measured to pay; the answers are the same. None: off
     """
 
     max_num_seqs: int = 64
@@ -45,6 +48,7 @@ class EngineLimits:
     kv_group_size: int = 64
     quantized_kv_start: int = 5000
     max_kv_size: int | None = None
+    speculative: str | None = None
 
     def cache_format(self, config: DecoderConfig) -> CacheFormat:
         """How a decoder's keys and values are kept; InputError if they cannot be."""
@@ -60,6 +64,25 @@ class EngineLimits:
                 param="kv_bits",
             )
         return form
+
+    def speculates(self, config: DecoderConfig) -> bool:
+        """Whether guesses are computed for a decoder; InputError if they cannot be."""
+        if self.speculative is None:
+            return False
+        if self.speculative not in SPECULATIVE:
+            raise InputError(
+                f"speculative cannot be {self.speculative!r}",
+                remedy=f"Use {', '.join(SPECULATIVE)}, or leave it out",
+                param="speculative",
+            )
+        if config.has_states:
+            raise InputError(
+                "This model cannot compute guesses",
+                why="its recurrent layers cannot take back what a wrong guess wrote",
+                remedy="Leave speculative out",
+                param="speculative",
+            )
+        return True
 
     def kept_tokens(self, config: DecoderConfig) -> KeptTokens | None:
         """The window over a decoder's sequences, if any; InputError if it can have none."""

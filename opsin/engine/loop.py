@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ from opsin.engine.sampler import LogitsProcessor, Sampler
 from opsin.engine.scheduler import Scheduled, Scheduler
 from opsin.engine.sequence import Sequence
 from opsin.engine.speaking import likeliest
+from opsin.engine.speculation import Speculator
 from opsin.errors import EngineError, InputError, OpsinError, PromptTooLong, QueueFull
 from opsin.families.base import Prompt
 from opsin.families.speaking import Speaker
@@ -62,6 +64,17 @@ class _Request:
     sampler: Sampler
     output: Output
     on_event: Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Logits of one request: those its next token is chosen by, then those behind each draft.
+
+    rows[i] (vocab,) counts if the tokens chosen before it are drafts[:i].
+    """
+
+    rows: torch.Tensor | SequenceOf[torch.Tensor]
+    drafts: tuple[int, ...]
 
 
 class Stream:
@@ -140,9 +153,12 @@ class Engine:
         )
         self.runner = Runner(model, self.cache, self.limits.media_cache, kept)
         self.encoder = MediaEncoder(self.runner)
+        self.speculator = None
+        if self.limits.speculates(config):
+            self.speculator = Speculator(self.max_context, config.long_after)
         self.steps = 0
         self._requests: dict[int, _Request] = {}
-        self._held: dict[int, torch.Tensor] = {}  # logits that wait for their grammar
+        self._held: dict[int, _Rows] = {}  # logits that wait for their grammar
         self._grammars = ThreadPoolExecutor(1, "opsin-guide")
         self._guiding: Future[None] | None = None
         self._ids = itertools.count()
@@ -319,7 +335,10 @@ class Engine:
         step: list[Scheduled] = []
         try:
             self._choose_held()
-            step = self.scheduler.schedule()
+            drafts: dict[int, list[int]] = {}
+            if self.speculator is not None:
+                drafts = self.speculator.plan(self.scheduler.running)
+            step = self.scheduler.schedule(drafts)
             step = self._encoded(step)
             if step:
                 self._step(step)
@@ -353,15 +372,41 @@ class Engine:
             self.scheduler.pace.observe(tokens, time.perf_counter() - now)
         self.scheduler.computed(step)
         self.steps += 1
-        sampling = [self._requests[s.sequence.request_id] for s in step if s.samples]
         greedy = likeliest(logits)
-        if self._guiding is not None and not all(r.sampler.is_ready for r in sampling):
+        if self.speculator is not None and self.runner.encoded.misses == misses:
+            self.speculator.observe(step, time.perf_counter() - now)
+        sampling = [s for s in step if s.samples]
+        samplers = [self._requests[s.sequence.request_id].sampler for s in sampling]
+        if self._guiding is not None and not all(sampler.is_ready for sampler in samplers):
             wait([self._guiding], GRAMMAR_PATIENCE)
-        for row, request in enumerate(sampling):
-            if request.sampler.is_ready:
-                self._sampled(request, greedy[row], logits[row])
-            else:
-                self._held[request.sequence.request_id] = logits[row].clone()
+        row = 0
+        for scheduled in sampling:
+            request, drafts = self._requests[scheduled.sequence.request_id], scheduled.drafts
+            scheduled.sequence.num_drafted += len(drafts)
+            after = row + 1 + len(drafts)
+            self._choose(request, _Rows(logits[row:after], drafts), greedy[row:after])
+            row = after
+
+    def _choose(self, request: _Request, given: _Rows, greedy: SequenceOf[int]) -> None:
+        """Choose a request's next token, and more as long as drafts turn out to be what is chosen.
+
+        `greedy` are the largest of each row. The rest is held if the grammar is not ready.
+        """
+        sequence, open_requests = request.sequence, self._requests
+        for i, logits in enumerate(given.rows):
+            if i and not request.sampler.is_ready:
+                self._guide_on()
+                wait([self._guiding] if self._guiding is not None else [], GRAMMAR_PATIENCE)
+            if not request.sampler.is_ready:
+                rest = [row.clone() for row in given.rows[i:]]
+                self._held[sequence.request_id] = _Rows(rest, given.drafts[i:])
+                return
+            self._sampled(request, greedy[i], logits)
+            over = sequence.request_id not in open_requests
+            if over or given.drafts[i : i + 1] != (sequence.token_ids[-1],):
+                return
+            sequence.num_accepted += 1
+            self.scheduler.accept(sequence)
 
     # Grammars: what may come next is found out beside the model's step, in a thread of its own; a
     # request whose grammar takes longer than the step is held, and holds up no other.
@@ -383,14 +428,14 @@ class Engine:
 
     def _choose_held(self) -> None:
         """Choose tokens for the requests whose grammars have caught up."""
-        for request_id, logits in list(self._held.items()):
+        for request_id, held in list(self._held.items()):
             request = self._requests[request_id]
             if request.sequence.num_computed < len(request.sequence.token_ids):
                 del self._held[request_id]  # it lost its place: its logits come again
             elif request.sampler.is_ready:
                 del self._held[request_id]
                 try:
-                    self._sampled(request, int(logits.argmax()), logits)
+                    self._choose(request, held, likeliest(held.rows))
                 except STEP_ERRORS as error:
                     self._finish(request, "error", error)
 
@@ -425,6 +470,8 @@ class Engine:
     ) -> None:
         del self._requests[request.sequence.request_id]
         self._held.pop(request.sequence.request_id, None)
+        if self.speculator is not None:
+            self.speculator.forget(request.sequence.request_id)
         self.encoder.forget(request.sequence)
         self.scheduler.finish(request.sequence)
         if error is not None and not isinstance(error, OpsinError):

@@ -111,6 +111,8 @@ class Output:
             generation_tokens=self.sequence.num_generated,
             cached_tokens=self.sequence.num_cached,
             media_tokens=dict(media),
+            drafted_tokens=self.sequence.num_drafted,
+            accepted_tokens=self.sequence.num_accepted,
         )
 
     def timings(self) -> Timings:

@@ -38,7 +38,8 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, step: list[Scheduled]) -> Tensor | list[Tensor]:
-        """Compute a step; logits (rows, vocab) float32 of the scheduled that sample, in order.
+        """Compute a step; logits (rows, vocab) float32 of the scheduled that sample, in order: of
+        each the row of its last token, then those of its drafts.
 
         A list of rows where a request has tokens of its own.
         """
@@ -79,7 +80,7 @@ class Runner:
 
     def _step(self, step: list[Scheduled]) -> Step:
         device = self.model.device
-        token_ids = [t for s in step for t in s.sequence.token_ids[s.start : s.end]]
+        token_ids = [t for s in step for t in s.token_ids]
         positions = torch.cat([_positions(s) for s in step], dim=1).to(device)
         ids = torch.tensor(token_ids, device=device)
         decoder = self.model.decoder
@@ -88,7 +89,12 @@ class Runner:
         ends = [0]
         for scheduled in step:
             ends.append(ends[-1] + scheduled.end - scheduled.start)
-        rows = [end - 1 for end, s in zip(ends[1:], step, strict=True) if s.samples]
+        rows = [
+            row
+            for end, s in zip(ends[1:], step, strict=True)
+            if s.samples
+            for row in range(end - 1 - len(s.drafts), end)
+        ]
         return Step(
             embeds=embeds,
             positions=positions,

@@ -10,8 +10,9 @@ sequence that came last gives its blocks back and later recomputes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 from opsin.decoder.layout import HOLE, BlockLayout, KeptTokens
@@ -23,16 +24,30 @@ from opsin.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """Tokens start..end-1 of a sequence, to be computed in the coming step."""
+    """Tokens start..end-1 of a sequence, to be computed in the coming step.
+
+    The last of them are `drafts`, guesses at what comes behind the sequence's last token.
+    """
 
     sequence: Sequence
     start: int
     end: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def samples(self) -> bool:
         """Whether the step reaches the sequence's last token, so that a new one is sampled."""
-        return self.end == len(self.sequence.token_ids)
+        return self.known_end == len(self.sequence.token_ids)
+
+    @property
+    def known_end(self) -> int:
+        """Where the sequence's own tokens end and the drafts begin."""
+        return self.end - len(self.drafts)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens to compute, drafts included."""
+        return [*self.sequence.token_ids[self.start : self.known_end], *self.drafts]
 
 
 class Scheduler:
@@ -89,11 +104,12 @@ class Scheduler:
         """Queue a new sequence."""
         self.waiting.append(sequence)
 
-    def schedule(self) -> list[Scheduled]:
+    def schedule(self, drafts: Mapping[int, SequenceOf[int]] | None = None) -> list[Scheduled]:
         """The tokens of the next step; the sequences' block tables already cover them.
 
-        Sequences that generate come first, with a token each; prompts share what is left, the
-        earliest with at least half of it. Where both are there, only one medium is encoded.
+        Sequences that generate come first, with a token each and `drafts` of theirs, by request;
+        prompts share what is left, the earliest with at least half of it. Where both are there,
+        only one medium is encoded.
         """
         step: list[Scheduled] = []
         for sequence in list(self.running):
@@ -104,6 +120,7 @@ class Scheduler:
         left = self.max_num_batched_tokens
         for sequence in generating:
             left -= self._continue(sequence, left, step)
+        left -= self._add_drafts(step, drafts or {}, left)
         left = min(left, self.pace.budget(shared=bool(generating)))
         media = 1 if generating else None
         prompts = [s for s in active if _wanted(s) > 1]
@@ -146,6 +163,19 @@ class Scheduler:
                 return 0
         step.append(Scheduled(sequence, sequence.num_computed, end))
         return end - sequence.num_computed
+
+    def _add_drafts(
+        self, step: list[Scheduled], drafts: Mapping[int, SequenceOf[int]], budget: int
+    ) -> int:
+        """Put drafts behind the last tokens in the step, where blocks are free; how many."""
+        taken = 0
+        for i, scheduled in enumerate(step):
+            own = tuple(drafts.get(scheduled.sequence.request_id, ()))[: budget - taken]
+            end = scheduled.end + len(own)
+            if own and self._grow(scheduled.sequence, end):
+                step[i] = replace(scheduled, end=end, drafts=own)
+                taken += len(own)
+        return taken
 
     def _begin(
         self, sequence: Sequence, budget: int, step: list[Scheduled], media: int | None
@@ -231,16 +261,22 @@ class Scheduler:
         sequence.num_dropped = gone.stop
 
     def computed(self, step: list[Scheduled]) -> None:
-        """Record that a step has run."""
+        """Record that a step has run; which of its drafts were right, `accept` is told."""
         for scheduled in step:
-            sequence = scheduled.sequence
-            sequence.num_computed = scheduled.end
-            if self.prefix_cache and is_cacheable(sequence):
-                keys = extend_keys(sequence, self.layout, scheduled.end)
-                first, last = map(self.layout.full_blocks, (scheduled.start, scheduled.end))
-                for i in range(first, last):
-                    self.pool.register(sequence.block_table[i], keys[i])
-            self._drop(sequence)
+            self._record(scheduled.sequence, scheduled.start, scheduled.known_end)
+
+    def accept(self, sequence: Sequence) -> None:
+        """Record that a sequence's last token is one that the last step computed as a draft."""
+        self._record(sequence, sequence.num_computed, sequence.num_computed + 1)
+
+    def _record(self, sequence: Sequence, start: int, end: int) -> None:
+        """Tokens start..end-1 are computed."""
+        sequence.num_computed = end
+        if self.prefix_cache and is_cacheable(sequence):
+            keys = extend_keys(sequence, self.layout, end)
+            for i in range(self.layout.full_blocks(start), self.layout.full_blocks(end)):
+                self.pool.register(sequence.block_table[i], keys[i])
+        self._drop(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free what it holds."""

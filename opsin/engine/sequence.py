@@ -16,9 +16,10 @@ class Sequence:
     """A request's state.
 
     Filled by: submit (prompt, sampling, speaker), scheduler (num_computed, block_table,
-    source_table, long, and while it runs state_slot), runner (encoded), sampler (token_ids). The
-    next step computes tokens num_computed up to len(token_ids); when those reach the end, a new
-    token is sampled.
+    source_table, long, and while it runs state_slot), runner (encoded), sampler (token_ids), loop
+    (num_drafted, num_accepted: guesses at its tokens that were computed, and those of them that
+    were right). The next step computes tokens num_computed up to len(token_ids); when those reach
+    the end, a new token is sampled.
     Blocks that its window has left are holes in block_table, all of them before num_dropped.
     """
 
@@ -29,6 +30,8 @@ class Sequence:
     num_prompt: int
     num_computed: int = 0
     num_cached: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
     block_table: list[int] = field(default_factory=list)
     num_dropped: int = 0
     block_keys: list[bytes] = field(default_factory=list)

@@ -53,7 +53,10 @@ def read_places(step: SequenceOf[Scheduled]) -> list[tuple[Speaker, list[int], i
 
 
 def scored(decoder: Decoder, cache: PagedCache, ready: Step, step: list[Scheduled]) -> list[Tensor]:
-    """Run a step; the logits, float32, of each request that samples: as many as it has tokens."""
+    """Run a step; the logits, float32, of each request that samples: as many as it has tokens.
+
+    A request with drafts has a row for each of them too.
+    """
     read, count = read_places(step), len(ready.logit_rows)
     if read:
         wanted = [place + shift for _, places, shift in read for place in places]
@@ -64,7 +67,7 @@ def scored(decoder: Decoder, cache: PagedCache, ready: Step, step: list[Schedule
         speaker.read(places, stream[count : count + len(places)])
         stream = torch.cat((stream[:count], stream[count + len(places) :]))
     logits = decoder.logits(decoder.norm(stream))
-    sampling = [scheduled.sequence for scheduled in step if scheduled.samples]
+    sampling = [s.sequence for s in step if s.samples for _ in range(1 + len(s.drafts))]
     rows = []
     for i, sequence in enumerate(sampling):
         row = logits[i]
