@@ -147,6 +147,8 @@ def total(answers: Sequence[Answer], n: int) -> Totals:
         sum(group.prompt for group in groups),
         sum(group.generated for group in groups),
         sum(group.cached for group in groups),
+        drafted=sum(group.drafted for group in groups),
+        accepted=sum(group.accepted for group in groups),
     )
 
 

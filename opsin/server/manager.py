@@ -320,6 +320,7 @@ def engine_limits(settings: ServeSettings) -> EngineLimits:
         kv_group_size=settings.kv_group_size,
         quantized_kv_start=settings.quantized_kv_start,
         max_kv_size=settings.max_kv_size,
+        speculative=settings.speculative,
     )
 
 

@@ -45,6 +45,12 @@ class Metrics:
         )
         self.media = Counter("opsin_media", "Media read.", ("kind",), registry=registry)
         self.generated = Counter("opsin_generated_tokens", "Tokens of answers.", registry=registry)
+        self.drafted = Counter(
+            "opsin_drafted_tokens", "Guesses at tokens that were computed.", registry=registry
+        )
+        self.accepted = Counter(
+            "opsin_accepted_tokens", "Guesses at tokens that were right.", registry=registry
+        )
         self.seconds = Histogram(
             "opsin_request_seconds",
             "Whole requests.",
@@ -77,6 +83,8 @@ class Metrics:
         self.prompt_tokens.inc(usage.prompt_tokens)
         self.cached_tokens.inc(usage.cached_tokens)
         self.generated.inc(usage.generation_tokens)
+        self.drafted.inc(usage.drafted_tokens)
+        self.accepted.inc(usage.accepted_tokens)
         for kind, tokens in usage.media_tokens.items():
             self.media_tokens.labels(kind).inc(tokens)
         for kind, count in media.items():

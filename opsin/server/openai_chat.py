@@ -137,7 +137,14 @@ def finish_reason(answer: Answer | Delta) -> str | None:
 
 
 def usage(totals: Totals) -> dict[str, Any]:
-    """Token counts; the cached and media tokens are part of the prompt's."""
+    """Token counts; the cached and media tokens are part of the prompt's.
+
+    Where guesses at tokens were computed, those that were right and wrong are told.
+    """
+    details = {"reasoning_tokens": totals.reasoning}
+    if totals.drafted:
+        details["accepted_prediction_tokens"] = totals.accepted
+        details["rejected_prediction_tokens"] = totals.drafted - totals.accepted
     return {
         "prompt_tokens": totals.prompt,
         "completion_tokens": totals.generated,
@@ -148,7 +155,7 @@ def usage(totals: Totals) -> dict[str, Any]:
             "audio_tokens": totals.audio,
             "video_tokens": totals.video,
         },
-        "completion_tokens_details": {"reasoning_tokens": totals.reasoning},
+        "completion_tokens_details": details,
     }
 
 

@@ -129,6 +129,8 @@ class Totals:
     audio: int = 0
     video: int = 0
     reasoning: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
     @classmethod
     def of(cls, answers: list[Answer]) -> Totals:
@@ -145,6 +147,8 @@ class Totals:
             media.get("audio", 0),
             media.get("video", 0),
             sum(answer.num_reasoning for answer in answers),
+            sum(answer.usage.drafted_tokens for answer in answers),
+            sum(answer.usage.accepted_tokens for answer in answers),
         )
 
 

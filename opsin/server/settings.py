@@ -16,6 +16,7 @@ from opsin.media.limits import DEFAULT_LIMITS, MediaLimits
 
 Kind: TypeAlias = Literal["text", "count", "number", "bytes", "switch", "list"]
 ON_DEMAND = ("cached", "any", "never")
+SPECULATIVE = ("ngram",)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(k|m|g|t)?(i)?b?", re.IGNORECASE)
@@ -108,6 +109,13 @@ class ServeSettings:
     )
     max_kv_size: int | None = _flag(
         None, "count", ENGINE, "Tokens that the next one sees: the first 4 and the last; all."
+    )
+    speculative: str | None = _flag(
+        None,
+        "text",
+        ENGINE,
+        "ngram: guess from what was said before; the same answers, sooner where they repeat.",
+        choices=SPECULATIVE,
     )
     prefill_step_size: int = _flag(2048, "count", ENGINE, "Prompt tokens computed at once.", low=1)
     max_context: int | None = _flag(
