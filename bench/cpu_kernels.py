@@ -1,19 +1,16 @@
-"""Native CPU kernels against this machine's own limits and against torch's kernels, in one run.
+"""The kernels part of bench/cpu.py: native kernels, torch's, and this machine's own limits.
 
-    python bench/kernels_cpu.py [--rounds 5] [--threads 2] [--isa auto]
-
-Weights are read from a ring of matrices too large for the caches. Every round measures each case
-once, so that a noisy machine disturbs all alike; medians, and ratios to the limits of the same
-rounds. The last line is JSON.
+Every round measures each case once, so that a noisy machine disturbs all alike; medians, and ratios
+to the limits of the same rounds.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -152,23 +149,15 @@ def measure(library: Library, rounds: int) -> dict[str, dict[str, float]]:
     return out
 
 
-def main() -> None:
-    """Print a table and one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--isa", default="auto")
-    options = parser.parse_args()
-    library = load(options.isa, options.threads)
+def kernels_report(isa: str, threads: int, rounds: int) -> dict[str, Any]:
+    """Print a table; what bench/cpu.py prints as JSON."""
+    library = load(isa, threads)
     if library is None:
         raise SystemExit(f"no native kernels: {why_missing()}")
     torch.set_num_threads(library.threads)
-    result = measure(library, options.rounds)
+    result = measure(library, rounds)
     print(f"{library.isa}, {library.threads} threads, weights {N} x {K}")
     for name, values in result.items():
         print(f"{name:28}", "  ".join(f"{k} {v:9.3f}" for k, v in values.items()))
-    print(json.dumps({"isa": library.isa, "threads": library.threads, "cases": result}))
-
-
-if __name__ == "__main__":
-    main()
+    facts = {"isa": library.isa, "threads": library.threads, "load_average": os.getloadavg()}
+    return {"bench": "cpu kernels", **facts, "cases": result}
