@@ -26,7 +26,7 @@ class PlainMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., hidden) to the same shape."""
-        return self.down(self.kernels.activation(self.up(x), self.activation))
+        return self.down(self.up.activated(x, self.activation))
 
 
 class GatedMLP(nn.Module):

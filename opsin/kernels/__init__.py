@@ -2,6 +2,7 @@
 
 import torch
 
+from opsin.kernels import onednn
 from opsin.kernels.interface import Activation, AttentionBatch, Kernels
 from opsin.kernels.packed_rows import CacheRows, PackedRows
 
@@ -10,5 +11,6 @@ __all__ = ["Activation", "AttentionBatch", "CacheRows", "Kernels", "PackedRows",
 
 def select(device: torch.device) -> Kernels:
     """The fastest kernels for a device."""
-    del device
+    if device.type == "cpu" and onednn.is_supported():
+        return onednn.OneDnnKernels()
     return Kernels()

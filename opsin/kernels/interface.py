@@ -69,9 +69,16 @@ class Kernels:
 
     name = "torch"
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x (tokens, in) times weight (out, in) transposed, plus bias (out,)."""
-        return F.linear(x, weight, bias)
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: Activation | None = None,
+    ) -> Tensor:
+        """x (tokens, in) times weight (out, in) transposed, plus bias (out,), then `activation`."""
+        out = F.linear(x, weight, bias)
+        return out if activation is None else self.activation(out, activation)
 
     def expert_linear(self, x: Tensor, weight: Tensor, expert_ids: Tensor) -> Tensor:
         """Row i of x (rows, in) times weight[expert_ids[i]] transposed; weight (experts, out, in).

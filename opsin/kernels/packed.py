@@ -7,8 +7,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from opsin.kernels.interface import Activation, Kernels
 from opsin.quant.affine import dequantise, quantise, unpack_codes
 from opsin.quant.formats import Format
 
@@ -52,8 +52,8 @@ class Packed(Protocol):
         """Put the bias (rows,) that products add."""
         ...
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """x (rows, k) times the transpose, plus the bias: (rows, n) in x's dtype."""
+    def multiply(self, x: Tensor, *, activation: Activation | None = None) -> Tensor:
+        """activation(x (rows, k) times the transpose, plus the bias): (rows, n) in x's dtype."""
         ...
 
     def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -118,10 +118,11 @@ class PlainMatrix:
             self.bias = torch.zeros(self.n, device=self.codes.device)
         self.bias[row : row + bias.numel()] = bias
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """x (rows, k) times the transpose, plus the bias: (rows, n) in x's dtype."""
+    def multiply(self, x: Tensor, *, activation: Activation | None = None) -> Tensor:
+        """activation(x (rows, k) times the transpose, plus the bias): (rows, n) in x's dtype."""
         whole = self.rows(torch.arange(self.n, device=self.codes.device), x.dtype)
-        return F.linear(x, whole, None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return Kernels().linear(x, whole, bias, activation)
 
     def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows as an embedding: (count, k)."""

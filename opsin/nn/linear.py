@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from opsin.kernels import Kernels
+from opsin.kernels import Activation, Kernels
 from opsin.kernels.packed import Packed
 
 
@@ -58,6 +58,13 @@ class Linear(nn.Module):
         if self.packed is None:
             return self.kernels.linear(x, self.weight, self.bias)
         return self.packed.multiply(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+    def activated(self, x: Tensor, activation: Activation) -> Tensor:
+        """activation(y), without a pass of its own where the product can do it: (..., out)."""
+        if self.packed is None:
+            return self.kernels.linear(x, self.weight, self.bias, activation)
+        rows = self.packed.multiply(x.flatten(0, -2), activation=activation)
+        return rows.unflatten(0, x.shape[:-1])
 
 
 class Adapter(nn.Module):

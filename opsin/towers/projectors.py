@@ -44,7 +44,7 @@ class MLPProjector(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (patches, dim) to (patches * dim / in_features, out_features)."""
         merged = self.norm(x.reshape(-1, self.norm_dim)).view(-1, self.in_features)
-        return self.down(self.kernels.activation(self.up(merged), self.activation))
+        return self.down(self.up.activated(merged, self.activation))
 
 
 class DeepProjector(nn.Module):

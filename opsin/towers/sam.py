@@ -144,7 +144,7 @@ class SamLayer(nn.Module):
             height, width = x.shape[1:3]
             windows, grid = _windows(normed, self.window)
             x = x + _together(self.attention(windows), grid)[:, :height, :width]
-        inner = self.kernels.activation(self.up(self.mlp_norm(x)), self.activation)
+        inner = self.up.activated(self.mlp_norm(x), self.activation)
         return x + self.down(inner)
 
 

@@ -87,8 +87,9 @@ class VisionMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (patches, hidden) to the same shape."""
-        apply = self.kernels.gated if self.config.gated_mlp else self.kernels.activation
-        return self.down(apply(self.up(x), self.config.activation))
+        if not self.config.gated_mlp:
+            return self.down(self.up.activated(x, self.config.activation))
+        return self.down(self.kernels.gated(self.up(x), self.config.activation))
 
 
 class KeylessBias(Linear):
