@@ -142,6 +142,7 @@ def load(
     kv_group_size: int = 64,
     quantized_kv_start: int = 5000,
     max_kv_size: int | None = None,
+    speculative: str | None = None,
     repacked_cache: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Model, Processor]:
@@ -157,8 +158,8 @@ def load(
     the CPU's kernels read them, to be mapped the next time; None is what OPSIN_REPACKED_CACHE says,
     or else off. on_progress is called with the bytes read so far and all. A model that
     has no family here runs through Transformers, where that is installed, and says so on stderr.
-    kv_bits, kv_group_size, quantized_kv_start and max_kv_size are how keys and values are kept, as
-    in EngineLimits, where a call does not say otherwise.
+    kv_bits, kv_group_size, quantized_kv_start and max_kv_size are how keys and values are kept, and
+    speculative is how tokens are guessed, as in EngineLimits, where a call does not say otherwise.
     Raises NotFoundError, CheckpointError, InputError, UnknownFamily or MissingDependency.
     """
     folder = resolve(path_or_hf_repo, revision=revision)
@@ -166,7 +167,7 @@ def load(
         processor = Processor.from_folder(folder, chat_template=chat_template, limits=media_limits)
     except UnknownFamily as unknown:
         ours_alone = (quantize, matformer_slice, matformer_config, kv_bits, max_kv_size)
-        if any(given is not None for given in ours_alone):
+        if any(given is not None for given in (*ours_alone, speculative)):
             raise
         return load_fallback(
             folder,
@@ -192,7 +193,9 @@ def load(
         kv_group_size=kv_group_size,
         quantized_kv_start=quantized_kv_start,
         max_kv_size=max_kv_size,
+        speculative=speculative,
     )
+    model.limits.speculates(model.decoder.config)
     model.limits.cache_format(model.decoder.config)
     model.limits.kept_tokens(model.decoder.config)
     return model, processor

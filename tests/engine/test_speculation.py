@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -619,6 +619,20 @@ def test_python_takes_it_by_name_and_reports_it(
     assert "Guesses" not in opsin.api.figures(without)
 
 
+def test_a_model_may_be_loaded_to_guess(bundled: tuple[Any, Any], folder: Path) -> None:
+    loaded = opsin.load(folder, device="cpu", speculative="ngram")
+    engine = opsin.api.engine_for(*loaded)
+    assert engine.speculator is not None
+    engine.close()
+    assert bundled[0].limits.speculative is None
+    with pytest.raises(InputError, match="speculative cannot be 'magic'"):
+        opsin.load(folder, device="cpu", speculative="magic")
+    case = next(case for case in CASES if case.name == "qwen3_5-tied")
+    recurrent = write_checkpoint(case, folder.parent / "recurrent")
+    with pytest.raises(InputError, match="recurrent layers"):
+        opsin.load(recurrent, device="cpu", speculative="ngram")
+
+
 def test_an_unknown_kind_is_refused(plain: tuple[Any, Any]) -> None:
     with pytest.raises(InputError, match="speculative cannot be 'magic'"):
         Engine(*plain, EngineLimits(speculative="magic"))
@@ -679,12 +693,3 @@ def test_drafts_leave_every_other_its_token() -> None:
     run(scheduler, scheduler.schedule())
     step = scheduler.schedule({0: [1, 2], 1: [3, 4], 2: [5]})
     assert [len(s.drafts) for s in step] == [1, 0, 0]
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    """One thread: the models are tiny."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
