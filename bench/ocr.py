@@ -1,6 +1,6 @@
 """Measures `opsin ocr` over a PDF made on the spot: pages a second, and time outside the model.
 
-The model is at work while a step runs in the engine's thread; what is left of the wall clock is
+The model is at work while a step or a tower runs for the engine; what is left of the wall clock is
 opening, drawing and preprocessing pages and writing texts that no step ran beside. The last line is
 one JSON object.
 """
@@ -14,6 +14,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
@@ -56,17 +57,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     model, processor = opsin.load(args.model, device=args.device)
     opsin.generate(model, processor, "Read the text.", page(0, 2), max_tokens=8)
-    runner = engine_for(model, processor).runner
-    inner, at_work = runner.run, [0.0]
-
-    def timed(step: Any) -> Any:
-        start = time.perf_counter()
-        try:
-            return inner(step)
-        finally:
-            at_work[0] += time.perf_counter() - start
-
-    runner.run = timed
+    engine, at_work = engine_for(model, processor), [0.0]
+    engine.runner.run = timed(engine.runner.run, at_work)
+    engine.encoder.ready = timed(engine.encoder.ready, at_work)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "paper.pdf"
         path.write_bytes(paper(args.pages, args.lines))
@@ -99,6 +92,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "concurrency": args.concurrency,
         "characters_right": round(sum(alike) / max(1, len(alike)), 4),
     }
+
+
+def timed(work: Callable[[Any], Any], seconds: list[float]) -> Callable[[Any], Any]:
+    """The same work, its time added to `seconds`."""
+
+    def run(step: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return work(step)
+        finally:
+            seconds[0] += time.perf_counter() - start
+
+    return run
 
 
 def expected(number: int, lines: int) -> str:

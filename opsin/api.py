@@ -51,6 +51,11 @@ DEFAULT_MODEL = "bundled"
 SAMPLING_FIELDS = frozenset(f.name for f in dataclasses.fields(SamplingParams))
 LIMIT_FIELDS = frozenset(f.name for f in dataclasses.fields(EngineLimits))
 TEMPLATE_FIELDS = frozenset({"enable_thinking", "chat_template_kwargs", "chat_template"})
+# How videos are sampled: the kinds of numbers, and what they lie above and not above.
+FRAME_LIMITS: dict[str, tuple[Any, float, float]] = {
+    "fps": (int | float, 0, 1000),
+    "max_frames": (int, 0, 100_000),
+}
 WANTED_FIELDS = frozenset({*FORM_FIELDS, *TOOL_FIELDS})
 # Spellings of other libraries in this field, and the name each has here.
 OTHER_NAMES = {
@@ -73,7 +78,8 @@ class GenerationResult:
     regions: boxes, points and polygons of the whole answer, in pixels of the original pictures;
     layout: the page, where the task reads one. pictures: the originals, kept where there are
     regions (not by batch_generate). drafted_tokens, accepted_tokens: guesses that were computed
-    (`speculative`), and those of them that were right.
+    (`speculative`), and those of them that were right. video_frames: how many frames of each video
+    were looked at.
     """
 
     text: str = ""
@@ -94,6 +100,7 @@ class GenerationResult:
     pictures: tuple[Image.Image, ...] = field(default=(), repr=False, compare=False)
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    video_frames: tuple[int, ...] = ()
 
     @property
     def token(self) -> int | None:
@@ -226,6 +233,7 @@ class _Options:
     processor: dict[str, Any]
     task: str | None
     wanted: Wanted
+    frames: dict[str, Any]
 
     def prepare(
         self, processor: Processor, prompt: PromptForm, *, keep_pictures: bool, **media: Any
@@ -243,6 +251,7 @@ class _Options:
         ready = processor.prepare(
             prompt,
             options=self.processor,
+            frames=self.frames,
             keep_pictures=keep_pictures and grounds,
             **given,
         )
@@ -288,6 +297,7 @@ def _options(arguments: Mapping[str, Any]) -> _Options:
         processor["resize_shape"] = given["resize_shape"]
     given.pop("resize_shape", None)
     task = given.pop("task", None)
+    frames = _frame_options({name: given.pop(name, None) for name in FRAME_LIMITS})
     stop = given.get("stop")
     if stop is not None:
         given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -307,7 +317,22 @@ def _options(arguments: Mapping[str, Any]) -> _Options:
         processor,
         task,
         wanted(given),
+        frames,
     )
+
+
+def _frame_options(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """How videos are sampled, as far as it was asked for."""
+    given = {name: value for name, value in asked.items() if value is not None}
+    for name, value in given.items():
+        kinds, least, most = FRAME_LIMITS[name]
+        if not isinstance(value, kinds) or not least < value <= most:
+            raise InputError(
+                f"{name} cannot be {value!r}",
+                remedy=f"Give a number above {least:g}, at most {most:g}",
+                param=name,
+            )
+    return given
 
 
 def checked_sampling(values: Mapping[str, Any]) -> SamplingParams:
@@ -372,6 +397,7 @@ def stream_generate(
 
 def _results(asked: _Asked, events: Iterator[Event] | Any) -> Iterator[GenerationResult]:
     sizes = tuple(item.processed_size for item in asked.prompt.media)
+    frames = tuple(item.num_frames for item in asked.prompt.media if item.num_frames)
     tokens: list[int] = []
     reader = asked.form.reader(asked.prompt)
     for event in events:
@@ -386,6 +412,7 @@ def _results(asked: _Asked, events: Iterator[Event] | Any) -> Iterator[Generatio
             tool_calls=piece.calls,
             prompt_tokens=len(asked.prompt.text_ids),
             image_sizes=sizes,
+            video_frames=frames,
         )
         if last:
             result = asked.read(_finished(result, event), tokens)
@@ -448,6 +475,7 @@ def generate(
     kwargs: the fields of SamplingParams (max_tokens, temperature, top_p, top_k, min_p,
     repetition_penalty, presence_penalty, frequency_penalty, logit_bias, seed, stop, logprobs, ...);
     of EngineLimits (prefill_step_size, memory, ...); `resize_shape` and `processor_kwargs`;
+    `fps` and `max_frames`, which frames of videos are looked at;
     `enable_thinking` and `chat_template_kwargs`; `task`, one of the model's own (`opsin models
     tasks NAME` lists them), whose words are then the prompt. An unknown one is refused by name.
 
@@ -482,6 +510,8 @@ def figures(result: GenerationResult) -> str:
     ]
     if result.drafted_tokens:
         lines.insert(2, f"Guesses: {result.accepted_tokens} of {result.drafted_tokens} were right")
+    if result.video_frames:
+        lines.insert(1, f"Video: {' + '.join(map(str, result.video_frames))} frames looked at")
     return "\n".join(lines)
 
 

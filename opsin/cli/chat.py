@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from opsin.cli.flags import (
+    FPS,
     SAMPLING,
     ChatTemplate,
     Device,
@@ -19,6 +20,7 @@ from opsin.cli.flags import (
     KVGroupSize,
     MatFormerConfig,
     MatFormerSlice,
+    MaxFrames,
     MaxKVSize,
     MinP,
     Model,
@@ -60,6 +62,8 @@ def command(
     video: Annotated[
         list[str] | None, typer.Option(help="Show it a video first. Repeatable.")
     ] = None,
+    fps: FPS = None,
+    max_frames: MaxFrames = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     chat_template: ChatTemplate = None,
     chat_template_kwargs: Annotated[
@@ -111,6 +115,8 @@ def command(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
         "seed": seed,
+        "fps": fps,
+        "max_frames": max_frames,
         "enable_thinking": enable_thinking,
         "kv_bits": kv_bits,
         "kv_group_size": kv_group_size,
@@ -138,7 +144,7 @@ def command(
     from opsin.api import stream_generate
 
     family = processor.family
-    session = Session(family.modalities, family.sampling_rate, system)
+    session = Session(family.takes, family.sampling_rate, system)
     chat = Chat(session, lambda messages: stream_generate(loaded, processor, messages, **given))
     first = (("image", image), ("audio", audio), ("video", video))
     for kind, paths in first:

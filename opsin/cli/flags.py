@@ -82,6 +82,23 @@ RepetitionPenalty: TypeAlias = Annotated[
     float, typer.Option(help="1 is off.", rich_help_panel=SAMPLING)
 ]
 
+FPS: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        "--fps",
+        help="Frames to look at of each second of a video; the family's habit by default.",
+        rich_help_panel="Media",
+    ),
+]
+MaxFrames: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        "--max-frames",
+        help="Most frames of a video, spread evenly; 8 where a model sees them as pictures.",
+        rich_help_panel="Media",
+    ),
+]
+
 KVBits: TypeAlias = Annotated[
     int | None,
     typer.Option(
@@ -112,21 +129,21 @@ MaxKVSize: TypeAlias = Annotated[
         rich_help_panel=ENGINE,
     ),
 ]
-RepackedCache: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        "--repacked-cache",
-        help="Keep the weights as the CPU reads them, to load sooner: on, off or a folder; off.",
-        metavar="WHERE",
-        rich_help_panel=ENGINE,
-    ),
-]
 Speculative: TypeAlias = Annotated[
     str | None,
     typer.Option(
         "--speculative",
         help="ngram: guess from what was said before; the same answers, sooner where they repeat.",
         metavar="KIND",
+        rich_help_panel=ENGINE,
+    ),
+]
+RepackedCache: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--repacked-cache",
+        help="Keep the weights as the CPU reads them, to load sooner: on, off or a folder; off.",
+        metavar="WHERE",
         rich_help_panel=ENGINE,
     ),
 ]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from opsin.cli.flags import (
+    FPS,
     SAMPLING,
     ChatTemplate,
     Device,
@@ -19,6 +20,7 @@ from opsin.cli.flags import (
     KVGroupSize,
     MatFormerConfig,
     MatFormerSlice,
+    MaxFrames,
     MaxKVSize,
     MinP,
     Model,
@@ -64,6 +66,8 @@ def command(
     video: Annotated[
         list[str] | None, typer.Option(help="A video. Repeatable.", rich_help_panel=MEDIA)
     ] = None,
+    fps: FPS = None,
+    max_frames: MaxFrames = None,
     resize_shape: Annotated[
         list[int] | None,
         typer.Option(
@@ -209,6 +213,8 @@ def command(
         "quantized_kv_start": quantized_kv_start,
         "max_kv_size": max_kv_size,
         "speculative": speculative,
+        "fps": fps,
+        "max_frames": max_frames,
         "resize_shape": resize_shape or None,
         "processor_kwargs": json_option("--processor-kwargs", processor_kwargs),
         "enable_thinking": enable_thinking,
@@ -356,6 +362,9 @@ def show(
     whole = fold(iter(kept))
     if verbose:
         typer.echo(figures(whole), err=True)
+    elif whole.video_frames:
+        counts = " + ".join(map(str, whole.video_frames))
+        typer.echo(f"opsin: looked at {counts} frames of video", err=True)
     return whole
 
 
@@ -365,6 +374,7 @@ def as_json(result: GenerationResult) -> dict[str, Any]:
         "text": result.text,
         **({"reasoning": result.reasoning} if result.reasoning else {}),
         "finish_reason": result.finish_reason,
+        **({"video_frames": list(result.video_frames)} if result.video_frames else {}),
         "usage": {
             "prompt_tokens": result.prompt_tokens,
             "generation_tokens": result.generation_tokens,

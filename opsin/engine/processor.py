@@ -23,12 +23,12 @@ from opsin.media.limits import DEFAULT_LIMITS, MediaLimits
 from opsin.media.loading import load
 from opsin.media.memory import Memory
 from opsin.prompt.api import apply_chat_template
-from opsin.prompt.documents import is_document, pages_of, with_pages
+from opsin.prompt.documents import NUM_FRAMES, is_document, pages_of, with_pages
 from opsin.prompt.messages import Prompt as PromptForm
 from opsin.prompt.messages import parse_messages
 from opsin.prompt.template import ChatTemplate
 from opsin.prompt.tokenizer import Tokenizer
-from opsin.types import Media, Part, Text, Timings
+from opsin.types import Media, Message, Part, Text, Timings
 
 GENERAL_OPTIONS = ("resize_shape",)
 
@@ -114,6 +114,7 @@ class Processor:
         audios: Sequence[Any] = (),
         videos: Sequence[Any] = (),
         options: Mapping[str, Any] | None = None,
+        frames: Mapping[str, Any] | None = None,
         keep_pictures: bool = False,
         salt: bytes = b"",
         cancellation: Cancellation | None = None,
@@ -124,23 +125,26 @@ class Processor:
         prompt: messages in any accepted form, or a string. A string that holds one of the
         tokenizer's special tokens is taken as formatted already; any other is one user message.
         Media given beside the messages go into the first user message. `options` are the family's
-        processor options, `template` what the chat template is given. `keep_pictures` leaves the
-        decoded originals on the prompt's media. Prompts of different `salt` share nothing that
-        was fetched, prepared or computed. `cancellation` ends fetching and decoding, with a
+        processor options, `template` what the chat template is given. `frames` are the `fps` and
+        `max_frames` of videos that do not state theirs. `keep_pictures` leaves the decoded
+        originals on the prompt's media. Prompts of different `salt` share nothing that was
+        fetched, prepared or computed. `cancellation` ends fetching and decoding, with a
         MediaTimeout.
         """
         beside = [Media("image", source) for source in images]
         rate = {"fps": template["fps"]} if isinstance(template.get("fps"), int | float) else {}
-        beside += [Media("video", source, rate) for source in videos]
+        sampled = {**rate, **(frames or {})}
+        beside += [Media("video", source, sampled) for source in videos]
         beside += [Media("audio", source) for source in audios]
         timings = Timings()
-        if any(is_document(item) for item in beside):
+        if any(self._is_replaced(item) for item in beside):
             self._check_modalities(beside)
-            beside = pages_of(beside, self.limits, timings, cancellation)
+            beside = pages_of(beside, self.limits, timings, cancellation, frames=self._shows_frames)
+            videos = () if self._shows_frames else videos
         if isinstance(prompt, str) and self.is_formatted(prompt):
             text, held = prompt, beside
         else:
-            prompt = self._with_pages(prompt, timings, cancellation)
+            prompt = self._with_pages(prompt, frames or {}, timings, cancellation)
             held = self._in_order(prompt, beside)
             self._check_modalities(held)
             text = self._render(prompt, held, videos, template)
@@ -160,16 +164,31 @@ class Processor:
             return any(placeholder in text for placeholder in self.family.placeholders.values())
         return any(token in text for token in self.tokenizer.special_tokens)
 
+    @property
+    def _shows_frames(self) -> bool:
+        """Whether a video reaches the model as pictures of its frames."""
+        return "video" in self.family.takes and "video" not in self.family.modalities
+
+    def _is_replaced(self, item: Media) -> bool:
+        return is_document(item) or (item.kind == "video" and self._shows_frames)
+
     def _with_pages(
-        self, prompt: PromptForm, timings: Timings, cancellation: Cancellation | None
+        self,
+        prompt: PromptForm,
+        frames: Mapping[str, Any],
+        timings: Timings,
+        cancellation: Cancellation | None,
     ) -> PromptForm:
-        """The prompt with pictures of their pages in place of documents, if it holds any."""
+        """The prompt with pictures in place of documents, and of videos it does not take."""
         messages = parse_messages(prompt)
+        if frames:
+            messages = tuple(_sampled(message, frames) for message in messages)
+            prompt = messages if any(message.media for message in messages) else prompt
         held = [item for message in messages for item in message.media]
-        if not any(is_document(item) for item in held):
+        if not any(self._is_replaced(item) for item in held):
             return prompt
         self._check_modalities(held)
-        return with_pages(messages, self.limits, timings, cancellation)
+        return with_pages(messages, self.limits, timings, cancellation, frames=self._shows_frames)
 
     def _in_order(self, prompt: PromptForm, beside: Sequence[Media]) -> list[Media]:
         """All media in the order in which the rendered prompt names them."""
@@ -229,8 +248,8 @@ class Processor:
 
     def _check_modalities(self, held: Sequence[Media]) -> None:
         for item in held:
-            if item.modality not in self.family.modalities:
-                takes = ", ".join(("text", *self.family.modalities))
+            if item.modality not in self.family.takes:
+                takes = ", ".join(("text", *self.family.takes))
                 raise UnsupportedMedia(
                     f"This model does not take {item.kind}",
                     why=f"{self.config.model_type} takes {takes}",
@@ -269,6 +288,7 @@ class Processor:
             return loaded.value
         started = time.perf_counter()
         ready = self._prepared(item.kind, loaded.value, settings, options, keep_pictures)
+        ready.num_frames = ready.num_frames or item.options.get(NUM_FRAMES, 0)
         if memory.digest:
             self.prepared.put(prepared_key(salt, memory.digest, facts), ready)
         timings.preprocess += time.perf_counter() - started
@@ -297,6 +317,7 @@ class Processor:
         elif kind == "video":
             ready = self.family.prepare_video(value, settings)
             ready.size = (value.info.width, value.info.height)
+            ready.num_frames = len(value.frames)
             ready.key = array_key(
                 value.frames, value.timestamps, value.duration, sorted(settings.items())
             )
@@ -364,6 +385,17 @@ class Processor:
             adapter=family.adapter(media),
             encoder_ids=encoder_ids,
         )
+
+
+def _sampled(message: Message, frames: Mapping[str, Any]) -> Message:
+    """A message whose videos are sampled so where they do not say otherwise."""
+    content = (
+        replace(part, options={**frames, **part.options})
+        if isinstance(part, Media) and part.kind == "video"
+        else part
+        for part in message.content
+    )
+    return replace(message, content=tuple(content))
 
 
 def resized(image: Image.Image, shape: Any) -> Image.Image:

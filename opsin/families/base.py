@@ -35,7 +35,8 @@ class MediaInput:
     those in the prompt, filled when the prompt is tokenised. `size` is the original (width, height)
     and `processed_size` what the tower sees; `key` identifies content and settings together.
     `source_tokens` rows of it are read by cross-attention layers. `picture` is the original where
-    a caller asked to keep it.
+    a caller asked to keep it. `num_frames` counts the frames that were looked at of a video; where
+    these are pictures, the first of them counts all.
     """
 
     kind: str
@@ -49,6 +50,7 @@ class MediaInput:
     details: dict[str, Any] = field(default_factory=dict)
     source_tokens: int = 0
     picture: Image.Image | None = None
+    num_frames: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +274,12 @@ class Family:
     def prepare_audio(self, samples: np.ndarray, options: Mapping[str, Any]) -> MediaInput:
         """A sound, float32 (samples,) at `sampling_rate`, to the tower's input and its text."""
         raise NotImplementedError
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """What may be given: its modalities, and videos where frames can stand in as pictures."""
+        shows_frames = "image" in self.modalities and not self.one_picture
+        return tuple(dict.fromkeys((*self.modalities, *(("video",) if shows_frames else ()))))
 
     def frame_chooser(self, options: Mapping[str, Any]) -> Chooser | None:
         """Which frames of a video are looked at; None means evenly, at the request's rate.

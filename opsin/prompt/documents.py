@@ -1,15 +1,21 @@
-"""Puts the pages of documents into a conversation, as the pictures that models take."""
+"""Puts pages of documents and frames of videos into a conversation, as pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from opsin.media.cancellation import Cancellation
 from opsin.media.document import is_pdf
 from opsin.media.limits import MediaLimits
 from opsin.media.loading import load
 from opsin.types import Media, Message, Part, Text, Timings
+
+# Of a video for a model that takes pictures, unless the request says how many: each costs as much
+# as a picture.
+MOST_FRAMES = 8
+NUM_FRAMES = "num_frames"  # the option of a video's first frame that says how many there are
 
 
 def is_document(item: Media) -> bool:
@@ -22,12 +28,15 @@ def with_pages(
     limits: MediaLimits,
     timings: Timings,
     cancellation: Cancellation | None = None,
+    *,
+    frames: bool = False,
 ) -> tuple[Message, ...]:
     """The messages with every document replaced by pictures of its pages, numbered in `options`.
 
-    All documents together have at most `max_pages` of the limits. Raises MediaError or a subclass.
+    With `frames`, a video is replaced by pictures of its frames too. All documents together have at
+    most `max_pages` of the limits. Raises MediaError or a subclass.
     """
-    left = _Allowance(limits, limits.max_pages, timings, cancellation)
+    left = _Allowance(limits, timings, cancellation, frames, limits.max_pages)
     return tuple(
         replace(message, content=tuple(part for held in message.content for part in left.of(held)))
         for message in messages
@@ -39,38 +48,53 @@ def pages_of(
     limits: MediaLimits,
     timings: Timings,
     cancellation: Cancellation | None = None,
+    *,
+    frames: bool = False,
 ) -> list[Media]:
-    """The media with every document replaced by pictures of its pages, as `with_pages` does."""
-    (message,) = with_pages([Message("user", tuple(media))], limits, timings, cancellation)
+    """The media with documents and videos replaced by pictures, as `with_pages` does."""
+    messages = [Message("user", tuple(media))]
+    (message,) = with_pages(messages, limits, timings, cancellation, frames=frames)
     return list(message.media)
 
 
+@dataclass(slots=True)
 class _Allowance:
     """How many pages the documents that are left may have; counts the seconds they take."""
 
-    def __init__(
-        self,
-        limits: MediaLimits,
-        pages: int,
-        timings: Timings,
-        cancellation: Cancellation | None,
-    ) -> None:
-        self.cancellation = cancellation
-        self.limits = limits
-        self.pages = pages
-        self.timings = timings
+    limits: MediaLimits
+    timings: Timings
+    cancellation: Cancellation | None
+    frames: bool
+    pages: int
 
     def of(self, part: Part) -> Sequence[Part]:
-        """A part as it is, or the pages of a document."""
-        if isinstance(part, Text) or not is_document(part):
+        """A part as it is, or the pages of a document, or the frames of a video."""
+        if isinstance(part, Text):
             return (part,)
-        options = {key: part.options[key] for key in ("dpi", "pages") if key in part.options}
-        document = Media("document", part.source, options)
-        loaded = load(document, self.limits, cancellation=self.cancellation)
+        if self.frames and part.kind == "video":
+            return self._frames(part)
+        return self._pages(part) if is_document(part) else (part,)
+
+    def _frames(self, video: Media) -> list[Media]:
+        from PIL import Image
+
+        most = min(MOST_FRAMES, self.limits.max_frames)
+        value = self._load(replace(video, options={"max_frames": most, **video.options}))
+        pictures = [Media("image", Image.fromarray(frame)) for frame in value.frames]
+        first = replace(pictures[0], options={NUM_FRAMES: len(pictures)})
+        return [first, *pictures[1:]]
+
+    def _load(self, media: Media) -> Any:
+        loaded = load(media, self.limits, cancellation=self.cancellation)
         self.timings.fetch += loaded.timing.fetch
         self.timings.decode += loaded.timing.decode
-        self.pages -= len(loaded.value)
+        return loaded.value
+
+    def _pages(self, part: Media) -> list[Media]:
+        options = {key: part.options[key] for key in ("dpi", "pages") if key in part.options}
+        pages = self._load(Media("document", part.source, options))
+        self.pages -= len(pages)
         if self.pages < 0:
             amount = f"{self.limits.max_pages - self.pages:,} pages"
             raise self.limits.exceeded("max_pages", "The documents' sum", amount, "pages")
-        return [Media("image", page.image, {"page": page.number}) for page in loaded.value]
+        return [Media("image", page.image, {"page": page.number}) for page in pages]

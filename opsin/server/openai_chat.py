@@ -164,6 +164,11 @@ def timings(value: Timings) -> dict[str, float]:
     return {name: round(seconds, 6) for name, seconds in dataclasses.asdict(value).items()}
 
 
+def video_frames(answer: Answer | Delta) -> dict[str, list[int]]:
+    """How many frames of each video were looked at, where there are videos."""
+    return {"video_frames": list(answer.video_frames)} if answer.video_frames else {}
+
+
 def images(answer: Answer | Delta) -> list[dict[str, int]]:
     """Each picture's own size, the size it was processed at, and its tokens."""
     return [dataclasses.asdict(image) for image in answer.images]
@@ -212,6 +217,7 @@ def render(
         "usage": usage(Totals.of(list(answers))),
         "timings": timings(answers[0].timings),
         "images": images(answers[0]),
+        **video_frames(answers[0]),
     }
 
 
@@ -268,6 +274,7 @@ class ChunkRenderer:
             last = self._chunk(delta.index, {}, finish_reason(delta))
             last["timings"] = timings(delta.timings or Timings())
             last["images"] = images(delta)
+            last.update(video_frames(delta))
             if delta.regions:
                 last["choices"][0]["regions"] = list(delta.regions)
             chunks.append(last)

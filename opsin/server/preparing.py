@@ -106,7 +106,7 @@ def _prepare(
 
 def _check_modalities(processor: Processor, request: Request) -> None:
     """Refuse media that the model does not take, before any is fetched."""
-    takes = processor.family.modalities
+    takes = processor.family.takes
     for message in request.messages:
         for media in message.media:
             if media.modality not in takes:

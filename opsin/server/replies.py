@@ -76,6 +76,7 @@ class Reader:
             usage=event.usage,
             timings=event.timings,
             images=image_sizes(self._prompt),
+            video_frames=tuple(m.num_frames for m in self._prompt.media if m.num_frames),
             regions=regions,
         )
 

@@ -67,8 +67,8 @@ class Delta:
     """What is new of one answer; the last delta of an answer has a `finish_reason`.
 
     index: which of the n answers. num_tokens and num_reasoning count the tokens of this delta.
-    usage, timings, images and regions (boxes and points in pixels, as plain values) come with the
-    last delta.
+    usage, timings, images, video_frames (how many of each video were looked at) and regions (boxes
+    and points in pixels, as plain values) come with the last delta.
     """
 
     index: int = 0
@@ -82,6 +82,7 @@ class Delta:
     num_reasoning: int = 0
     timings: Timings | None = None
     images: tuple[ImageSize, ...] = ()
+    video_frames: tuple[int, ...] = ()
     regions: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -99,6 +100,7 @@ class Answer:
     num_reasoning: int = 0
     timings: Timings = field(default_factory=Timings)
     images: tuple[ImageSize, ...] = ()
+    video_frames: tuple[int, ...] = ()
     regions: tuple[Mapping[str, Any], ...] = ()
 
     def add(self, delta: Delta) -> None:
@@ -115,6 +117,7 @@ class Answer:
             self.usage = delta.usage or self.usage
             self.timings = delta.timings or self.timings
             self.images = delta.images
+            self.video_frames = delta.video_frames
             self.regions = delta.regions
 
 

@@ -1,0 +1,134 @@
+"""Videos in requests: every form there is, how they are sampled, and models that take pictures."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import opsin
+from opsin.errors import InputError, UnsupportedMedia
+from opsin.media.video import load_video
+
+from ..families.checkpoints import write_checkpoint
+from ..families.zoo import florence, llava
+from ..media.samples import clip, encoded_sound, tone
+from .running import Running, serving
+
+CLIP = clip(60, size=(64, 48), rate=10)
+URL = "data:video/mp4;base64," + base64.b64encode(CLIP).decode()
+TEXT = {"type": "text", "text": "What happens?"}
+VIDEO = {"type": "video_url", "video_url": {"url": URL}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a family that takes pictures, and no video."""
+    return write_checkpoint(llava.CASES[0], tmp_path_factory.mktemp("video") / "tiny-llava")
+
+
+@pytest.fixture(scope="module")
+def pictures_only(folder: Path) -> Iterator[Running]:
+    with serving(folder) as running:
+        yield running.ready()
+
+
+def ask(server: Running, *parts: dict[str, Any], **fields: Any) -> Any:
+    message = {"role": "user", "content": [*parts, TEXT]}
+    return server.chat(messages=[message], max_tokens=4, **fields)
+
+
+def told(reply: Any) -> tuple[Any, Any, Any]:
+    body = reply.json()
+    assert reply.status_code == 200, body
+    said = body["choices"][0]["message"]["content"]
+    return said, body["usage"]["prompt_tokens"], body["video_frames"]
+
+
+def test_every_form_of_a_video_is_read(server: Running, media_root: Path) -> None:
+    (media_root / "clip.mp4").write_bytes(CLIP)
+    expected = told(ask(server, VIDEO))
+    assert expected[2][0] > 2
+    for part in (
+        {"type": "video_url", "video_url": {"url": f"file://{media_root / 'clip.mp4'}"}},
+        {"type": "video_url", "video_url": {"url": "clip.mp4"}},
+        {"type": "video_url", "video_url": URL},
+        {"type": "video", "video": "clip.mp4"},
+        {"type": "input_video", "input_video": URL},
+    ):
+        assert told(ask(server, part)) == expected
+
+
+def test_the_request_and_the_part_say_how_many_frames(server: Running) -> None:
+    assert told(ask(server, VIDEO, video_max_frames=4))[2] == [4]
+    own = {**VIDEO, "max_frames": 6}
+    assert told(ask(server, own, VIDEO, video_max_frames=4))[2] == [6, 4]
+    slow, fast = (told(ask(server, VIDEO, video_fps=fps))[2][0] for fps in (1, 4))
+    assert slow < fast
+    refused = ask(server, VIDEO, video_fps=-1)
+    assert refused.status_code == 400
+    assert "video_fps" in refused.json()["error"]["param"]
+
+
+def test_a_model_of_pictures_gets_frames_as_pictures(pictures_only: Running) -> None:
+    reply = ask(pictures_only, VIDEO, video_max_frames=3)
+    said, tokens, frames = told(reply)
+    assert frames == [3]
+    assert [(image["width"], image["height"]) for image in reply.json()["images"]] == [(64, 48)] * 3
+    parts = []
+    for frame in load_video(CLIP, max_frames=3).frames:
+        buffer = io.BytesIO()
+        Image.fromarray(frame).save(buffer, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        parts.append({"type": "image_url", "image_url": {"url": url}})
+    same = ask(pictures_only, *parts).json()
+    assert same["choices"][0]["message"]["content"] == said
+    assert same["usage"]["prompt_tokens"] == tokens
+    assert "video_frames" not in same
+    assert told(ask(pictures_only, VIDEO))[2] == [8]
+    streamed = ask(pictures_only, VIDEO, stream=True)
+    lines = [line[6:] for line in streamed.text.splitlines() if line.startswith("data: {")]
+    assert [json.loads(x)["video_frames"] for x in lines if "video_frames" in x] == [[8]]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", CLIP[:200], b"\0" * 4096, encoded_sound(tone(0.2), 44_100, "mp4", "aac")],
+    ids=["empty", "cut", "zeros", "sound alone"],
+)
+def test_what_is_no_video_is_a_refusal(data: bytes, pictures_only: Running) -> None:
+    url = "data:video/mp4;base64," + base64.b64encode(data).decode()
+    reply = ask(pictures_only, {"type": "video_url", "video_url": {"url": url}})
+    assert reply.status_code in (400, 415), reply.text
+    assert "Traceback" not in reply.text
+
+
+def test_python_takes_the_same_and_says_how_many(folder: Path) -> None:
+    model, processor = opsin.load(str(folder), device="cpu")
+    frames = [Image.fromarray(frame) for frame in load_video(CLIP, max_frames=3).frames]
+    asked: dict[str, Any] = {"max_tokens": 4}
+    result = opsin.generate(model, processor, "What?", video=CLIP, max_frames=3, **asked)
+    same = opsin.generate(model, processor, "What?", image=frames, **asked)
+    assert (result.tokens, result.video_frames) == (same.tokens, (3,))
+    assert result.image_sizes == same.image_sizes
+    part = {"type": "video", "video": CLIP, "max_frames": 2}
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]
+    two = opsin.generate(model, processor, messages, max_frames=3, **asked)
+    assert two.video_frames == (2,)
+    rate = opsin.generate(model, processor, "What?", video=CLIP, fps=1, **asked)
+    assert rate.video_frames == (6,)
+    for name, value in (("fps", 0), ("fps", "two"), ("max_frames", 0), ("max_frames", 2.5)):
+        with pytest.raises(InputError, match=name):
+            opsin.generate(model, processor, "What?", video=CLIP, **{name: value})
+
+
+def test_a_model_of_one_picture_refuses_a_video(tmp_path: Path) -> None:
+    model, processor = opsin.load(str(write_checkpoint(florence.CASES[0], tmp_path / "one")))
+    with pytest.raises(UnsupportedMedia, match="does not take video"):
+        opsin.generate(model, processor, "What?", video=CLIP)
