@@ -6,11 +6,8 @@ in its own process it can be ended when it hangs, and its memory is bounded.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +21,7 @@ from opsin.media.failure import source_name
 from opsin.media.formats import HEADER_BYTES, image_format, not_an_image
 from opsin.media.image import decode_image
 from opsin.media.limits import DEFAULT_LIMITS, Deadline, MediaLimits
+from opsin.media.process import WorkerProcess
 from opsin.media.source import open_source
 from opsin.media.worker import WORKERS
 
@@ -37,12 +35,6 @@ MAGIC_WITHIN = 1024
 
 _GONE: dict[str, Any] = {"error": "gone"}
 _WORKER = Path(__file__).with_name("pdf_worker.py")
-_LAUNCH = (
-    "import json, runpy, sys;"
-    "start = json.loads(sys.stdin.buffer.readline());"
-    "sys.path[:] = start['path'];"
-    "runpy.run_path(start['worker'], run_name='__main__')"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +74,7 @@ class Document:
         self.name = source_name(source, "document")
         self._source = source
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: WorkerProcess | None = None
         self._data = b""
         self._is_pdf = False
         self._deadline = deadline
@@ -163,21 +155,16 @@ class Document:
         """One exchange with the process, which is ended if the deadline passes meanwhile."""
         process = self._process
         assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
         timer = threading.Timer(deadline.remaining(), process.kill)
         timer.daemon = True
         timer.start()
         try:
             with deadline.cancellation.ending(process.kill):
                 if asked is not None:
-                    process.stdin.write(json.dumps(asked).encode() + b"\n")
-                    process.stdin.flush()
-                line = process.stdout.readline()
+                    process.send(json.dumps(asked).encode() + b"\n")
+                line = process.line()
                 answer: dict[str, Any] = json.loads(line) if line.endswith(b"\n") else _GONE
-                pixels = process.stdout.read(answer.get("bytes", 0))
-        except OSError:
-            answer, pixels = _GONE, b""
+                pixels = process.read(answer.get("bytes", 0))
         finally:
             timer.cancel()
         if len(pixels) < answer.get("bytes", 0) or answer == _GONE:
@@ -213,36 +200,16 @@ class Document:
 
     def _start(self, deadline: Deadline) -> int:
         """Start the process and give it the document; its number of pages."""
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _LAUNCH],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        self._process = process
-        path = [entry or str(Path.cwd()) for entry in sys.path]
-        start = {"path": path, "worker": str(_WORKER)}
         settings = {"memory": PROCESS_MEMORY, "size": len(self._data)}
-        assert process.stdin is not None
-        with contextlib.suppress(OSError):  # a process that is gone already is found when asked
-            for fields in (start, settings):
-                process.stdin.write(json.dumps(fields).encode() + b"\n")
-            process.stdin.write(self._data)
-            process.stdin.flush()
+        self._process = WorkerProcess(_WORKER, settings)
+        self._process.send(self._data)
         answer, _ = self._ask(None, deadline, self.name)
         return int(answer["pages"])
 
     def _discard(self) -> None:
         process, self._process = self._process, None
-        if process is None:
-            return
-        process.kill()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-        process.wait()
+        if process is not None:
+            process.close()
 
 
 def load_pages(

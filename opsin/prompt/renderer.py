@@ -7,11 +7,7 @@ leaves with its owner (its stdin closes).
 """
 
 import atexit
-import contextlib
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,18 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from opsin.errors import EngineError, InputError
+from opsin.errors import InputError
+from opsin.media.process import WorkerProcess
 
 _WORKER = Path(__file__).with_name("jinja_worker.py")
-
-# The search path comes over stdin: -I keeps Python's settings in the environment out of the process
-# and -S skips `site`, which halves its start.
-_LAUNCH = (
-    "import json, runpy, sys;"
-    "start = json.loads(sys.stdin.buffer.readline());"
-    "sys.path[:] = start['path'];"
-    "runpy.run_path(start['worker'], run_name='__main__')"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +36,7 @@ class Renderer:
     def __init__(self, limits: RenderLimits | None = None) -> None:
         self.limits = limits or RenderLimits()
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0
+        self._process: WorkerProcess | None = None
 
     def warm_up(self) -> None:
         """Start the process if it is not there, without waiting for it."""
@@ -95,7 +82,8 @@ class Renderer:
         timer.daemon = True
         timer.start()
         try:
-            answer = _exchange(process, line)
+            process.send(line)
+            answer = process.line()
         finally:
             timer.cancel()
             timer.join()
@@ -106,45 +94,17 @@ class Renderer:
             raise _failure("time", "", self.limits)
         return answer if whole else b""
 
-    def _running(self) -> subprocess.Popen[bytes]:
+    def _running(self) -> WorkerProcess:
         """The process, started if there is none or if a parent process owns it."""
-        if self._process is not None and self._owner != os.getpid():
-            self._process = None
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None or not self._process.alive:
             self._discard()
-            self._process = self._start()
-            self._owner = os.getpid()
+            self._process = WorkerProcess(_WORKER, {"memory": self.limits.memory})
         return self._process
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        if not sys.executable:
-            raise EngineError(
-                "Chat templates cannot be rendered",
-                why="templates run in a process of their own, and Python's program is not known",
-                remedy="Run Opsin from an ordinary Python installation",
-            )
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _LAUNCH],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        path = [entry or str(Path.cwd()) for entry in sys.path]
-        for settings in ({"path": path, "worker": str(_WORKER)}, {"memory": self.limits.memory}):
-            _send(process, json.dumps(settings).encode() + b"\n")
-        return process
 
     def _discard(self) -> None:
         process, self._process = self._process, None
-        if process is None or self._owner != os.getpid():
-            return
-        process.kill()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-        process.wait()
+        if process is not None:
+            process.close()
 
 
 @cache
@@ -153,24 +113,6 @@ def shared_renderer() -> Renderer:
     renderer = Renderer()
     atexit.register(renderer.close)
     return renderer
-
-
-def _exchange(process: subprocess.Popen[bytes], line: bytes) -> bytes:
-    if process.stdout is None or not _send(process, line):
-        return b""
-    return process.stdout.readline()
-
-
-def _send(process: subprocess.Popen[bytes], line: bytes) -> bool:
-    """Whether the process still took the line."""
-    if process.stdin is None:
-        return False
-    try:
-        process.stdin.write(line)
-        process.stdin.flush()
-    except OSError:
-        return False
-    return True
 
 
 def _failure(kind: str, message: str, limits: RenderLimits) -> InputError:

@@ -140,17 +140,19 @@ def test_pages_bytes_and_all_pixels_have_limits():
 
 
 def test_a_hanging_page_ends_at_the_deadline_and_the_next_is_drawn():
-    with Document(THREE, MediaLimits(deadline=1.0)) as document:
-        os.kill(document._process.pid, signal.SIGSTOP)
+    with Document(THREE) as document:
+        os.kill(document._process._process.pid, signal.SIGSTOP)
+        patient, document.limits = document.limits, MediaLimits(deadline=0.3)
         with pytest.raises(MediaTimeout, match="page 1"):
             document.page(1)
+        document.limits = patient
         assert document.page(2, 72).getpixel((20, 80)) == (0, 255, 0)
 
 
 def test_a_process_that_dies_costs_one_page():
     with Document(THREE) as document:
         document._process.kill()
-        document._process.wait()
+        document._process._process.wait()
         with pytest.raises(MediaError, match="ended the process"):
             document.page(1)
         assert document.page(1, 72).size == (200, 100)
@@ -160,7 +162,7 @@ def test_nothing_of_a_document_is_left_behind():
     document = Document(THREE)
     process = document._process
     document.close()
-    assert process.poll() is not None
+    assert not process.alive
     with pytest.raises(MediaError, match="closed"):
         document.page(1)
 

@@ -126,7 +126,7 @@ def test_closing_leaves_no_process() -> None:
     process = renderer._process
     assert process is not None
     renderer.close()
-    assert process.poll() is not None
+    assert not process.alive
 
 
 def test_any_text_survives() -> None:
