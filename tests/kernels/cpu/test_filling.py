@@ -95,3 +95,16 @@ def test_a_view_of_packed_bytes_is_the_same_matrix(best: Library, kind):
     assert torch.equal(whole(seen), whole(matrix)), "a view is read only"
     with pytest.raises(EngineError, match="another size"):
         view(matrix.nbytes)
+
+
+def test_matrices_that_share_memory_come_and_go_alone(best: Library):
+    weights = [torch.randn(40, 64).bfloat16() for _ in range(60)]
+    matrices = [PackedMatrix.dense(best, weight) for weight in weights]
+    large = PackedMatrix.dense(best, torch.ones(4096, 1024).bfloat16())
+    del matrices[::2]
+    fresh = [PackedMatrix(best, "bf16", 40, 64) for _ in range(60)]
+    for matrix, weight in zip(matrices, weights[1::2], strict=True):
+        assert torch.equal(matrix.rows(torch.arange(40)), weight)
+    assert not any(whole(matrix).any() for matrix in fresh), "a new matrix is of zeros"
+    del matrices, fresh
+    assert bool((whole(large) == 1).all())

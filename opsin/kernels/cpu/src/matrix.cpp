@@ -1,7 +1,10 @@
 // Packed matrices: memory on huge pages, and rows read back.
+#include <cstddef>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <sys/mman.h>
+#include <vector>
 
 #include "runtime.h"
 
@@ -9,34 +12,73 @@ namespace opsin {
 
 namespace {
 
-constexpr int64_t kHuge = 2 << 20;
+constexpr int64_t kHuge = 2 << 20, kPage = 4096;
+constexpr int64_t kRun = 256 << 20;
 
 // Room for the prefetches and tile loads that run past the end.
 constexpr int64_t kSlack = 4096;
 
-uint8_t* map_bytes(int64_t bytes, int64_t* capacity) {
-  const bool huge = bytes >= kHuge;
-  constexpr int64_t kPage = 4096;
-  const int64_t size = (bytes + kSlack + kPage - 1) / kPage * kPage;
-  const int64_t asked = huge ? size + kHuge : size;
+// Zeros on huge pages where there are any, from an address that is a multiple of their size.
+uint8_t* map_huge(int64_t size) {
+  const int64_t asked = size + kHuge;
   void* p = mmap(nullptr, static_cast<size_t>(asked), PROT_READ | PROT_WRITE,
                  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (p == MAP_FAILED) return nullptr;
-  uint8_t* at = static_cast<uint8_t*>(p);
-  if (huge) {
-    const uintptr_t from = reinterpret_cast<uintptr_t>(p);
-    const uintptr_t start = (from + kHuge - 1) / kHuge * kHuge;
-    if (start > from) munmap(p, start - from);
-    const uintptr_t end = start + static_cast<uintptr_t>(size);
-    const uintptr_t last = from + static_cast<uintptr_t>(asked);
-    if (last > end) munmap(reinterpret_cast<void*>(end), last - end);
-    at = reinterpret_cast<uint8_t*>(start);
+  const uintptr_t from = reinterpret_cast<uintptr_t>(p);
+  const uintptr_t start = (from + kHuge - 1) / kHuge * kHuge;
+  if (start > from) munmap(p, start - from);
+  const uintptr_t end = start + static_cast<uintptr_t>(size);
+  const uintptr_t last = from + static_cast<uintptr_t>(asked);
+  if (last > end) munmap(reinterpret_cast<void*>(end), last - end);
+  uint8_t* at = reinterpret_cast<uint8_t*>(start);
 #if defined(MADV_HUGEPAGE)
-    madvise(at, static_cast<size_t>(size), MADV_HUGEPAGE);
+  madvise(at, static_cast<size_t>(size), MADV_HUGEPAGE);
 #endif
-  }
-  *capacity = size;
   return at;
+}
+
+// Matrices lie one after another in runs of address space, so that none ends in small pages and
+// small ones share huge pages. A run takes memory as it is written to, and ends with its last
+// matrix; each matrix that goes gives back the pages that were its own alone.
+struct Run {
+  uint8_t* data;
+  int64_t size, used;
+  int live;
+};
+
+std::mutex runs_lock;
+std::vector<Run> runs;
+
+uint8_t* map_bytes(int64_t bytes, int64_t* capacity) {
+  const int64_t size = (bytes + kSlack + kPage - 1) / kPage * kPage;
+  *capacity = size;
+  std::lock_guard<std::mutex> lock(runs_lock);
+  if (runs.empty() || runs.back().size - runs.back().used < size) {
+    const int64_t whole = size > kRun ? (size + kHuge - 1) / kHuge * kHuge : kRun;
+    uint8_t* data = map_huge(whole);
+    if (!data) return nullptr;
+    runs.push_back({data, whole, 0, 0});
+  }
+  Run& run = runs.back();
+  uint8_t* at = run.data + run.used;
+  run.used += size;
+  run.live++;
+  return at;
+}
+
+void unmap_bytes(uint8_t* data, int64_t capacity) {
+  std::lock_guard<std::mutex> lock(runs_lock);
+  for (size_t i = 0; i < runs.size(); i++) {
+    Run& run = runs[i];
+    if (data < run.data || data >= run.data + run.size) continue;
+    if (--run.live == 0) {
+      munmap(run.data, static_cast<size_t>(run.size));
+      runs.erase(runs.begin() + static_cast<std::ptrdiff_t>(i));
+    } else {
+      madvise(data, static_cast<size_t>(capacity), MADV_DONTNEED);
+    }
+    return;
+  }
 }
 
 // A matrix without memory; null when the arguments do not do.
@@ -114,7 +156,7 @@ const void* opsin_matrix_data(const OpsinMatrix* m) { return m ? m->data : nullp
 
 void opsin_matrix_free(OpsinMatrix* m) {
   if (!m) return;
-  if (m->capacity) munmap(m->data, static_cast<size_t>(m->capacity));
+  if (m->capacity) opsin::unmap_bytes(m->data, m->capacity);
   std::free(m->bias);
   std::free(m);
 }
