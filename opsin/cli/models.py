@@ -31,7 +31,7 @@ def models(
         return
     from opsin.checkpoint.hub import cached_models
     from opsin.checkpoint.repacked import kept_files
-    from opsin.config import repacked_folder
+    from opsin.config import repacked_folder, settings
 
     table = family_table()
     if markdown:
@@ -41,8 +41,13 @@ def models(
         {"name": m.name, "model_type": m.model_type, "bytes": m.size} for m in cached_models()
     ]
     repacked: list[dict[str, Any]] = [
-        {"made_from": file.source, "as": file.recipe, "bytes": file.num_bytes, "path": str(file.path)}
-        for file in kept_files(repacked_folder() or repacked_folder("on"))
+        {
+            "made_from": file.source,
+            "as": file.recipe,
+            "bytes": file.num_bytes,
+            "path": str(file.path),
+        }
+        for file in kept_files(repacked_folder() or settings().cache / "repacked")
     ]
     if as_json:
         typer.echo(json.dumps({"families": table, "cached": cached, "repacked": repacked}))

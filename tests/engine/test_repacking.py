@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -14,9 +15,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import opsin
 from opsin.checkpoint import repacked
+from opsin.cli import models
+from opsin.config import settings
 from opsin.engine import packing, repacking
 from opsin.engine.loop import Engine, EngineLimits
 from opsin.engine.model import Model, load_model
@@ -123,6 +127,25 @@ def test_a_mapped_model_reads_none_of_what_was_packed(
     for fill in ("fill", "fill_file", "fill_affine"):
         monkeypatch.setattr(PackedMatrix, fill, None)
     assert views(load())
+
+
+def test_the_command_line_lists_what_is_kept(
+    load: Load, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load()
+    (path,) = cache.iterdir()
+    (cache / "foreign.repacked").write_text("not one of ours")
+    monkeypatch.setenv("OPSIN_REPACKED_CACHE", str(cache))
+    settings.cache_clear()
+    try:
+        listed = json.loads(CliRunner().invoke(models.app, ["--json"]).stdout)["repacked"]
+        shown = CliRunner().invoke(models.app).stdout
+    finally:
+        settings.cache_clear()
+    assert [(each["path"], each["as"]) for each in listed] == [(str(path), "bf16")]
+    assert listed[0]["bytes"] == path.stat().st_size
+    assert "delete a file to free its space" in shown
+    assert str(path) in shown
 
 
 def test_another_recipe_has_a_file_of_its_own(load: Load, cache: Path) -> None:
