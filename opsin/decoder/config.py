@@ -61,6 +61,17 @@ class LatentAttentionConfig(AttentionConfig):
     latent_eps: float = 1e-6
     values_in_keys: ClassVar[bool] = True
 
+    @property
+    def many(self) -> float:
+        """From how many new tokens of a sequence on its keys and values are worth writing out.
+
+        Each key and value costs `latent` products a number to make, and then spares every query,
+        which scores and sums, the difference between the vector and a head's own part.
+        """
+        spared = 2 * (self.latent - self.plain_dim)
+        made = self.latent * (self.plain_dim + self.value_dim)
+        return made / spared if spared > 0 else float("inf")
+
 
 @dataclass(frozen=True, slots=True)
 class SharedAttentionConfig(AttentionConfig):

@@ -200,7 +200,8 @@ class Kernels:
                 batch.kept,
                 places,
             )
-            key, value = batch.rows(keys, i), batch.rows(values, i)
+            key = batch.rows(keys, i)
+            value = key if values is keys else batch.rows(values, i)
             out[start:end] = attend(query[start:end], key, value, mask, scale, soft_cap, sinks)
         return out
 
