@@ -77,7 +77,7 @@ def test_a_published_picture_is_rows_of_fourteen_tokens(
 
 
 def test_the_small_one_keeps_576_values_a_token_and_layer() -> None:
-    """The smaller of the two with latent attention, whose heads' keys and values are 4096."""
+    """The smaller of the two with latent attention; see docs/cache.md."""
     sizes = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
     family = published(use_mla=True, v_head_dim=128, num_hidden_layers=27, **sizes)
     config = family.decoder()
