@@ -51,10 +51,11 @@ DEFAULT_MODEL = "bundled"
 SAMPLING_FIELDS = frozenset(f.name for f in dataclasses.fields(SamplingParams))
 LIMIT_FIELDS = frozenset(f.name for f in dataclasses.fields(EngineLimits))
 TEMPLATE_FIELDS = frozenset({"enable_thinking", "chat_template_kwargs", "chat_template"})
-# How videos are sampled: the kinds of numbers, and what they lie above and not above.
+# How videos are taken: the kinds of values, and what they lie above and not above.
 FRAME_LIMITS: dict[str, tuple[Any, float, float]] = {
     "fps": (int | float, 0, 1000),
     "max_frames": (int, 0, 100_000),
+    "use_audio_in_video": (bool, -1, 1),
 }
 WANTED_FIELDS = frozenset({*FORM_FIELDS, *TOOL_FIELDS})
 # Spellings of other libraries in this field, and the name each has here.
@@ -322,7 +323,7 @@ def _options(arguments: Mapping[str, Any]) -> _Options:
 
 
 def _frame_options(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """How videos are sampled, as far as it was asked for."""
+    """How videos are taken, as far as it was asked for."""
     given = {name: value for name, value in asked.items() if value is not None}
     for name, value in given.items():
         kinds, least, most = FRAME_LIMITS[name]
@@ -332,6 +333,8 @@ def _frame_options(asked: Mapping[str, Any]) -> dict[str, Any]:
                 remedy=f"Give a number above {least:g}, at most {most:g}",
                 param=name,
             )
+    if not given.get("use_audio_in_video"):
+        given.pop("use_audio_in_video", None)
     return given
 
 
@@ -475,7 +478,7 @@ def generate(
     kwargs: the fields of SamplingParams (max_tokens, temperature, top_p, top_k, min_p,
     repetition_penalty, presence_penalty, frequency_penalty, logit_bias, seed, stop, logprobs, ...);
     of EngineLimits (prefill_step_size, memory, ...); `resize_shape` and `processor_kwargs`;
-    `fps` and `max_frames`, which frames of videos are looked at;
+    `fps` and `max_frames`, which frames of videos are looked at, and `use_audio_in_video`;
     `enable_thinking` and `chat_template_kwargs`; `task`, one of the model's own (`opsin models
     tasks NAME` lists them), whose words are then the prompt. An unknown one is refused by name.
 

@@ -33,6 +33,7 @@ from opsin.cli.flags import (
     Temperature,
     TopK,
     TopP,
+    UseAudioInVideo,
     json_option,
     load_with_progress,
     note_window,
@@ -64,6 +65,7 @@ def command(
     ] = None,
     fps: FPS = None,
     max_frames: MaxFrames = None,
+    use_audio_in_video: UseAudioInVideo = False,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     chat_template: ChatTemplate = None,
     chat_template_kwargs: Annotated[
@@ -117,6 +119,7 @@ def command(
         "seed": seed,
         "fps": fps,
         "max_frames": max_frames,
+        "use_audio_in_video": use_audio_in_video,
         "enable_thinking": enable_thinking,
         "kv_bits": kv_bits,
         "kv_group_size": kv_group_size,

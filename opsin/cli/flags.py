@@ -98,6 +98,12 @@ MaxFrames: TypeAlias = Annotated[
         rich_help_panel="Media",
     ),
 ]
+UseAudioInVideo: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--use-audio-in-video", help="Let it hear the sound of videos.", rich_help_panel="Media"
+    ),
+]
 
 KVBits: TypeAlias = Annotated[
     int | None,

@@ -33,6 +33,7 @@ from opsin.cli.flags import (
     Temperature,
     TopK,
     TopP,
+    UseAudioInVideo,
     json_option,
     load_with_progress,
     note_window,
@@ -68,6 +69,7 @@ def command(
     ] = None,
     fps: FPS = None,
     max_frames: MaxFrames = None,
+    use_audio_in_video: UseAudioInVideo = False,
     resize_shape: Annotated[
         list[int] | None,
         typer.Option(
@@ -215,6 +217,7 @@ def command(
         "speculative": speculative,
         "fps": fps,
         "max_frames": max_frames,
+        "use_audio_in_video": use_audio_in_video,
         "resize_shape": resize_shape or None,
         "processor_kwargs": json_option("--processor-kwargs", processor_kwargs),
         "enable_thinking": enable_thinking,

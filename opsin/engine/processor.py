@@ -23,7 +23,7 @@ from opsin.media.limits import DEFAULT_LIMITS, MediaLimits
 from opsin.media.loading import load
 from opsin.media.memory import Memory
 from opsin.prompt.api import apply_chat_template
-from opsin.prompt.documents import NUM_FRAMES, is_document, pages_of, with_pages
+from opsin.prompt.documents import NUM_FRAMES, SOUND, is_replaced, pages_of, with_pages
 from opsin.prompt.messages import Prompt as PromptForm
 from opsin.prompt.messages import parse_messages
 from opsin.prompt.template import ChatTemplate
@@ -31,6 +31,7 @@ from opsin.prompt.tokenizer import Tokenizer
 from opsin.types import Media, Message, Part, Text, Timings
 
 GENERAL_OPTIONS = ("resize_shape",)
+KINDS = ("image", "video", "audio")  # the order in which media beside the messages stand
 
 
 class Processor:
@@ -125,11 +126,11 @@ class Processor:
         prompt: messages in any accepted form, or a string. A string that holds one of the
         tokenizer's special tokens is taken as formatted already; any other is one user message.
         Media given beside the messages go into the first user message. `options` are the family's
-        processor options, `template` what the chat template is given. `frames` are the `fps` and
-        `max_frames` of videos that do not state theirs. `keep_pictures` leaves the decoded
-        originals on the prompt's media. Prompts of different `salt` share nothing that was
-        fetched, prepared or computed. `cancellation` ends fetching and decoding, with a
-        MediaTimeout.
+        processor options, `template` what the chat template is given. `frames` are the `fps`,
+        `max_frames` and `use_audio_in_video` of videos that do not state theirs. `keep_pictures`
+        leaves the decoded originals on the prompt's media. Prompts of different `salt` share
+        nothing that was fetched, prepared or computed. `cancellation` ends fetching and decoding,
+        with a MediaTimeout.
         """
         beside = [Media("image", source) for source in images]
         rate = {"fps": template["fps"]} if isinstance(template.get("fps"), int | float) else {}
@@ -140,6 +141,7 @@ class Processor:
         if any(self._is_replaced(item) for item in beside):
             self._check_modalities(beside)
             beside = pages_of(beside, self.limits, timings, cancellation, frames=self._shows_frames)
+            beside.sort(key=lambda item: KINDS.index(item.kind))  # sounds of videos are last
             videos = () if self._shows_frames else videos
         if isinstance(prompt, str) and self.is_formatted(prompt):
             text, held = prompt, beside
@@ -170,7 +172,7 @@ class Processor:
         return "video" in self.family.takes and "video" not in self.family.modalities
 
     def _is_replaced(self, item: Media) -> bool:
-        return is_document(item) or (item.kind == "video" and self._shows_frames)
+        return is_replaced(item, frames=self._shows_frames)
 
     def _with_pages(
         self,
@@ -247,7 +249,8 @@ class Processor:
         return prompt, [Media(kinds.get(item.kind, item.kind), item.source) for item in held]
 
     def _check_modalities(self, held: Sequence[Media]) -> None:
-        for item in held:
+        heard = [Media("audio", item.source) for item in held if item.options.get(SOUND)]
+        for item in (*held, *heard):
             if item.modality not in self.family.takes:
                 takes = ", ".join(("text", *self.family.takes))
                 raise UnsupportedMedia(

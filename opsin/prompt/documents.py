@@ -15,12 +15,18 @@ from opsin.types import Media, Message, Part, Text, Timings
 # Of a video for a model that takes pictures, unless the request says how many: each costs as much
 # as a picture.
 MOST_FRAMES = 8
+SOUND = "use_audio_in_video"  # the option of a video whose sound is heard too
 NUM_FRAMES = "num_frames"  # the option of a video's first frame that says how many there are
 
 
 def is_document(item: Media) -> bool:
     """Whether a medium is to be taken page by page: a document, or a PDF given as a picture."""
     return item.kind == "document" or (item.kind == "image" and is_pdf(item.source))
+
+
+def is_replaced(item: Media, *, frames: bool) -> bool:
+    """Whether other media take a medium's place: see `with_pages`."""
+    return is_document(item) or (item.kind == "video" and (frames or SOUND in item.options))
 
 
 def with_pages(
@@ -33,8 +39,9 @@ def with_pages(
 ) -> tuple[Message, ...]:
     """The messages with every document replaced by pictures of its pages, numbered in `options`.
 
-    With `frames`, a video is replaced by pictures of its frames too. All documents together have at
-    most `max_pages` of the limits. Raises MediaError or a subclass.
+    With `frames`, a video is replaced by pictures of its frames too; the sound of one with the
+    option `use_audio_in_video` follows it. All documents together have at most `max_pages` of the
+    limits. Raises MediaError or a subclass.
     """
     left = _Allowance(limits, timings, cancellation, frames, limits.max_pages)
     return tuple(
@@ -71,9 +78,15 @@ class _Allowance:
         """A part as it is, or the pages of a document, or the frames of a video."""
         if isinstance(part, Text):
             return (part,)
-        if self.frames and part.kind == "video":
-            return self._frames(part)
+        if part.kind == "video":
+            return self._video(part)
         return self._pages(part) if is_document(part) else (part,)
+
+    def _video(self, video: Media) -> list[Media]:
+        options = {key: value for key, value in video.options.items() if key != SOUND}
+        seen = replace(video, options=options)
+        heard = [Media("audio", video.source)] if video.options.get(SOUND) else []
+        return [*(self._frames(seen) if self.frames else [seen]), *heard]
 
     def _frames(self, video: Media) -> list[Media]:
         from PIL import Image

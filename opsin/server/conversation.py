@@ -26,7 +26,7 @@ ECHOED = ("refusal", "annotations", "audio", "function_call", "id", "images")
 # that the model takes, and the reply states it.
 OPTIONS = {
     "image": ("detail",),
-    "video": ("fps", "max_frames"),
+    "video": ("fps", "max_frames", "use_audio_in_video"),
     "audio": (),
     "document": ("detail", "dpi"),
 }
@@ -37,7 +37,7 @@ MAX_PARTS = 16_384
 def conversation(
     messages: Sequence[Any], video: Mapping[str, Any] | None = None
 ) -> tuple[Message, ...]:
-    """The messages of a chat request; `video` are settings (fps, max_frames) for its videos."""
+    """The messages of a chat request; `video` are settings (fps, ...) for its videos."""
     checked = [_checked(message, f"messages[{i}]") for i, message in enumerate(messages)]
     parts = sum(len(m["content"]) for m in checked if isinstance(m.get("content"), list))
     if parts > MAX_PARTS:
@@ -126,6 +126,8 @@ def _check_source(media: Media, where: str) -> None:
             raise InputError(
                 f"{where} has an unknown detail", remedy=f"Use {', '.join(DETAILS)}", param=where
             )
+        if name == "use_audio_in_video" and isinstance(value, bool):
+            continue
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if name != "detail" and not (number and 0 < value <= 100_000):
             raise InputError(f"{where}.{name} must be above zero", param=f"{where}.{name}")

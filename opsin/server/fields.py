@@ -97,6 +97,7 @@ class PromptFields(Body):
     ) = None
     video_fps: Annotated[float, Field(gt=0, le=1000)] | None = None
     video_max_frames: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    use_audio_in_video: bool | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
     task: Annotated[str, Field(max_length=128)] | None = None
 

@@ -85,7 +85,11 @@ def parse(body: bytes, bounds: Bounds) -> Request:
     fields = validated(ChatBody, body)
     video = {
         name: value
-        for name, value in (("fps", fields.video_fps), ("max_frames", fields.video_max_frames))
+        for name, value in (
+            ("fps", fields.video_fps),
+            ("max_frames", fields.video_max_frames),
+            ("use_audio_in_video", fields.use_audio_in_video or None),
+        )
         if value is not None
     }
     if fields.stream_options is not None and not fields.stream:

@@ -111,7 +111,11 @@ def parse(fields: ResponseBody, before: Sequence[Any], bounds: Bounds) -> Asked:
         messages.insert(0, {"role": "system", "content": fields.instructions})
     video = {
         name: value
-        for name, value in (("fps", fields.video_fps), ("max_frames", fields.video_max_frames))
+        for name, value in (
+            ("fps", fields.video_fps),
+            ("max_frames", fields.video_max_frames),
+            ("use_audio_in_video", fields.use_audio_in_video or None),
+        )
         if value is not None
     }
     request = Request(

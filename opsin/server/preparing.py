@@ -14,6 +14,7 @@ from opsin.engine.processor import Processor
 from opsin.errors import InputError, OpsinError
 from opsin.families.base import Prompt
 from opsin.media.cancellation import Cancellation
+from opsin.prompt.documents import SOUND
 from opsin.prompt.tasks import task_messages
 from opsin.server.request import Request
 
@@ -109,6 +110,13 @@ def _check_modalities(processor: Processor, request: Request) -> None:
     takes = processor.family.takes
     for message in request.messages:
         for media in message.media:
+            if media.options.get(SOUND) and "audio" not in takes:
+                raise InputError(
+                    "This model does not hear the sound of a video",
+                    why=f"{processor.config.model_type} takes {', '.join(('text', *takes))}",
+                    remedy="Leave use_audio_in_video out",
+                    param="use_audio_in_video",
+                )
             if media.modality not in takes:
                 raise InputError(
                     f"This model does not take {media.kind}",

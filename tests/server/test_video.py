@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 from PIL import Image
 
@@ -17,7 +18,7 @@ from opsin.errors import InputError, UnsupportedMedia
 from opsin.media.video import load_video
 
 from ..families.checkpoints import write_checkpoint
-from ..families.zoo import florence, llava
+from ..families.zoo import florence, gemma3n, llava
 from ..media.samples import clip, encoded_sound, tone
 from .running import Running, serving
 
@@ -132,3 +133,54 @@ def test_a_model_of_one_picture_refuses_a_video(tmp_path: Path) -> None:
     model, processor = opsin.load(str(write_checkpoint(florence.CASES[0], tmp_path / "one")))
     with pytest.raises(UnsupportedMedia, match="does not take video"):
         opsin.generate(model, processor, "What?", video=CLIP)
+
+
+def with_sound() -> bytes:
+    """The clip with a second of a tone."""
+    buffer = io.BytesIO()
+    with av.open(io.BytesIO(CLIP)) as seen, av.open(buffer, "w", format="mp4") as out:
+        pictures = out.add_stream_from_template(seen.streams.video[0])
+        sound = out.add_stream("aac", rate=44_100, layout="mono")
+        for packet in seen.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = pictures
+                out.mux(packet)
+        frame = av.AudioFrame.from_ndarray(tone(1.0, channels=1).T.copy(), "fltp", "mono")
+        frame.sample_rate = 44_100
+        out.mux(sound.encode(frame))
+        out.mux(sound.encode())
+    return buffer.getvalue()
+
+
+def test_a_model_that_hears_is_given_the_sound_of_a_video(tmp_path: Path) -> None:
+    case = next(case for case in gemma3n.CASES if case.family == "gemma3n")
+    model, processor = opsin.load(str(write_checkpoint(case, tmp_path / "hears")))
+    movie = with_sound()
+    asked: dict[str, Any] = {"max_tokens": 3, "max_frames": 2}
+    apart = opsin.generate(model, processor, "What?", video=CLIP, audio=movie, **asked)
+    both = opsin.generate(model, processor, "What?", video=movie, use_audio_in_video=True, **asked)
+    silent = opsin.generate(model, processor, "What?", video=movie, **asked)
+    assert both.tokens == apart.tokens
+    assert both.prompt_tokens == apart.prompt_tokens > silent.prompt_tokens
+    text = {"type": "text", "text": "What?"}
+    part = {"type": "video", "video": movie, "use_audio_in_video": True}
+    two = [{"type": "video", "video": CLIP}, {"type": "audio", "audio": movie}]
+    one, other = (
+        opsin.generate(model, processor, [{"role": "user", "content": content}], **asked)
+        for content in ([part, text], [*two, text])
+    )
+    assert one.tokens == other.tokens
+    assert one.prompt_tokens == other.prompt_tokens
+    with pytest.raises(UnsupportedMedia, match="has no sound"):
+        opsin.generate(model, processor, "What?", video=CLIP, use_audio_in_video=True)
+
+
+def test_a_model_that_does_not_hear_says_so(pictures_only: Running, folder: Path) -> None:
+    for fields, part in (({"use_audio_in_video": True}, {}), ({}, {"use_audio_in_video": True})):
+        refused = ask(pictures_only, {**VIDEO, **part}, **fields)
+        assert refused.status_code == 400
+        assert "does not hear" in refused.json()["error"]["message"]
+    assert told(ask(pictures_only, {**VIDEO, "use_audio_in_video": False}))[2] == [8]
+    model, processor = opsin.load(str(folder), device="cpu")
+    with pytest.raises(UnsupportedMedia, match="does not take audio"):
+        opsin.generate(model, processor, "What?", video=CLIP, use_audio_in_video=True)
