@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import fnmatch
+import importlib.util
 import io
 import re
 import runpy
@@ -16,7 +18,10 @@ from pathlib import Path
 
 import pytest
 
+import opsin
 from opsin.__main__ import main
+from opsin.cli import made
+from opsin.server.settings import read_file, read_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -131,3 +136,51 @@ def test_a_marked_fence_is_found() -> None:
     with pytest.raises(AssertionError):
         check("a...c", "abd", "")
     check("a[...c", "a[bc", "")
+
+
+def shown_only(page: Path) -> list[tuple[str, str]]:
+    """The language and text of fences that name models or services which no test has."""
+    found = FENCE.finditer(page.read_text(encoding="utf-8"))
+    return [(each[2], each[3]) for each in found if not each[1]]
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if shown_only(page)], ids=lambda page: page.stem
+)
+def test_what_cannot_be_run_is_written_as_it_would_run(page: Path, tmp_path: Path) -> None:
+    """Commands have these flags, names are there, settings are known."""
+    for language, text in shown_only(page):
+        if language in ("console", "sh"):
+            lines = [line.removeprefix("$ ") for line in text.splitlines()]
+            for line in lines:
+                if line.startswith("opsin "):
+                    check_words(shlex.split(line, comments=True)[1:])
+        elif language == "python":
+            check_names(ast.parse(text))
+        elif language == "yaml":
+            (tmp_path / "opsin.yaml").write_text(text, encoding="utf-8")
+            read_settings({}, {}, read_file(tmp_path / "opsin.yaml"))
+
+
+def check_words(words: list[str]) -> None:
+    """That a command takes these words; nothing is done."""
+    command = made(words[0])
+    with command.make_context(words[0], words[1:]):
+        pass
+
+
+def check_names(tree: ast.Module) -> None:
+    """That what is imported from opsin and what it is asked for exists."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("opsin"):
+            module = importlib.import_module(str(node.module))
+            assert [each.name for each in node.names if not hasattr(module, each.name)] == []
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "opsin":
+            assert node.attr in opsin.__all__ or importlib.util.find_spec(f"opsin.{node.attr}")
+
+
+def test_a_wrong_command_or_name_is_found() -> None:
+    with pytest.raises(Exception, match="--no-such-flag"):
+        check_words(["generate", "--no-such-flag", "What?"])
+    with pytest.raises(AssertionError):
+        check_names(ast.parse("from opsin import nothing"))
