@@ -31,7 +31,7 @@ from opsin.server.fields import (
     validated,
 )
 from opsin.server.request import Answer, Delta, Head, Request
-from opsin.types import Constraint, Usage
+from opsin.types import Constraint, Timings, Usage
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -313,6 +313,16 @@ def render(head: Head, answer: Answer) -> dict[str, Any]:
         "stop_sequence": answer.stop_string,
         "usage": usage(answer.usage),
         "regions": list(answer.regions),
+        **_measured(answer),
+    }
+
+
+def _measured(answer: Answer | Delta) -> dict[str, Any]:
+    """What goes beyond the protocol: where the time went, and how large media were seen."""
+    return {
+        "timings": openai_chat.timings(answer.timings or Timings()),
+        "images": openai_chat.images(answer),
+        **openai_chat.video_frames(answer),
     }
 
 
@@ -372,7 +382,12 @@ class EventRenderer:
             ended["regions"] = list(self.last.regions)
         return [
             *self._stop(),
-            {"type": "message_delta", "delta": ended, "usage": usage(held)},
+            {
+                "type": "message_delta",
+                "delta": ended,
+                "usage": usage(held),
+                **_measured(self.last),
+            },
             {"type": "message_stop"},
         ]
 

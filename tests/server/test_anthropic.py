@@ -173,6 +173,22 @@ def test_tokens_are_counted_with_pictures(client: vendor.Anthropic, data_url: st
     assert counted.input_tokens > plain.input_tokens
 
 
+def test_row_27_sizes_and_times_are_stated_here_too(
+    client: vendor.Anthropic, data_url: str
+) -> None:
+    source: Any = {"type": "base64", "media_type": "image/png", "data": data_url.partition(",")[2]}
+    asked: Any = [{"role": "user", "content": [{"type": "image", "source": source}]}]
+    whole = client.messages.create(model="default", max_tokens=3, messages=asked)
+    held = whole.to_dict()
+    (image,) = held["images"]
+    assert (image["width"], image["height"]) == (80, 60)
+    assert held["timings"]["generate"] > 0
+    events = client.messages.create(model="default", max_tokens=3, messages=asked, stream=True)
+    (last,) = [event.to_dict() for event in events if event.type == "message_delta"]
+    assert last["images"] == held["images"]
+    assert last["timings"]["generate"] > 0
+
+
 def test_errors_have_anthropics_shape(client: vendor.Anthropic, keyed: Running) -> None:
     with pytest.raises(vendor.BadRequestError) as caught:
         client.messages.create(**{**ASKED, "extra_body": {"temperature": -1}})
