@@ -150,6 +150,7 @@ class NativeStack:
     def run(self, step: Step, cache: PagedCache, angles: RotaryAngles) -> Tensor:
         """One step; the logits of `step.logit_rows`, (rows, vocab), float32."""
         batch = step.batch
+        assert batch.unseen is None
         starts, contexts = batch.query_start, batch.context_lens
         places = [
             torch.arange(context - (end - start), context)

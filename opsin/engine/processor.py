@@ -387,6 +387,7 @@ class Processor:
             expert_groups=family.expert_groups(token_ids),
             adapter=family.adapter(media),
             encoder_ids=encoder_ids,
+            sees_ahead=family.sees_ahead(token_ids, media),
         )
 
 

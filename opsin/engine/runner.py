@@ -149,9 +149,11 @@ class Runner:
         ]
         width = max(map(len, held))
         tables = [table + [HOLE] * (width - len(table)) for table in held]
-        since = until = None
+        since = until = unseen = None
         if any(_in_span(scheduled) for scheduled in step):
             since, until = _visible(step, device)
+            apart = [_unseen(scheduled, device) for scheduled in step]
+            unseen = apart if any(each is not None for each in apart) else None
         return AttentionBatch(
             slot_mapping=torch.tensor(mapping, device=device),
             query_start=ends,
@@ -165,6 +167,7 @@ class Runner:
             late_slots=[each.late for each in slots],
             kept=None if self.kept is None else (self.kept.first, self.kept.last),
             key_positions=[each.positions for each in slots],
+            unseen=unseen,
         )
 
     def _state_slots(self, step: list[Scheduled]) -> Tensor | None:
@@ -268,3 +271,16 @@ def _in_span(scheduled: Scheduled) -> bool:
     """Whether a step computes tokens of a span that is seen in both directions."""
     spans = scheduled.sequence.prompt.atomic_spans
     return any(first < scheduled.end and scheduled.start < last for first, last in spans)
+
+
+def _unseen(scheduled: Scheduled, device: torch.device) -> Tensor | None:
+    """Which later keys of its span each new token does not see, (tokens, keys); None for none."""
+    ahead = scheduled.sequence.prompt.sees_ahead
+    if ahead is None or not _in_span(scheduled):
+        return None
+    own, end = slice(scheduled.start, scheduled.end), scheduled.end
+    both = torch.zeros(end, dtype=torch.bool)
+    both[: len(ahead)] = ahead[:end]
+    place = torch.arange(end)
+    later = place > place[own, None]
+    return (later & ~(both[own, None] & both)).to(device)

@@ -100,7 +100,8 @@ class Prompt:
 
     positions (axes, tokens) are rope positions; `next_position` is that of the first generated
     token. `atomic_spans` are (start, end) runs of tokens that must be computed in one step because
-    they see each other in both directions. Requests with different `cache_salt` share no cache.
+    they see each other in both directions; of them, sees_ahead (tokens,) says which see later ones
+    and are seen by earlier ones, None for all. Requests with different `cache_salt` share no cache.
     expert_groups (tokens,) sends each token to a group of experts; None is group 0 for all.
     adapter is the number of the low-rank adapter that computes it, None for the model as it is.
 
@@ -120,6 +121,7 @@ class Prompt:
     expert_groups: Tensor | None = None
     adapter: int | None = None
     encoder_ids: list[int] | None = None
+    sees_ahead: Tensor | None = None
 
     @property
     def text_ids(self) -> list[int]:
@@ -405,6 +407,14 @@ class Family:
         """Runs of tokens that see each other in both directions; none by default."""
         del token_ids, media
         return []
+
+    def sees_ahead(self, token_ids: Sequence[int], media: Sequence[MediaInput]) -> Tensor | None:
+        """Which tokens of atomic spans see later ones, and are seen by earlier ones, (tokens,).
+
+        None, by default, for all. Not for layers that run natively or keep latent vectors.
+        """
+        del token_ids, media
+        return None
 
     def expert_groups(self, token_ids: Sequence[int]) -> Tensor | None:
         """Which group of experts each token goes to; None is group 0 for all."""

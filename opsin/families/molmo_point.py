@@ -40,10 +40,9 @@ IMAGE, BEGIN = "<|image|>", "<|im_end|>"
 
 
 class MolmoPoint(Family):
-    """One picture; what is pointed at comes as `<POINT_p><POINT_s><POINT_l> id`."""
+    """Pictures, all of which see each other; points come as `<POINT_p><POINT_s><POINT_l> id`."""
 
     message_format = "list_with_image_first"
-    one_picture = True
     placeholders = {"image": IMAGE}
     media_tokens = {"image": "<im_patch>"}
     tokenizer_frame = False
@@ -177,14 +176,25 @@ class MolmoPoint(Family):
                 remedy="Leave them out of the text",
                 param="prompt",
             )
-        for item in media:
-            item.indices = found
+        counts = [item.num_tokens for item in media]
+        for item, indices in zip(media, found.split(counts), strict=True):
+            item.indices = indices
 
     def atomic_spans(
         self, token_ids: Sequence[int], media: Sequence[MediaInput]
     ) -> list[tuple[int, int]]:
-        """A picture's tokens, with what frames them."""
-        return [(int(item.indices[0]) - 1, int(item.indices[-1]) + 3) for item in media]
+        """From the first picture to the last, with what frames them."""
+        runs = [framed(item) for item in media]
+        return [(runs[0][0], runs[-1][1])] if runs else []
+
+    def sees_ahead(self, token_ids: Sequence[int], media: Sequence[MediaInput]) -> Tensor | None:
+        """The pictures' tokens: what is written between pictures sees those before it."""
+        if len(media) < 2:
+            return None
+        ahead = torch.zeros(len(token_ids), dtype=torch.bool)
+        for first, end in map(framed, media):
+            ahead[first:end] = True
+        return ahead
 
     # What the towers do.
 
@@ -211,7 +221,7 @@ class MolmoPoint(Family):
         """Points, where there is a picture to point at."""
         if not prompt.media:
             return None
-        config, (item,) = self.config, prompt.media
+        config = self.config
         asked = ("always", "inference")
         words = PointWords(
             self.words + self.more,
@@ -222,11 +232,17 @@ class MolmoPoint(Family):
             sorted_parts=config.get("mask_subpatches") in asked,
             once=config.get("mask_repeats") in ("all", "inference"),
         )
-        indexable = torch.tensor(prompt.token_ids)[item.indices] == config["image_patch_id"]
+        places = torch.cat([item.indices for item in prompt.media])
+        indexable = torch.tensor(prompt.token_ids)[places] == config["image_patch_id"]
         head = towers["points"]
         assert isinstance(head, PointHead)
-        pooling = item.features["pooling"]
-        return PointSpeaker(head, words, self.rows, item.indices, indexable, pooling)
+        pooling = [item.features["pooling"] for item in prompt.media]
+        return PointSpeaker(head, words, self.rows, places, indexable, pooling)
+
+
+def framed(item: MediaInput) -> tuple[int, int]:
+    """The run of a picture's tokens, with the token before its patches and the two after them."""
+    return int(item.indices[0]) - 1, int(item.indices[-1]) + 3
 
 
 FAMILY = MolmoPoint

@@ -39,11 +39,11 @@ class PointSpeaker:
         rows: Tensor,
         places: Tensor,
         indexable: Tensor,
-        pooling: Tensor,
+        pooling: Sequence[Tensor],
     ) -> None:
         """rows (2, hidden) embed a patch's word and a place's; places (patches,) are where patches
-        stand in the prompt, those that can be named are `indexable`; pooling (patches, parts) is
-        negative where a patch has no such part.
+        of all pictures stand in the prompt, those that can be named are `indexable`; each picture's
+        pooling (patches, parts) is negative where a patch has no such part.
         """
         self.head, self.words, self.rows = head, words, rows
         device = rows.device
@@ -51,8 +51,9 @@ class PointSpeaker:
         self.row_of = {place: row for row, place in enumerate(self.reads)}
         self.order = (indexable.long().cumsum(0) - 1).to(device)
         self.open_to = torch.cat((indexable, torch.ones(1, dtype=torch.bool))).to(device)
-        self.missing = (pooling < 0).to(device)
-        patches, parts = pooling.shape
+        self.missing = (torch.cat(tuple(pooling)) < 0).to(device)
+        patches, parts = self.missing.shape
+        self.seen: list[Encoded | None] = [None] * len(pooling)
         self.no_more = words.first + patches
         self.parts_from = self.no_more + 1
         self.places_from = self.parts_from + parts
@@ -61,9 +62,11 @@ class PointSpeaker:
 
     def see(self, index: int, encoded: Encoded) -> None:
         """Patches' embeddings, and their parts' features."""
-        assert index == 0
-        assert encoded.embeds is not None
-        self.added, (self.parts,) = encoded.embeds, encoded.kept
+        self.seen[index] = encoded
+        found = [each for each in self.seen if each is not None]
+        if len(found) == len(self.seen):
+            self.added = torch.cat([each.embeds for each in found if each.embeds is not None])
+            self.parts = torch.cat([each.kept[0] for each in found])
 
     def read(self, places: Sequence[int], stream: Tensor) -> None:
         """Keys of the prompt's patches."""

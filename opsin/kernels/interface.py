@@ -34,7 +34,9 @@ class AttentionBatch:
 
     `visible_until` (t,), if given, is the first key position that each new token may no longer see;
     without it attention is causal. `visible_from` (t,), if given, is a key position from which on
-    the token sees keys even if its layer's window begins later. `state_slots` (s,) says where
+    the token sees keys even if its layer's window begins later. unseen[i], if given, is True for
+    the (new tokens, keys) of sequence i of which the one does not see the other, although that lies
+    in its range; it holds later keys alone. `state_slots` (s,) says where
     recurrent layers keep each sequence's state.
     """
 
@@ -50,6 +52,7 @@ class AttentionBatch:
     late_slots: list[slice | Tensor] | None = None
     kept: tuple[int, int] | None = None
     key_positions: list[Tensor | None] | None = None
+    unseen: list[Tensor | None] | None = None
 
     def rows(self, cache: CacheRows, sequence: int) -> Tensor:
         """The cached rows that a sequence reads: (keys, kv_heads, dim)."""
@@ -200,6 +203,10 @@ class Kernels:
                 batch.kept,
                 places,
             )
+            unseen = None if batch.unseen is None else batch.unseen[i]
+            if unseen is not None:
+                assert mask is not None, "what a token does not see lies after it"
+                mask = mask & ~(unseen if places is None else unseen[:, places])
             key = batch.rows(keys, i)
             value = key if values is keys else batch.rows(values, i)
             out[start:end] = attend(query[start:end], key, value, mask, scale, soft_cap, sinks)

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 
 import opsin
-from opsin.errors import InputError
+from opsin.grounding import extract_points_from_text
+from opsin.grounding.parsing import pointing_metadata
 from opsin.types import SamplingParams
 
 from .conftest import Lab
@@ -24,6 +25,8 @@ POINTING = dataclasses.replace(
     seed=1,
     gains=((r"new_output_embeddings$", 1.5), *molmo_point.CASES[0].gains),
 )
+
+SEVERAL = dataclasses.replace(POINTING, variant="several", seed=10)
 
 
 @pytest.fixture(params=(POINTING, molmo_point.CASES[1]), ids=str)
@@ -91,6 +94,43 @@ def test_an_answer_in_a_form_has_no_points(base: Lab) -> None:
     assert re.fullmatch("[ab]{3}", result.text)
 
 
-def test_two_pictures_are_refused(base: Lab) -> None:
-    with pytest.raises(InputError, match="one picture at a time"):
-        base.ours.processor.prepare("Compare.", images=[picture(1, 90, 70), picture(2, 90, 70)])
+def test_points_on_several_pictures_are_regions_of_each(base: Lab) -> None:
+    """A patch's number counts on from picture to picture."""
+    pictures = [picture(1, 90, 70), picture(2, 60, 100)]
+    prompt = base.ours.processor.prepare("Point to cats.", images=pictures)
+    metadata = pointing_metadata(prompt.media)
+    assert metadata is not None
+    first, second = (item.num_tokens for item in prompt.media)
+    # The last patch of each picture, its first part and the middle of that.
+    part, middle = first + second + 1, first + second + 1 + 4 + 4
+    text = " ".join(
+        f"<POINT_{patch}> <POINT_{part}> <POINT_{middle}> {i}"
+        for i, patch in enumerate((first - 1, first + second - 1))
+    )
+    points = extract_points_from_text(text, metadata)
+    assert [(number, index) for number, index, _, _ in points] == [(0, 0), (1, 1)]
+    for (width, height), (_, _, x, y) in zip(((90, 70), (60, 100)), points, strict=True):
+        assert width * 0.7 < x < width
+        assert height * 0.7 < y < height
+
+
+def test_several_pictures_are_pointed_at_side_by_side(labs: Callable[..., Lab]) -> None:
+    lab = labs(SEVERAL)
+    own = lab.ours.model.decoder.config.vocab_size
+    names = ["three", "turns"]
+    with lab.ours.engine(step=64) as engine:
+        batch = answers(engine, [lab.ours.prompt(lab.scenes[name]) for name in names])
+    for name, events in zip(names, batch, strict=True):
+        assert tokens(events) == lab.reference_greedy(name), name
+        assert any(token >= own for token in tokens(events)), name
+
+
+def test_words_between_pictures_are_not_seen_by_those_before(base: Lab) -> None:
+    pictures = [picture(1, 90, 70), picture(2, 90, 70), picture(3, 60, 60)]
+    prompt = base.ours.processor.prepare("Compare.", images=pictures)
+    (span,) = prompt.atomic_spans
+    assert prompt.sees_ahead is not None
+    inside = prompt.sees_ahead[span[0] : span[1]]
+    assert 0 < int((~inside).sum()) < 20
+    assert not prompt.sees_ahead[: span[0]].any()
+    assert not prompt.sees_ahead[span[1] :].any()

@@ -170,8 +170,6 @@ def _case(variant: str, seed: int, config: dict, vit: dict, adapter: dict, setti
             },
         },
         seed=seed,
-        images=1,
-        two_turns=False,
         large=(150, 100),
         # The words that points are said with, and their neighbours, are said more than others.
         gains=((r"new_output_embeddings$", 0.5), (r"output_embeddings$", 0.3), (r"wte\.", 0.6)),
