@@ -163,6 +163,7 @@ class FallbackModel(Model):
         self.towers = nn.ModuleDict()
         self.num_parameters = sum(parameter.numel() for parameter in self.parameters())
         self.engine: Any = None
+        self.limits = EngineLimits()
         self.processor: Any = None
 
     @property
