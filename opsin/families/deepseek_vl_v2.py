@@ -107,6 +107,10 @@ class DeepseekVLV2(Family):
             }
         )
 
+    def template_serves(self, source: str) -> bool:
+        # The small one is published with a template of another of its authors' models.
+        return "<|User|>" in source
+
     # Pictures.
 
     def prepare_image(self, image: Image.Image, options: Mapping[str, Any]) -> MediaInput:

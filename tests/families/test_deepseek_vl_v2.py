@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -111,6 +112,17 @@ def test_the_same_picture_alone_and_among_three_in_one_batch(plain: Lab) -> None
     with plain.ours.engine() as engine:
         made = answers(engine, [plain.ours.prepare(scene) for scene in (alone, three)], count=12)
     assert [tokens(events) for events in made] == expected
+
+
+def test_another_model_s_template_is_left_out(plain: Lab, tmp_path: Path) -> None:
+    """The smaller one's tokenizer_config.json has one of instructions and responses."""
+    shutil.copytree(plain.folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "tokenizer_config.json"
+    wrong = "{% for message in messages %}### Instruction: {{ message['content'] }}{% endfor %}"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": wrong}))
+    scene = plain.scenes["one"]
+    ids = Ours(plain.case, tmp_path).prepare(scene).token_ids
+    assert ids == plain.ours.prompt(scene).token_ids
 
 
 def test_an_answer_is_read_on_its_own(plain: Lab) -> None:
