@@ -18,7 +18,7 @@ from opsin.kernels.packed import Packed, PlainMatrix
 from opsin.nn.experts import ExpertLinear
 from opsin.nn.linear import Adapter, Embedding, Linear
 from opsin.nn.packing import ModulePacker
-from opsin.quant.formats import Format, Kind, quantised
+from opsin.quant.formats import Format, Kind, quantised, quantised_by_rows
 from opsin.quant.mlx import AffineTensor
 from opsin.towers.mobilenet_v5 import MobileNetV5
 
@@ -39,9 +39,10 @@ def quantised_formats(decoder: Decoder, towers: nn.Module, bits: int) -> Formats
     """What is quantised for so many bits while loading.
 
     Decoder layers and experts take `bits`, but the first and the last layer, the tables of
-    embeddings, the head and the towers take 8: they are the most sensitive. Everything else stays
-    as it is: norms, routers, convolutions, adapters, tables of positions, the first layer over a
-    picture's patches, and outputs of fewer than 64 features.
+    embeddings, the head and the towers take 8: they are the most sensitive. Towers, whose time is
+    all arithmetic, have one scale a row, so that whole numbers are added over all columns.
+    Everything else stays as it is: norms, routers, convolutions, adapters, tables of positions, the
+    first layer over a picture's patches, and outputs of fewer than 64 features.
     """
     narrow: Kind = "q4" if bits == 4 else "q8"
     wanted: list[tuple[nn.Module, Kind]] = []
@@ -53,8 +54,12 @@ def quantised_formats(decoder: Decoder, towers: nn.Module, bits: int) -> Formats
         tables.append(decoder.head)
     if decoder.layer_inputs is not None:
         tables += [decoder.layer_inputs.table, decoder.layer_inputs.project]
-    wanted += [(module, "q8") for module in (*tables, *_matrices(towers))]
+    wanted += [(module, "q8") for module in tables]
     formats: Formats = {}
+    for module in _matrices(towers):
+        weight = module.get_parameter("weight")
+        if weight.shape[-2] >= LEAST_ROWS:
+            formats[module] = quantised_by_rows(weight.shape[-1])
     for module, kind in wanted:
         weight = module.get_parameter("weight")
         if weight.shape[-2] >= LEAST_ROWS:

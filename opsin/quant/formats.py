@@ -12,6 +12,7 @@ from opsin.errors import InputError
 Kind = Literal["bf16", "q8", "q4"]
 BITS = (4, 8)
 GROUP = 64
+MOST_COLUMNS = 65536  # of a row with one scale: its sums fit in 32 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,11 @@ def quantised(kind: Kind, columns: int) -> Format:
     """The format of a matrix of so many columns: where they are no whole groups, 8 bits by rows."""
     group = next((group for group in (GROUP, 32) if columns % group == 0), 0)
     return Format(kind if group else "q8", group)
+
+
+def quantised_by_rows(columns: int) -> Format:
+    """8 bits with one scale a row, as far as the whole numbers of such a row can be added."""
+    return Format("q8", 0) if columns <= MOST_COLUMNS else quantised("q8", columns)
 
 
 def check_bits(bits: int | None) -> None:

@@ -90,11 +90,12 @@ def test_bfloat16_product_equals_torch(native, rows, k):
     assert torch.equal(packed.rows(torch.tensor([44, 0])), weight[[44, 0]])
 
 
-@pytest.mark.parametrize("kind", ["bf16", "q8", "q4"])
-def test_a_row_is_the_same_bits_beside_any_rows_and_on_any_threads(native, kind):
+@pytest.mark.parametrize(("kind", "group"), [("bf16", 0), ("q8", 64), ("q4", 64), ("q8", 0)])
+def test_a_row_is_the_same_bits_beside_any_rows_and_on_any_threads(native, kind, group):
     torch.manual_seed(0)
-    packed = PackedMatrix.dense(native, torch.randn(130, 512) * 0.02, kind)
-    x = torch.randn(150, 512)
+    k = 900 if group == 0 else 512
+    packed = PackedMatrix.dense(native, torch.randn(130, k) * 0.02, kind, group=group)
+    x = torch.randn(150, k)
     whole = packed.multiply(x)
     for rows in (1, 2, 3, 4, 5, 6, 7, 8, 15, 16, 17, 40, 64, 65):
         for start in (0, 81):
@@ -107,18 +108,33 @@ def test_a_row_is_the_same_bits_beside_any_rows_and_on_any_threads(native, kind)
         assert torch.equal(packed.multiply(x[:3]), whole[:3])
 
 
-@pytest.mark.parametrize("kind", ["bf16", "q8", "q4"])
-def test_gate_and_up_alternate(native, kind):
+@pytest.mark.parametrize("rows", [7, 70])
+@pytest.mark.parametrize(("kind", "group"), [("bf16", 0), ("q8", 64), ("q4", 64), ("q8", 0)])
+def test_gate_and_up_alternate(native, kind, group, rows):
     torch.manual_seed(1)
     gate, up = torch.randn(2, 48, 128) * 0.1
-    packed = PackedMatrix(native, kind, 96, 128)
+    packed = PackedMatrix(native, kind, 96, 128, group=group)
     packed.fill(gate, 0, spread=2)
     packed.fill(up, 16, spread=2)
-    alone = [PackedMatrix.dense(native, w, kind) for w in (gate, up)]
-    x = torch.randn(7, 128)
+    alone = [PackedMatrix.dense(native, w, kind, group=group) for w in (gate, up)]
+    x = torch.randn(rows, 128)
     a, b = (m.multiply(x) for m in alone)
     got = packed.multiply(x, gated=True, activation="silu")
     assert torch.allclose(got, torch.nn.functional.silu(a) * b, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 17, 33, 100, 131])
+def test_bias_and_activation_follow_one_scale_a_row(native, rows):
+    torch.manual_seed(rows)
+    packed = PackedMatrix.dense(native, torch.randn(72, 832) * 0.05, "q8", group=0)
+    bias, x = torch.randn(72), torch.randn(rows, 832)
+    plain = packed.multiply(x)
+    packed.fill_bias(bias)
+    want = torch.nn.functional.gelu(plain + bias, approximate="tanh")
+    close(packed.multiply(x, activation="gelu_tanh"), want, 1e-5)
+    kept = packed.rows(torch.arange(72), torch.float32)
+    steps = x.abs().amax(dim=1, keepdim=True) / 127
+    close(plain, (x / steps).round() * steps @ kept.T, 1e-5)
 
 
 def test_what_is_not_finite_stays_so(native):

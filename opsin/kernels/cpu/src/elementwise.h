@@ -111,7 +111,8 @@ static void activate(int kind, const float* gate, const float* up, int n, float*
 }
 
 template <int KIND>
-static void emit_rows(const opsin::Emit* e) {
+static void emit_rows(const opsin::Emit* from) {
+  const opsin::Emit local = *from, *e = &local;  // which no row that is written can change
   const F scale = set1(e->scale);
   const F bias = e->bias ? load(e->bias) : set1(0.0f);
   const F second_bias = e->second_bias ? load(e->second_bias) : set1(0.0f);

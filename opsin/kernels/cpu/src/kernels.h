@@ -104,6 +104,9 @@ struct Kernels {
   // rows [row, row + count) of the activations times block b: out (count, 16)
   void (*tile)(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
                uint8_t* scratch);
+  // The same of blocks b and b + 1 at once, into out and second; false where one by one is better.
+  bool (*pair)(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
+               float* second);
   void (*matmul_begin)(const Matrix* m, int rows);  // per thread, before tiles
   void (*matmul_end)();
   int panel;  // rows handed to one tile call at most

@@ -117,6 +117,12 @@ void multiply(const Product& p, const Activations& x, int from, int until, uint8
     for (int row = 0; row < l.rows; row += k->panel) {
       const int count = l.rows - row < k->panel ? l.rows - row : k->panel;
       for (int block = static_cast<int>(first) * step; block < last * step; block += step) {
+        const bool two = block + 1 < last * step;
+        if (two && k->pair(m, block, &x, row, count, tile, second)) {
+          emit(l, block, row, count, tile, second);
+          if (!l.gated) emit(l, ++block, row, count, second, nullptr);
+          continue;
+        }
         k->tile(m, block, &x, row, count, tile, scratch);
         if (l.gated) k->tile(m, block + 1, &x, row, count, second, scratch);
         emit(l, block, row, count, tile, second);
