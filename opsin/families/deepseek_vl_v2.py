@@ -54,7 +54,8 @@ class DeepseekVLV2(Family):
 
     def __init__(self, config: dict[str, Any], processor_config: dict[str, Any]) -> None:
         super().__init__(config, processor_config)
-        self.latent = bool(self.text_config.get("use_mla", True))
+        text = self.text_config
+        self.latent: bool = text.get("use_mla", True) and text.get("kv_lora_rank", 0) is not None
         self.rename = (
             (r"^vision\.(vision_tower\.)?", "towers.vision."),
             (r"^projector\.layers\.(\d+)\.", activation_index),
