@@ -161,7 +161,9 @@ def _entry(path: Path, name: str, value: Any, data_start: int, size: int) -> Sto
     except (KeyError, TypeError, ValueError) as error:
         raise _bad(path, f"the header entry of {name!r} is malformed") from error
     numbers = (*shape, first, last)
-    if not all(type(n) is int and n >= 0 for n in numbers):
+    sizes = all(type(n) is int and n >= 0 for n in numbers)
+    # A side of 0 hides the others from the bytes, but not from what computes strides.
+    if not sizes or math.prod(n or 1 for n in shape) >= 2**60:
         raise _bad(path, f"the header entry of {name!r} holds something that is no size")
     entry = StoredTensor(name, dtype, shape, path, data_start + first)
     if last - first != entry.num_bytes or data_start + last > size:

@@ -210,14 +210,14 @@ def test_a_full_disk_is_said_to_be_full(fake: FakeHub, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("ending", [".bin", ".pt", ".pth", ".ckpt"])
-def test_a_repository_with_pickled_weights_only_is_refused(fake: FakeHub, ending: str) -> None:
+def test_row_18_a_repository_of_pickled_weights_is_refused(fake: FakeHub, ending: str) -> None:
     fake.repos["org/model"] = {"config.json": b"{}", f"weights{ending}": b"pickle"}
     with pytest.raises(CheckpointError, match=r"pickled.*Use a repository.*safetensors"):
         hub.resolve("org/model")
     assert fake.downloaded() == set()
 
 
-def test_a_folder_is_itself_unless_its_weights_are_pickled(tmp_path: Path) -> None:
+def test_row_18_a_folder_is_itself_unless_its_weights_are_pickled(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "training_args.bin").write_bytes(b"")
     assert hub.resolve(tmp_path) == tmp_path

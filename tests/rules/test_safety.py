@@ -153,11 +153,11 @@ def machine_paths(file: Source) -> list[str]:
     ]
 
 
-def test_only_the_fetcher_opens_sockets() -> None:
+def test_rows_02_and_17_only_the_fetcher_opens_sockets() -> None:
     assert findings(connections, sources()) == []
 
 
-def test_nothing_runs_text_unpickles_or_starts_a_shell() -> None:
+def test_rows_14_and_17_nothing_runs_text_unpickles_or_starts_a_shell() -> None:
     assert findings(dangerous, sources("opsin", "bench")) == []
 
 
