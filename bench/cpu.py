@@ -137,6 +137,7 @@ def models(args: argparse.Namespace) -> dict[str, Any]:
     for turn in range(args.rounds):
         order = list(engines) if turn % 2 == 0 else list(reversed(engines))
         for row in wanted:
+            print(f"turn {turn + 1} of {args.rounds}: {row}", file=sys.stderr)
             for name, figures in quietest(args, {name: engines[name] for name in order}, row):
                 figures[f"others_{row}"] = figures.pop("others")
                 for figure, value in figures.items():

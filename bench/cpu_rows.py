@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 SHORT = 20  # tokens of a short prompt
-NEW_TOKENS = 48  # generated after a short prompt
-STREAMS, STREAM_TOKENS = 8, 24  # sequences at once, and what each generates
+NEW_TOKENS = 32  # generated after a short prompt
+STREAMS, STREAM_TOKENS = 8, 12  # sequences at once, and what each generates
 PREFILL = 512  # tokens of a long prompt
 AFTER_PICTURE = 32  # generated after a picture
 FIRST_ID = 300  # of the text tokens

@@ -153,10 +153,13 @@ class NativeStack:
         assert batch.unseen is None
         starts, contexts = batch.query_start, batch.context_lens
         places = [
-            torch.arange(context - (end - start), context)
+            position
             for start, end, context in zip(starts, starts[1:], contexts, strict=False)
+            for position in range(context - (end - start), context)
         ]
-        positions = torch.cat(places)
+        # One tensor cut in pieces: each call of torch finds its code fallen out of the caches.
+        facts = torch.tensor([*starts, *contexts, *places], dtype=torch.int32)
+        query_start, num_keys, positions = facts.split((len(starts), len(contexts), len(places)))
         until = positions + 1 if batch.visible_until is None else batch.visible_until
         tables: dict[RopeConfig, tuple[Tensor, Tensor]] = angles.at(step.positions, step.long)
         tables_of = batch.block_tables
@@ -165,8 +168,8 @@ class NativeStack:
             tables_of = torch.where(tables_of < 0, tables_of[:, :1], tables_of)
         native_step = StackStep(
             hidden=step.embeds.float().contiguous(),
-            query_start=torch.tensor(starts),
-            num_keys=torch.tensor(contexts),
+            query_start=query_start,
+            num_keys=num_keys,
             block_tables=tables_of,
             block_size=batch.block_size,
             slots=batch.slot_mapping,

@@ -81,7 +81,7 @@ class Runner:
     def _step(self, step: list[Scheduled]) -> Step:
         device = self.model.device
         token_ids = [t for s in step for t in s.token_ids]
-        positions = torch.cat([_positions(s) for s in step], dim=1).to(device)
+        positions = _step_positions(step).to(device)
         ids = torch.tensor(token_ids, device=device)
         decoder = self.model.decoder
         embeds = embedded(decoder, step, ids) if speaks(step) else decoder.embed(ids)
@@ -143,9 +143,10 @@ class Runner:
             for table, s in zip(held, step, strict=True)
             for position in range(s.start, s.end)
         ]
+        listed = [] if self.model.decoder.native is not None else step  # it reads block tables
         slots = [
             sequence_slots(table, s.end, layout, device)
-            for table, s in zip(held, step, strict=True)
+            for table, s in zip(held, listed, strict=False)
         ]
         width = max(map(len, held))
         tables = [table + [HOLE] * (width - len(table)) for table in held]
@@ -232,6 +233,19 @@ def _is_needed(item: MediaInput, scheduled: Scheduled) -> bool:
         return scheduled.start == 0
     first, last = int(item.indices[0]), int(item.indices[-1])
     return first < scheduled.end and last >= scheduled.start
+
+
+def _step_positions(step: list[Scheduled]) -> Tensor:
+    """Rope positions of a step's tokens, (axes, tokens)."""
+    if any(scheduled.start < scheduled.sequence.num_prompt for scheduled in step):
+        return torch.cat([_positions(scheduled) for scheduled in step], dim=1)
+    counted = [
+        position + scheduled.sequence.prompt.next_position - scheduled.sequence.num_prompt
+        for scheduled in step
+        for position in range(scheduled.start, scheduled.end)
+    ]
+    axes = step[0].sequence.prompt.positions.shape[0]
+    return torch.tensor(counted).expand(axes, -1)
 
 
 def _positions(scheduled: Scheduled) -> Tensor:

@@ -181,5 +181,6 @@ class RotaryAngles:
             if long is not None and config in self.long_tables:
                 frequencies = torch.where(long, self.long_tables[config], frequencies)
             angle = rows.float() * frequencies  # (tokens, dim / 2)
-            angles[config] = (angle.cos() * factor, angle.sin() * factor)
+            cos, sin = angle.cos(), angle.sin()
+            angles[config] = (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
         return angles
