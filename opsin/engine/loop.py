@@ -373,6 +373,7 @@ class Engine:
         self.scheduler.computed(step)
         self.steps += 1
         greedy = likeliest(logits)
+        rows = list(logits)  # at once: each look waits for the threads that read answers
         if self.speculator is not None and self.runner.encoded.misses == misses:
             self.speculator.observe(step, time.perf_counter() - now)
         sampling = [s for s in step if s.samples]
@@ -384,7 +385,7 @@ class Engine:
             request, drafts = self._requests[scheduled.sequence.request_id], scheduled.drafts
             scheduled.sequence.num_drafted += len(drafts)
             after = row + 1 + len(drafts)
-            self._choose(request, _Rows(logits[row:after], drafts), greedy[row:after])
+            self._choose(request, _Rows(rows[row:after], drafts), greedy[row:after])
             row = after
 
     def _choose(self, request: _Request, given: _Rows, greedy: SequenceOf[int]) -> None:
