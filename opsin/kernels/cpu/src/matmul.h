@@ -287,6 +287,7 @@ struct AmxPass {
   const float *scale, *sum;
   int64_t group_bytes, step, stride;
   int groups, group, depth, steps;
+  bool ahead;     // fetch codes ahead of their use
   int32_t* sums;  // (4, 16, 16)
 };
 
@@ -301,6 +302,9 @@ OPSIN_INLINE void multiply_group(const AmxPass& p, int g) {
   if (g >= p.groups) return;
   const uint8_t* w = p.scratch ? p.scratch + (g & 7) * p.step : p.codes + g * p.step;
   const int8_t* a = p.rows + (int64_t)g * p.group;
+  if (p.ahead) {  // bytes come straight from memory, the first time they are read
+    for (int i = 0; i <= p.group / 4; i++) prefetch(w - 64 + 2 * kAhead + 64 * i);
+  }
 #define OPSIN_GROUP(tile)                                   \
   _tile_zero(tile);                                         \
   for (int s = 0; s < p.steps; s++) {                       \
@@ -378,6 +382,7 @@ static void amx_quantized(const Matrix* m, int b, const Activations* x, int row,
     unpack_group(p.header + g * m->group_bytes + 64, m->group, scratch + g * p.step);
   }
   for (int done = 0; done < count; done += 16) {
+    p.ahead = !four && done == 0;
     p.rows = (const int8_t*)x->data + (row + done) * x->stride;
     p.scale = x->scale + (int64_t)(row + done) * m->groups;
     p.sum = x->sum + (int64_t)(row + done) * m->groups;
@@ -454,15 +459,14 @@ static bool pair(const Matrix* m, int b, const Activations* x, int row, int coun
 }
 
 constexpr int kPanel = 128;
-// From here on tiles beat vectors: eight-bit codes need no unpacking.
-constexpr int kAmxRowsEight = 7, kAmxRowsFour = 9;
+constexpr int kAmxRows = 9;  // from here on tiles beat vectors
 // A group of one scale a row may be any multiple of 64; else 32, 64 or 128.
 
 static void tile(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
                  uint8_t* scratch) {
   if (m->kind == opsin::kBf16) {
     amx_bf16(m, b, x, row, count, out);
-  } else if (count >= (m->kind == opsin::kQ8 ? kAmxRowsEight : kAmxRowsFour)) {
+  } else if (count >= kAmxRows) {
     amx_quantized(m, b, x, row, count, out, scratch);
   } else {
     vector_tile(m, b, x, row, count, out);
