@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Sequence as SequenceOf
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from opsin.engine.scheduler import Scheduled
 from opsin.engine.sequence import Sequence
 from opsin.engine.source import encode_prompts, source_step
 from opsin.engine.speaking import embedded, scored, speaks
-from opsin.families.base import MediaInput
+from opsin.families.base import Encoded, MediaInput
 from opsin.kernels import AttentionBatch
 
 
@@ -68,7 +69,7 @@ class Runner:
             encoded = self.encoded.encode(
                 items,
                 [sequence.prompt.cache_salt for sequence, _ in wanted],
-                lambda new: self.model.family.encode(self.model.towers, new),
+                self._encode,
             )
             seconds = time.perf_counter() - started
             for (sequence, i), result in zip(wanted, encoded, strict=True):
@@ -77,6 +78,15 @@ class Runner:
                     sequence.speaker.see(i, result)
             for sequence in {id(sequence): sequence for sequence, _ in wanted}.values():
                 sequence.timings.encode += seconds
+
+    def _encode(self, items: SequenceOf[MediaInput]) -> list[Encoded]:
+        """What the towers make of media. On a CPU one goes after another: there what a product's
+        row is rounded to depends on how many rows there are, and company must change nothing.
+        """
+        family, towers = self.model.family, self.model.towers
+        if self.model.device.type != "cpu":
+            return family.encode(towers, items)
+        return [encoded for item in items for encoded in family.encode(towers, [item])]
 
     def _step(self, step: list[Scheduled]) -> Step:
         device = self.model.device

@@ -95,6 +95,26 @@ def test_row_25_others_generate_while_a_picture_is_encoded(
         assert after - before > modules // 2
 
 
+def test_each_picture_is_encoded_by_itself_whoever_comes_with_it(
+    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = loaded
+    counts: list[int] = []
+    original = model.family.encode
+
+    def encode(towers: nn.ModuleDict, items: Sequence[MediaInput]) -> list[Encoded]:
+        counts.append(len(items))
+        return original(towers, items)
+
+    monkeypatch.setattr(model.family, "encode", encode)
+    pictures = [picture(seed, 96, 64) for seed in range(3)]
+    prompt = processor.prepare("What are they?", images=pictures)
+    with Engine(model, processor, EngineLimits(memory=1 << 24, block_size=8)) as engine:
+        assert inbox_of(engine, prompt).tokens
+        engine.scheduler.pool.forget()
+    assert counts == [1, 1, 1]
+
+
 def inbox_of(engine: Engine, prompt: Prompt) -> Inbox:
     inbox = Inbox()
     engine.submit(prompt, ANSWER, inbox)
