@@ -19,7 +19,6 @@ from opsin.config import repacked_folder, settings
 from opsin.decoder.decoder import Decoder
 from opsin.decoder.native import NativeStack, gate_up_layers, why_not
 from opsin.engine.limits import EngineLimits
-from opsin.engine.limits import EngineLimits
 from opsin.engine.packing import (
     Formats,
     Recipe,
@@ -67,7 +66,6 @@ class Model(nn.Module):
         self.towers = family.towers(arithmetic)
         self.num_parameters = sum(parameter.numel() for parameter in self.parameters())
         self.engine: Any = None  # the one that serves `opsin.generate`, made on first use
-        self.limits = EngineLimits()  # that engine's, where a call does not say otherwise
         self.limits = EngineLimits()  # that engine's, where a call does not say otherwise
         self.processor: Any = None  # the one that was loaded with it
 
