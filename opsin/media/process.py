@@ -30,19 +30,20 @@ class WorkerProcess:
     """
 
     def __init__(self, worker: Path, settings: Mapping[str, Any]) -> None:
-        if not sys.executable:
-            raise EngineError(
-                f"{worker.stem} cannot be started",
-                why="it runs in a process of its own, and Python's program is not known",
-                remedy="Run Opsin from an ordinary Python installation",
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable or "", "-I", "-S", "-c", _LAUNCH],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
             )
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _LAUNCH],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        except OSError as error:
+            raise EngineError(
+                f"{worker.stem} was not started",
+                why=f"it runs in a process of its own: {error.strerror}",
+                remedy="Run Opsin from a Python installation that its user may execute",
+            ) from None
         self._owner = os.getpid()
         path = [entry or str(Path.cwd()) for entry in sys.path]
         for line in ({"path": path, "worker": str(worker)}, settings):

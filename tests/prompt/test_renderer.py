@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from opsin.errors import InputError
+from opsin.errors import EngineError, InputError
 from opsin.prompt.renderer import Renderer, RenderLimits
 
 ENDLESS = {
@@ -117,6 +117,19 @@ def test_a_process_that_went_away_is_replaced() -> None:
     assert renderer.render("b", {}) == "b"
     renderer.close()
     assert renderer.render("c", {}) == "c"
+    renderer.close()
+
+
+@pytest.mark.parametrize("program", ["", "/nowhere/python"])
+def test_a_program_that_cannot_be_started_is_said(
+    program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", program)
+    renderer = Renderer()
+    with pytest.raises(EngineError, match="may execute"):
+        renderer.render("a", {})
+    monkeypatch.undo()
+    assert renderer.render("a", {}) == "a"
     renderer.close()
 
 
