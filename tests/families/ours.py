@@ -15,6 +15,7 @@ from opsin.engine.loop import Engine, EngineLimits
 from opsin.engine.runner import Runner
 from opsin.engine.scheduler import Scheduled
 from opsin.engine.sequence import Sequence as EngineSequence
+from opsin.engine.source import encode_prompts
 from opsin.families.base import Prompt
 from opsin.types import Event, SamplingParams
 
@@ -66,6 +67,7 @@ class Ours:
         runner = Runner(model, cache)
         scheduled = [Scheduled(sequence, 0, length)]
         runner.encode_media(scheduled)
+        encode_prompts(model, scheduled)
         step = dataclasses.replace(runner._step(scheduled), logit_rows=torch.arange(length))
         if sequence.speaker is None or not answer:
             return model.decoder(step, cache).float()
