@@ -4,7 +4,9 @@
 
 FOLDER holds the files of bench/gguf_files.py; the 4-bit one is made here by llama.cpp's own
 quantiser (Q4_0). PICTURE is 1024 x 768 x 3 bytes. Flash attention is on; weights are mapped, which
-is its default, and repacked where this machine has a faster layout, which is too.
+is its default, and repacked where this machine has a faster layout, which is too. Built by GCC 12
+for a machine with AMX it ends at the first 4-bit product: the compiler drops what a tile's
+configuration is read from. With its amx/mmq.cpp compiled by -fno-tree-dse -fno-dse it runs.
 """
 
 from __future__ import annotations
