@@ -11,7 +11,7 @@ import shutil
 import struct
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from opsin.errors import CheckpointError
 
 SUFFIX, UNFINISHED = ".repacked", ".part"
 ALIGN, PAGE = 64, 4096
+PIECE = 4 << 20  # bytes written at once: whole huge pages
 SLACK = 4096  # bytes past the last part, which products may read
 SPARE = 1 << 30  # bytes of the disk that are left free
 ABANDONED = 3600.0  # seconds after which an unfinished file that nobody writes is removed
@@ -93,8 +94,7 @@ def write(path: Path, key: str, source: str, recipe: str, parts: Sequence[Part])
     number, name = tempfile.mkstemp(UNFINISHED, f"{path.stem}.", path.parent)
     try:
         with os.fdopen(number, "wb", buffering=0) as file:
-            for part in _laid_out(header, parts):
-                _write_all(file.fileno(), part)
+            _write_pieces(file.fileno(), _laid_out(header, parts))
             os.fsync(file.fileno())
         Path(name).replace(path)
     except BaseException:
@@ -145,10 +145,26 @@ def _laid_out(header: bytes, parts: Sequence[Part]) -> Iterator[memoryview]:
     yield memoryview(bytes(SLACK))
 
 
+def _write_pieces(file: int, parts: Iterable[memoryview]) -> None:
+    """Write so that the system may keep the file in huge pages: in whole ones, at their places."""
+    piece, used = memoryview(bytearray(PIECE)), 0
+    for part in parts:
+        done = 0
+        while done < len(part):
+            count = min(len(part) - done, PIECE - used)
+            piece[used : used + count] = part[done : done + count]
+            done += count
+            used += count
+            if used == PIECE:
+                _write_all(file, piece)
+                used = 0
+    _write_all(file, piece[:used])
+
+
 def _write_all(file: int, part: memoryview) -> None:
     done = 0
     while done < len(part):
-        done += os.write(file, part[done : done + (1 << 26)])
+        done += os.write(file, part[done:])
 
 
 def _clean(folder: Path) -> None:
