@@ -16,7 +16,7 @@ SOURCE = Path("opsin/kernels/cpu/src")
 HEADERS = [str(path) for path in sorted(SOURCE.glob("*.h"))]
 # One place for every way of installing, so that the second way need not compile again.
 OBJECTS = f"build/native-{platform.machine().lower()}"
-COMMON = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+COMMON = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 X86 = {
