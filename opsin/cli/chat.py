@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import glob
+import signal
 import sys
-from collections.abc import Callable, Generator
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -50,6 +52,26 @@ if TYPE_CHECKING:
 PROMPT = "> "
 HISTORY_LINES = 1000
 LARGEST_PREVIEWED = 4  # pictures of one message
+
+
+@contextmanager
+def heard_interrupts() -> Iterator[list[int]]:
+    """A list that is filled by Ctrl-C, which raises KeyboardInterrupt as ever.
+
+    Python drops an exception that is raised while an object is being finalised, and drawing
+    finalises many: without the list a Ctrl-C would now and then do nothing.
+    """
+    heard: list[int] = []
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, hear)
+    try:
+        yield heard
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def command(
@@ -244,11 +266,14 @@ class Chat:
         stream: Generator[GenerationResult] | None = None
         try:
             stream = cast("Generator[GenerationResult]", self.generate(messages))
-            for last in stream:
-                if last.reasoning:
-                    answer.think(last.reasoning)
-                if last.text:
-                    answer.push(last.text)
+            with heard_interrupts() as heard:
+                for last in stream:
+                    if last.reasoning:
+                        answer.think(last.reasoning)
+                    if last.text:
+                        answer.push(last.text)
+                    if heard:
+                        raise KeyboardInterrupt
         except KeyboardInterrupt:
             last = None
         except OpsinError as error:

@@ -152,6 +152,40 @@ def test_ctrl_c_ends_the_answer_and_nothing_else(tmp_path: Path) -> None:
         assert it.process.wait(30) == 0
 
 
+DROPPED = """
+import signal
+from types import SimpleNamespace as Result
+from opsin.cli.chat import Chat
+from opsin.cli.chat_session import Session
+
+class Noisy:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+def generate(messages):
+    noisy = Noisy()
+    while True:
+        yield Result(text="word ", reasoning="", finish_reason=None)
+        noisy = None
+
+Chat(Session(("image",)), generate).run()
+"""
+
+
+def test_ctrl_c_is_heard_where_python_drops_what_it_raises(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", DROPPED],
+        input="go\n/clear\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        env={**os.environ, "OPSIN_CACHE": str(tmp_path)},
+    )
+    assert "Exception ignored in" in done.stderr
+    assert done.stdout == "word word \n(stopped)\nThe conversation is empty again.\n"
+
+
 def test_lines_from_a_pipe_are_answered_without_prompts(tmp_path: Path) -> None:
     lines = f"{RECEIPT} What is the total?\nHow much\\\nis the tax?\n/clear\n/exit\nnever\n"
     done = subprocess.run(
