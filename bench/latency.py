@@ -11,7 +11,8 @@ rival's in turn; medians are printed, and one JSON line at the end.
 Loading is counted honestly where a rival maps its weights and reads them later: load_s is until the
 model is there, ready_s until it has answered 20 tokens of text with one of its own, and ready_cpu_s
 and ready_faults the processor's seconds and the page faults of that. --quant and --repacked-cache
-are ours alone; what a cache folder gives shows from the second round on.
+are ours alone; what is kept (in the user's cache folder, if nothing else is named) shows from the
+second round on.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from pathlib import Path
 from opsin.errors import InputError
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
+AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +26,14 @@ class Settings:
     the best one found); num_threads: threads of CPU arithmetic (`OPSIN_NUM_THREADS`, default: one
     a core); log_level: `OPSIN_LOG_LEVEL`, one of debug, info, warning, error;
     repacked_cache: where packed weights are kept to be mapped the next time
-    (`OPSIN_REPACKED_CACHE`): off, on or a folder.
+    (`OPSIN_REPACKED_CACHE`): auto, on, off or a folder.
     """
 
     cache: Path
     cpu_isa: str | None = None
     num_threads: int | None = None
     log_level: str = "warning"
-    repacked_cache: str = "off"
+    repacked_cache: str = AUTO
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> Settings:
@@ -42,7 +43,7 @@ class Settings:
             cpu_isa=_text(environ, "OPSIN_CPU_ISA"),
             num_threads=_count(environ, "OPSIN_NUM_THREADS"),
             log_level=_choice(environ, "OPSIN_LOG_LEVEL", LOG_LEVELS, "warning"),
-            repacked_cache=environ.get("OPSIN_REPACKED_CACHE", "").strip() or "off",
+            repacked_cache=environ.get("OPSIN_REPACKED_CACHE", "").strip() or AUTO,
         )
 
 
@@ -55,13 +56,19 @@ def settings() -> Settings:
 def repacked_folder(named: str | Path | None = None) -> Path | None:
     """The folder in which packed weights are kept; None: they are not.
 
-    `named` is "on", for a folder within the cache, "off", or a folder; None is what the settings
-    say.
+    `named` is "auto" or "on", for a folder within the cache, "off", or a folder; None is what the
+    settings say.
     """
     named = settings().repacked_cache if named is None else named
     if str(named) == "off":
         return None
-    return settings().cache / "repacked" if str(named) == "on" else Path(named).expanduser()
+    own = str(named) in (AUTO, "on")
+    return settings().cache / "repacked" if own else Path(named).expanduser()
+
+
+def keeps_unasked(named: str | Path | None = None) -> bool:
+    """Whether packed weights are kept only where that costs little, as nobody asked for it."""
+    return str(settings().repacked_cache if named is None else named) == AUTO
 
 
 def variables(names: Iterable[str]) -> dict[str, str]:

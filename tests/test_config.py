@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from opsin.config import Settings, repacked_folder, settings
+from opsin.config import Settings, keeps_unasked, repacked_folder, settings
 from opsin.errors import InputError
 
 
@@ -52,5 +52,7 @@ def test_where_packed_weights_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert repacked_folder("elsewhere") == Path("elsewhere")
     monkeypatch.delenv("OPSIN_REPACKED_CACHE")
     settings.cache_clear()
-    assert repacked_folder() is None
+    assert repacked_folder() == tmp_path / "repacked"
+    assert keeps_unasked()
+    assert not keeps_unasked("on")
     settings.cache_clear()

@@ -148,7 +148,7 @@ RepackedCache: TypeAlias = Annotated[
     str | None,
     typer.Option(
         "--repacked-cache",
-        help="Keep the weights as the CPU reads them, to load sooner: on, off or a folder; off.",
+        help="Keep the weights as the CPU reads them, to load sooner: auto, on, off or a folder.",
         metavar="WHERE",
         rich_help_panel=ENGINE,
     ),

@@ -15,7 +15,7 @@ from opsin.checkpoint import weights
 from opsin.checkpoint.adapters import adapter_tensors
 from opsin.checkpoint.config import Config, read_config, read_json, read_processor_config
 from opsin.checkpoint.safetensors import StoredTensor
-from opsin.config import repacked_folder, settings
+from opsin.config import keeps_unasked, repacked_folder, settings
 from opsin.decoder.decoder import Decoder
 from opsin.decoder.native import NativeStack, gate_up_layers, why_not
 from opsin.engine.limits import EngineLimits
@@ -150,7 +150,7 @@ def load_model(
     `quantize`, 8 or 4, is the bits that matrices are quantised to as they are read.
     `matformer_slice` names one of the smaller models within a nested one, `matformer_config` a CSV
     file of them in place of the family's own. `repacked_cache` is where the packed weights are kept
-    to be mapped next time: "on", "off" or a folder (`opsin.config.repacked_folder`).
+    to be mapped next time: "auto", "on", "off" or a folder (`opsin.config.repacked_folder`).
     `on_progress` is called with the bytes read so far and the bytes there are. Peak memory is the
     model's own and one tensor. Raises CheckpointError for a folder that does not hold what its
     config.json says, InputError for what cannot be meant.
@@ -295,10 +295,13 @@ def cache_of(
     where = repacked_folder(named)
     if where is None:
         return None
+    unasked = keeps_unasked(named)
     if recipe.library is None or not recipe.formats:
-        LOG.warning("nothing of this model is packed here: none of it is kept in %s", where)
+        if not unasked:
+            LOG.warning("nothing of this model is packed here: none of it is kept in %s", where)
         return None
-    return RepackedCache.of(where, folder, model, recipe, tensors, model.family.rename)
+    rules = model.family.rename
+    return RepackedCache.of(where, folder, model, recipe, tensors, rules, unasked=unasked)
 
 
 def counted(

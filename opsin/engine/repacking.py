@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -25,6 +26,10 @@ from opsin.quant.formats import Format
 
 LOG = logging.getLogger("opsin")
 LAYOUT = 1  # to be raised when the same build packs the same checkpoint in another way
+# What is kept where nobody asked for it: nothing that loads fast anyway, and no file that takes
+# more than this share of the disk's free space, so that all of them together never fill it.
+UNASKED_LEAST = 256 << 20  # bytes
+UNASKED_SHARE = 0.1
 Kept = dict[nn.Module, list[PackedMatrix]]
 
 
@@ -54,6 +59,7 @@ class RepackedCache:
         slots: Sequence[_Slot],
         way: str,
         key: str,
+        unasked: bool,
     ) -> None:
         self.folder = folder
         self.library = library
@@ -61,6 +67,7 @@ class RepackedCache:
         self.slots = slots
         self.way = way
         self.key = key
+        self.unasked = unasked
 
     @classmethod
     def of(
@@ -71,8 +78,13 @@ class RepackedCache:
         recipe: Recipe,
         tensors: Sequence[StoredTensor],
         rules: Sequence[Rename],
+        *,
+        unasked: bool,
     ) -> RepackedCache:
-        """The file for a model whose parameters have no memory yet, read from `source`."""
+        """The file for a model whose parameters have no memory yet, read from `source`.
+
+        `unasked`: it is kept only if it is worth it and takes little of the disk.
+        """
         assert recipe.library is not None, "only what is packed natively is kept"
         slots = list(_slots(model, recipe.formats))
         ways = [(s.name, s.form, s.rows, s.columns, s.module in recipe.interleaved) for s in slots]
@@ -88,7 +100,7 @@ class RepackedCache:
             [repr(tensor).replace(str(source), "") for tensor in tensors],
             [target_of(tensor.name, rules).name for tensor in tensors],
         )
-        return cls(folder, recipe.library, source, slots, way, key)
+        return cls(folder, recipe.library, source, slots, way, key, unasked)
 
     @property
     def recipe(self) -> str:
@@ -129,12 +141,27 @@ class RepackedCache:
         """Keep the matrices that the model was given, or say in a line why that cannot be."""
         parts = [(slot.name, _matrix(slot).memory()) for slot in self.slots]
         try:
+            if self.unasked and not self._is_cheap(sum(len(part) for _, part in parts)):
+                return
             size = repacked.write(self.path, self.key, str(self.source), self.recipe, parts)
         except OSError as error:
+            level = logging.INFO if self.unasked else logging.WARNING
             why = error.strerror or error
-            LOG.warning("cannot keep the packed weights in %s (%s)", self.folder, why)
+            LOG.log(level, "cannot keep the packed weights in %s (%s)", self.folder, why)
         else:
-            LOG.info("kept the packed weights in %s (%.2f GB)", self.path, size / 1e9)
+            LOG.log(
+                logging.WARNING if self.unasked else logging.INFO,
+                "kept the packed weights in %s (%.2f GB) to load at once next time: "
+                "--repacked-cache off keeps none",
+                self.path,
+                size / 1e9,
+            )
+
+    def _is_cheap(self, num_bytes: int) -> bool:
+        """Whether a file of so many bytes saves time, and takes little of what the disk has."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        share = num_bytes / shutil.disk_usage(self.folder).free
+        return num_bytes >= UNASKED_LEAST and share <= UNASKED_SHARE
 
 
 def _slots(model: nn.Module, formats: Formats) -> Iterator[_Slot]:

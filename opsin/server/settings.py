@@ -74,7 +74,7 @@ class ServeSettings:
         None,
         "text",
         MODEL,
-        "Keep the weights as the CPU reads them, to load sooner: on, off or a folder; off.",
+        "Keep the weights as the CPU reads them, to load sooner: auto, on, off or a folder.",
     )
     revision: str | None = _flag(None, "text", MODEL, "Branch, tag or commit of --model.")
     chat_template: str | None = _flag(

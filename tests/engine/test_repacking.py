@@ -239,6 +239,32 @@ def test_a_folder_that_cannot_be_written_is_said_in_a_line(
     assert len(caplog.records) == 1
 
 
+def test_unasked_only_what_is_large_and_fits_well_is_kept(
+    load: Load, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPSIN_CACHE", str(tmp_path))
+    settings.cache_clear()
+    folder = tmp_path / "repacked"
+    load(where="auto")  # too small
+    assert not list(folder.glob("*"))
+    monkeypatch.setattr(repacking, "UNASKED_LEAST", 1)
+    monkeypatch.setattr(repacking, "UNASKED_SHARE", 0.0)
+    load(where="auto")  # too large for the disk
+    assert not list(folder.glob("*"))
+    assert not caplog.records
+    monkeypatch.setattr(repacking, "UNASKED_SHARE", 0.5)
+    assert not views(load(where="auto"))
+    assert "--repacked-cache off" in caplog.text
+    assert len(list(folder.iterdir())) == 1
+    assert views(load(where="auto"))
+    assert len(caplog.records) == 1
+    shutil.rmtree(folder)
+    folder.write_text("")
+    load(where="auto")  # where nothing can be written, nobody who did not ask is told
+    assert len(caplog.records) == 1
+    settings.cache_clear()
+
+
 def test_a_full_disk_leaves_nothing_behind(
     load: Load, cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
