@@ -63,6 +63,8 @@ class Terminal:
             env={**kept, "COLUMNS": "100", **environment},
             cwd=ROOT,
             start_new_session=True,
+            # Commands that a shell starts in the background ignore Ctrl-C, and so would this one.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         os.close(child)
         self.seen = ""
