@@ -228,6 +228,8 @@ def _long(step: list[Scheduled], ends: list[int], device: torch.device) -> Tenso
 def _lacking(scheduled: Scheduled) -> list[int]:
     """The media that a step needs of a sequence and that are not encoded, by their number."""
     sequence = scheduled.sequence
+    if scheduled.start >= sequence.num_prompt:
+        return []
     return [
         i
         for i, item in enumerate(sequence.prompt.media)
