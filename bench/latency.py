@@ -78,6 +78,15 @@ def write_checkpoint(shape: str, folder: Path) -> Path:
     return folder
 
 
+def checkpoint_folder(args: argparse.Namespace) -> Path:
+    """The folder of the checkpoint that --shape or --model names."""
+    from opsin.checkpoint.hub import resolve
+
+    if args.shape:
+        return write_checkpoint(args.shape, Path(args.workdir) / args.shape)
+    return resolve(args.model or "bundled")
+
+
 def picture() -> Any:
     """A 1024x768 picture with detail."""
     import numpy as np
@@ -240,12 +249,7 @@ def main() -> None:
         measure = {"opsin": measure_opsin, "transformers": measure_transformers}[args.child]
         print(json.dumps(measure(Path(args.model), args)))
         return
-    if args.shape:
-        folder = write_checkpoint(args.shape, Path(args.workdir) / args.shape)
-    else:
-        from opsin.checkpoint.hub import resolve
-
-        folder = resolve(args.model or "bundled")
+    folder = checkpoint_folder(args)
     engines = ["opsin", *([args.rival] if args.rival else [])]
     rounds: dict[str, list[dict[str, float]]] = {engine: [] for engine in engines}
     for _ in range(args.rounds):

@@ -14,14 +14,12 @@ import json
 import math
 import os
 import statistics
-import tempfile
 import threading
 import time
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-from streams import PROMPT_TOKENS, Load
+from streams import PROMPT_TOKENS, Load, add_model_flags
 
 ENDLESS = 100_000
 
@@ -99,17 +97,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--shape", help="a published shape, with random weights")
-    parser.add_argument("--model", default="bundled", help="'bundled', a folder or a hub name")
-    parser.add_argument("--quant", type=int, help="bits to quantise to while loading")
-    parser.add_argument("--kv-bits", type=int)
-    parser.add_argument("--device")
+    add_model_flags(parser)
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--before", type=int, default=24, help="tokens of each before the picture")
     parser.add_argument("--picture", default="1024x768")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--memory", type=int, default=2**30, help="bytes of the cache")
-    parser.add_argument("--workdir", default=Path(tempfile.gettempdir()) / "opsin-bench")
     args = parser.parse_args()
     width, _, height = args.picture.partition("x")
     args.picture = (int(width), int(height))

@@ -68,19 +68,14 @@ class Runs:
     """Two engines over one model, without speculation and with it."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from opsin.checkpoint.hub import resolve
+        from latency import checkpoint_folder
+
         from opsin.engine.loop import Engine, EngineLimits
         from opsin.engine.model import load_model
 
-        if args.shape:
-            from latency import write_checkpoint
-
-            folder = write_checkpoint(args.shape, Path(args.workdir) / args.shape)
-        else:
-            folder = resolve(args.model)
         self.args = args
         self.clock = time.process_time if args.cpu_time else time.perf_counter
-        self.model = load_model(folder, device=args.device, quantize=args.quant)
+        self.model = load_model(checkpoint_folder(args), device=args.device, quantize=args.quant)
         self.engines = {
             with_guesses: Engine(
                 self.model,

@@ -25,17 +25,12 @@ class Load:
     """An engine and what its streams have done."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from opsin.checkpoint.hub import resolve
+        from latency import checkpoint_folder
+
         from opsin.engine.loop import Engine, EngineLimits
         from opsin.engine.model import load_model
 
-        if args.shape:
-            from latency import write_checkpoint
-
-            folder = write_checkpoint(args.shape, Path(args.workdir) / args.shape)
-        else:
-            folder = resolve(args.model)
-        self.model = load_model(folder, device=args.device, quantize=args.quant)
+        self.model = load_model(checkpoint_folder(args), device=args.device, quantize=args.quant)
         limits = EngineLimits(prefix_cache=False, memory=args.memory, kv_bits=args.kv_bits)
         self.engine = Engine(self.model, None, limits)
 
@@ -98,21 +93,26 @@ class Load:
         return before, beside, answer[0] - arrival
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that `Load` reads."""
     parser.add_argument("--shape", help="a published shape, with random weights")
     parser.add_argument("--model", default="bundled", help="'bundled', a folder or a hub name")
     parser.add_argument("--quant", type=int, help="bits to quantise to while loading")
     parser.add_argument("--kv-bits", type=int)
     parser.add_argument("--device")
+    parser.add_argument("--memory", type=int, default=2**30, help="bytes of the cache")
+    parser.add_argument("--workdir", default=Path(tempfile.gettempdir()) / "opsin-bench")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add_model_flags(parser)
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=32, help="new tokens of each stream")
     parser.add_argument("--long", type=int, default=512, help="tokens of the long prompt")
-    parser.add_argument("--memory", type=int, default=2**30, help="bytes of the cache")
-    parser.add_argument("--workdir", default=Path(tempfile.gettempdir()) / "opsin-bench")
     args = parser.parse_args()
     load = Load(args)
     load.rate(1, 4)  # warm up

@@ -176,7 +176,8 @@ def load(
         processor = Processor.from_folder(folder, chat_template=chat_template, limits=media_limits)
     except UnknownFamily as unknown:
         ours_alone = (quantize, matformer_slice, matformer_config, kv_bits, max_kv_size)
-        if any(given is not None for given in (*ours_alone, speculative)):
+        keeps = repacked_cache not in (None, "auto", "off")
+        if keeps or any(given is not None for given in (*ours_alone, speculative)):
             raise
         return load_fallback(
             folder,

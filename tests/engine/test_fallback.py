@@ -253,6 +253,12 @@ def test_without_the_extra_the_remedy_names_it(
     assert "git" in str(caught.value)
 
 
+def test_weights_that_are_not_packed_cannot_be_kept(folder: Path, tmp_path: Path) -> None:
+    for where in ("on", str(tmp_path)):
+        with pytest.raises(UnknownFamily):
+            opsin.load(str(folder), device="cpu", repacked_cache=where)
+
+
 def test_a_type_that_nobody_knows_stays_unknown(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no_such_model"}))
     with pytest.raises(UnknownFamily, match="no_such_model"):

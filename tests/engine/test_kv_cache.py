@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import opsin
 from opsin.decoder.cache import CacheFormat, PagedCache, sequence_slots
 from opsin.decoder.config import (
     AttentionConfig,
@@ -22,7 +20,6 @@ from opsin.decoder.config import (
     MLPConfig,
 )
 from opsin.decoder.layout import HOLE, BlockLayout, KeptTokens
-from opsin.engine import model as loading
 from opsin.engine.blocks import BlockPool
 from opsin.engine.fallback import FallbackEngine, FallbackModel
 from opsin.engine.loop import Engine, EngineLimits
@@ -31,14 +28,12 @@ from opsin.engine.scheduler import Scheduler
 from opsin.engine.sequence import Sequence
 from opsin.errors import InputError
 from opsin.families.base import Prompt
-from opsin.kernels import AttentionBatch, Kernels, PackedRows, cpu
+from opsin.kernels import AttentionBatch, Kernels, PackedRows
 from opsin.kernels.interface import attend
 from opsin.kernels.packed_rows import dequantise, quantise
 from opsin.types import SamplingParams
-from tests.families.checkpoints import write_checkpoint
 from tests.families.ours import answers, tokens
 from tests.families.pictures import picture
-from tests.families.zoo import CASES
 
 BLOCK = 8
 QUESTIONS = ("What?", "Describe the picture in detail.", "How many are there, and where?")
@@ -49,33 +44,6 @@ FORMS: dict[str, dict[str, int]] = {
     "window": {"max_kv_size": 28},
     "window, 8 bits, late": {"kv_bits": 8, "quantized_kv_start": 19, "max_kv_size": 30},
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    case = next(case for case in CASES if case.name == "qwen3_vl-published_tied")
-    return write_checkpoint(case, tmp_path_factory.mktemp("kv"))
-
-
-@pytest.fixture(scope="module")
-def plain(folder: Path) -> tuple[Any, Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "native_library", lambda *_: None)
-        return opsin.load(str(folder), device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def native(folder: Path) -> tuple[Any, Any]:
-    if cpu.load() is None:
-        pytest.skip(f"not built: {cpu.why_missing()}")
-    loaded = opsin.load(str(folder), device="cpu", dtype="bfloat16")
-    assert loaded[0].decoder.native is not None
-    return loaded
-
-
-@pytest.fixture(params=["plain", "native"])
-def loaded(request: pytest.FixtureRequest) -> tuple[Any, Any]:
-    return request.getfixturevalue(request.param)
 
 
 def engine_of(loaded: tuple[Any, Any], **limits: Any) -> Engine:

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 import opsin
 from opsin.decoder.config import DecoderConfig, DeltaNetConfig, LayerConfig, MLPConfig
 from opsin.engine import loop
-from opsin.engine import model as loading
 from opsin.engine.blocks import BlockPool
 from opsin.engine.fallback import FallbackEngine, FallbackModel
 from opsin.engine.grammar import grammar_text
@@ -25,7 +24,6 @@ from opsin.engine.sequence import Sequence as EngineSequence
 from opsin.engine.speculation import MOST, WIDE, Costs, Drafter, NgramIndex, Speculator
 from opsin.errors import InputError
 from opsin.families.base import Prompt
-from opsin.kernels import cpu
 from opsin.types import Constraint, Event, SamplingParams
 from tests.families.checkpoints import write_checkpoint
 from tests.families.ours import Ours, tokens
@@ -260,31 +258,6 @@ def test_one_disturbed_measurement_does_not_stand_for_ever() -> None:
 
 
 # The same answers. Guesses are computed whenever there are any, whatever they cost.
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    case = next(case for case in CASES if case.name == "qwen3_vl-published_tied")
-    return write_checkpoint(case, tmp_path_factory.mktemp("speculation"))
-
-
-@pytest.fixture(scope="module")
-def plain(folder: Path) -> tuple[Any, Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "native_library", lambda *_: None)
-        return opsin.load(str(folder), device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def native(folder: Path) -> tuple[Any, Any]:
-    if cpu.load() is None:
-        pytest.skip(f"not built: {cpu.why_missing()}")
-    return opsin.load(str(folder), device="cpu", dtype="bfloat16")
-
-
-@pytest.fixture(params=["plain", "native"])
-def loaded(request: pytest.FixtureRequest) -> tuple[Any, Any]:
-    return request.getfixturevalue(request.param)
 
 
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:

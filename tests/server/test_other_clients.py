@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import openai
 import pytest
 from pydantic import BaseModel, ConfigDict
 
@@ -87,6 +88,10 @@ def test_langchain_binds_tools_and_feeds_results_back(chat: Any) -> None:
 def test_langchain_gives_structured_output(chat: Any, method: str) -> None:
     if method == "json_mode":
         formed = chat.bind(response_format={"type": "json_object"}, max_tokens=20)
-        assert formed.invoke("Paint it in JSON").content.startswith("{")
+        try:
+            text = formed.invoke("Paint it in JSON").content
+        except openai.LengthFinishReasonError as cut:  # as this client says it of any server
+            text = cut.completion.choices[0].message.content or ""
+        assert text.startswith("{")
         return
     assert isinstance(chat.with_structured_output(Paint, method=method).invoke("Paint it"), Paint)
