@@ -52,26 +52,28 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     import opsin
     from opsin.api import engine_for
     from opsin.cli.ocr import Run, Target
+    from opsin.cli.ocr_opening import Opening
     from opsin.cli.ocr_reading import Asking, Reader
     from opsin.cli.ocr_sources import find_sources
 
-    model, processor = opsin.load(args.model, device=args.device)
-    opsin.generate(model, processor, "Read the text.", page(0, 2), max_tokens=8)
-    engine, at_work = engine_for(model, processor), [0.0]
-    engine.runner.run = timed(engine.runner.run, at_work)
-    engine.encoder.ready = timed(engine.encoder.ready, at_work)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "paper.pdf"
         path.write_bytes(paper(args.pages, args.lines))
         sources = find_sources([str(path)])
         target = Target.of(Path(folder) / "out", "md,json", sources)
-        options = {"max_tokens": args.max_tokens, "processor_kwargs": None}
-        asking = Asking.of(processor, args.prompt, args.task, options)
-        reader = Reader(model, processor, asking)
-        run = Run(reader, target, args.model, [args.model], args.dpi, None)
-        cpu = time.process_time()
-        report = run.all(sources, args.concurrency)
-        cpu = time.process_time() - cpu
+        with Opening(target.surely_read(sources[0])) as opening:
+            model, processor = opsin.load(args.model, device=args.device)
+            opsin.generate(model, processor, "Read the text.", page(0, 2), max_tokens=8)
+            engine, at_work = engine_for(model, processor), [0.0]
+            engine.runner.run = timed(engine.runner.run, at_work)
+            engine.encoder.ready = timed(engine.encoder.ready, at_work)
+            options = {"max_tokens": args.max_tokens, "processor_kwargs": None}
+            asking = Asking.of(processor, args.prompt, args.task, options)
+            reader = Reader(model, processor, asking)
+            run = Run(reader, target, args.model, [args.model], args.dpi, None)
+            cpu = time.process_time()
+            report = run.all(sources, args.concurrency, opening)
+            cpu = time.process_time() - cpu
         held = json.loads((Path(folder) / "out" / "paper.json").read_text(encoding="utf-8"))
     tokens = sum(each["tokens"] for each in held["pages"])
     outside = 1 - at_work[0] / report.seconds

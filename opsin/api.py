@@ -29,7 +29,7 @@ from opsin.grounding.layout import Layout
 from opsin.grounding.parsing import pointing_metadata, regions_of
 from opsin.grounding.regions import Region
 from opsin.media.limits import DEFAULT_LIMITS, MediaLimits
-from opsin.prompt.answer import Piece, joined
+from opsin.prompt.answer import joined
 from opsin.prompt.api import apply_chat_template, get_message_json
 from opsin.prompt.messages import Prompt as PromptForm
 from opsin.prompt.tasks import find_task, task_messages
@@ -271,11 +271,13 @@ class _Asked:
     wants_logprobs: bool
     form: AnswerForm
 
-    def start(self, engine: Engine, sampling: SamplingParams) -> Stream:
-        """Queue the prompt with an engine."""
+    def start(self, engine: Engine, sampling: SamplingParams, *, whole: bool) -> Answering:
+        """Queue the prompt with an engine; `whole`: nobody looks at the answer before its end."""
         guide = self.form.guide(self.prompt)
         ending = self.form.ending(sampling)
-        return engine.stream(self.prompt, ending, guide=guide, keep=self.form.keep)
+        keep = self.form.keep
+        events = engine.stream(self.prompt, ending, guide=guide, keep=keep, whole=whole)
+        return Answering(self, events)
 
     def read(self, result: GenerationResult, tokens: Sequence[int]) -> GenerationResult:
         """The last result with what all the answer's tokens say of places in the pictures."""
@@ -290,6 +292,25 @@ class _Asked:
             layout=Layout.of(regions) if is_page else None,
             pictures=pictures if regions else (),
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answering:
+    """An answer that an engine is at work on."""
+
+    asked: _Asked
+    events: Stream
+
+    def __iter__(self) -> Iterator[GenerationResult]:
+        return _results(self.asked, self.events)
+
+    def whole(self) -> GenerationResult:
+        """The answer, once it is there."""
+        return fold(iter(self))
+
+    def cancel(self) -> None:
+        """End it where it stands, from any thread: its reason to finish is then "cancelled"."""
+        self.events.cancel()
 
 
 def _options(arguments: Mapping[str, Any]) -> _Options:
@@ -392,15 +413,31 @@ def stream_generate(
 
     Takes what `generate` takes. Closing the iterator cancels the request.
     """
-    options = _options(kwargs)
-    asked = options.prepare(
-        processor, prompt, keep_pictures=True, image=image, audio=audio, video=video
-    )
+    media = {"image": image, "audio": audio, "video": video}
+    return iter(ask(model, processor, prompt, media, kwargs, whole=False))
+
+
+def ask(
+    model: Model,
+    processor: Processor,
+    prompt: PromptForm,
+    media: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    *,
+    whole: bool,
+) -> Answering:
+    """Start on an answer. media: by kind; arguments: the keyword ones of `generate`.
+
+    With `whole` it comes in one result, which spares the rest of the machine's work a wake-up for
+    each token.
+    """
+    options = _options(arguments)
+    asked = options.prepare(processor, prompt, keep_pictures=True, **media)
     engine = engine_for(model, processor, options.limits)
-    return _results(asked, asked.start(engine, options.sampling))
+    return asked.start(engine, options.sampling, whole=whole)
 
 
-def _results(asked: _Asked, events: Iterator[Event] | Any) -> Iterator[GenerationResult]:
+def _results(asked: _Asked, events: Stream) -> Iterator[GenerationResult]:
     sizes = tuple(item.processed_size for item in asked.prompt.media)
     frames = tuple(item.num_frames for item in asked.prompt.media if item.num_frames)
     tokens: list[int] = []
@@ -408,7 +445,7 @@ def _results(asked: _Asked, events: Iterator[Event] | Any) -> Iterator[Generatio
     for event in events:
         tokens += event.token_ids
         last = event.finish_reason is not None
-        piece: Piece = reader.push(event.text, last=last)
+        piece = reader.take(event)[0]
         result = GenerationResult(
             piece.text,
             tuple(event.token_ids),
@@ -491,11 +528,12 @@ def generate(
 
     verbose: print the answer as it comes and the figures at its end. Raises OpsinError.
     """
-    results = stream_generate(model, processor, prompt, image, audio, video, **kwargs)
+    media = {"image": image, "audio": audio, "video": video}
+    answering = ask(model, processor, prompt, media, kwargs, whole=not verbose)
     if not verbose:
-        return fold(results)
+        return answering.whole()
     kept = []
-    for result in results:
+    for result in answering:
         print(result.text, end="", flush=True)  # noqa: T201
         kept.append(result)
     whole = fold(iter(kept))
@@ -543,7 +581,7 @@ def batch_generate(
             )
     options = _options(kwargs)
     engine = engine_for(model, processor, options.limits)
-    streams = []
+    answers = []
     for i, prompt in enumerate(prompts):
         asked = options.prepare(
             processor,
@@ -552,8 +590,8 @@ def batch_generate(
             image=images[i] if images is not None else None,
             audio=audios[i] if audios is not None else None,
         )
-        streams.append((asked, asked.start(engine, options.sampling)))
-    return [fold(_results(asked, stream)) for asked, stream in _tracked(streams, verbose)]
+        answers.append(asked.start(engine, options.sampling, whole=True))
+    return [answering.whole() for answering in _tracked(answers, verbose)]
 
 
 def _tracked(items: list[Any], verbose: bool) -> Iterator[Any]:

@@ -167,7 +167,8 @@ class Event:
 
     `text` never holds a stop string or half a character. The last event of every request has a
     `finish_reason`; if that is "error", `error` says why, and if a stop string ended it,
-    `stop_string` is that one.
+    `stop_string` is that one. Where one event holds a whole answer, `ends` says how much of the
+    text, in characters, was there with each token.
     """
 
     text: str = ""
@@ -178,6 +179,7 @@ class Event:
     timings: Timings | None = None
     error: Exception | None = None
     stop_string: str | None = None
+    ends: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -237,18 +237,17 @@ def command(
         matformer_slice=matformer_slice,
     )
     note_window(max_kv_size)
-    from opsin.api import stream_generate
+    from opsin.api import ask
 
-    results = stream_generate(
+    answering = ask(
         loaded,
         processor,
         conversation(system, question),
-        pictures,
-        audio or [],
-        video or [],
-        **{name: value for name, value in sampling.items() if value is not None},
+        {"image": pictures, "audio": audio or [], "video": video or []},
+        {name: value for name, value in sampling.items() if value is not None},
+        whole=output_format == "json",
     )
-    whole = show(results, output_format, verbose)
+    whole = show(iter(answering), output_format, verbose)
     if annotate is not None:
         save_annotated(whole, annotate)
 

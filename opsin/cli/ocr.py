@@ -22,10 +22,11 @@ from opsin.cli.flags import (
     json_option,
     load_with_progress,
 )
-from opsin.cli.ocr_sources import Source, find_sources, parse_pages
+from opsin.cli.ocr_sources import Source, find_sources, is_url, parse_pages
 from opsin.errors import InputError, OpsinError
 
 if TYPE_CHECKING:
+    from opsin.cli.ocr_opening import Opening
     from opsin.cli.ocr_pages import DocumentText, PageStore, PageText
     from opsin.cli.ocr_reading import Reader
     from opsin.media.document import Document
@@ -113,21 +114,24 @@ def command(
         "max_tokens": max_tokens,
         "processor_kwargs": json_option("--processor-kwargs", processor_kwargs),
     }
-    loaded, processor = load_with_progress(
-        model,
-        device=device,
-        dtype=dtype,
-        quantize=quant,
-        repacked_cache=repacked_cache,
-        revision=revision,
-    )
-    from opsin.cli.ocr_reading import Asking, Reader
+    from opsin.cli.ocr_opening import Opening
 
-    asking = Asking.of(processor, prompt, task, options)
-    reader = Reader(loaded, processor, asking)
-    settings = [model, revision, dtype, quant, asking.prompt, asking.task, options, dpi]
-    run = Run(reader, target, model, settings, dpi, wanted, furniture=furniture, again=again)
-    report = run.all(sources, concurrency)
+    with Opening(target.surely_read(sources[0])) as opening:
+        loaded, processor = load_with_progress(
+            model,
+            device=device,
+            dtype=dtype,
+            quantize=quant,
+            repacked_cache=repacked_cache,
+            revision=revision,
+        )
+        from opsin.cli.ocr_reading import Asking, Reader
+
+        asking = Asking.of(processor, prompt, task, options)
+        reader = Reader(loaded, processor, asking)
+        settings = [model, revision, dtype, quant, asking.prompt, asking.task, options, dpi]
+        run = Run(reader, target, model, settings, dpi, wanted, furniture=furniture, again=again)
+        report = run.all(sources, concurrency, opening)
     report.print()
     if report.errors:
         raise typer.Exit(1)
@@ -176,6 +180,18 @@ class Target:
         """The path of a document's text, without its ending."""
         assert self.folder is not None
         return self.folder / (self.name or source.place)
+
+    def records(self, source: Source) -> Path | None:
+        """The folder in which a document's pages are kept; None where texts are printed."""
+        if self.folder is None:
+            return None
+        return self.folder / RECORDS / self.place(source).relative_to(self.folder)
+
+    def surely_read(self, source: Source) -> Source | None:
+        """The source if it is a file of which no page can have been read before, else None."""
+        records = self.records(source)
+        known = records is not None and records.exists()
+        return None if known or is_url(source.path) else source
 
 
 @dataclass(slots=True)
@@ -248,8 +264,14 @@ class Run:
         self._waiting: list[Work] = []  # documents whose text is to be printed, in order
         self._tick: Callable[[int, int], None] = lambda done, total: None
 
-    def all(self, sources: list[Source], concurrency: int) -> Report:
-        """Read every page of every document and write or print the texts."""
+    def all(
+        self, sources: list[Source], concurrency: int, opening: Opening | None = None
+    ) -> Report:
+        """Read every page of every document and write or print the texts.
+
+        `opening` may hold the first document, open already.
+        """
+        from opsin.cli.ocr_opening import Opening
         from opsin.cli.windowed import windowed
 
         start = time.perf_counter()
@@ -258,7 +280,9 @@ class Run:
         self._waiting = list(works)
         with progress() as self._tick:
             try:
-                for done in windowed(self._jobs(works), self._read, concurrency):
+                for done in windowed(
+                    self._jobs(works, opening or Opening(None)), self._read, concurrency
+                ):
                     work, number = done.job
                     if done.error is not None:
                         self._failed(work, number, done.error)
@@ -276,21 +300,18 @@ class Run:
     def _work(self, source: Source) -> Work:
         from opsin.cli.ocr_pages import PageStore
 
-        if self.target.folder is None:
+        folder = self.target.records(source)
+        if folder is None:
             return Work(source, None)
-        place = self.target.place(source)
-        folder = self.target.folder / RECORDS / place.relative_to(self.target.folder)
         return Work(source, PageStore(folder, [*self.settings, *source.state]))
 
-    def _jobs(self, works: list[Work]) -> Iterator[tuple[Work, int]]:
+    def _jobs(self, works: list[Work], opening: Opening) -> Iterator[tuple[Work, int]]:
         """The pages that are to be read; a document is opened when its turn comes."""
-        from opsin.media.document import Document
-
         for work in works:
             count, known = (0, {}) if self.again or work.store is None else work.store.load()
             try:
                 if count == 0 or not set(self._chosen(count)) <= set(known):
-                    work.document = Document(work.source.path)
+                    work.document = opening.take(work.source)
                     count = len(work.document)
             except OpsinError as error:
                 self._failed(work, 0, error)

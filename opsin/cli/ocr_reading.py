@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
-from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from PIL import Image
 
-from opsin.api import GenerationResult, fold, stream_generate
+from opsin.api import Answering, GenerationResult, ask
 from opsin.cli.ocr_pages import PageText
 from opsin.engine.model import Model
 from opsin.engine.processor import Processor
@@ -19,6 +17,8 @@ from opsin.media.document import Document
 
 # What is asked of a model whose family has no task for it.
 PROMPT = "Read the text."
+# Pages that are drawn and prepared at once: any more delay the first, which the model waits for.
+PREPARED_AT_ONCE = 2
 KEEP_CROP = 2  # pixels: a picture with a shorter side is a line or a speck
 
 
@@ -54,20 +54,28 @@ class Reader:
         self.model = model
         self.processor = processor
         self.asking = asking
-        self._stop = threading.Event()
+        self._preparing = threading.Semaphore(PREPARED_AT_ONCE)
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._at_work: set[Answering] = set()
 
     def stop(self) -> None:
         """End the pages at work at their next token."""
-        self._stop.set()
+        with self._lock:
+            self._stopped = True
+            for answering in self._at_work:
+                answering.cancel()
 
     def read(
         self, document: Document, number: int, dpi: float | None
     ) -> tuple[PageText, list[tuple[int, Image.Image]]]:
         """A page's text, and its pictures with their places among the elements."""
-        if self._stop.is_set():
-            raise Stopped
-        image = document.page(number, dpi)
-        result = self._ask(image)
+        with self._preparing:
+            if self._stopped:
+                raise Stopped
+            image = document.page(number, dpi)
+            answering = self._ask(image)
+        result = self._answer(answering)
         elements = elements_of(result)
         page = PageText(
             number,
@@ -85,26 +93,26 @@ class Reader:
                 crops.append((place, image.crop((box[0], box[1], box[2], box[3]))))
         return page, crops
 
-    def _ask(self, image: Image.Image) -> GenerationResult:
-        asking = self.asking
-        stream = cast(
-            "Generator[GenerationResult]",
-            stream_generate(
-                self.model,
-                self.processor,
-                asking.prompt,
-                image,
-                task=asking.task,
-                **asking.options,
-            ),
+    def _ask(self, image: Image.Image) -> Answering:
+        options = {"task": self.asking.task, **self.asking.options}
+        answering = ask(
+            self.model, self.processor, self.asking.prompt, {"image": image}, options, whole=True
         )
-        kept = []
-        with closing(stream):
-            for result in stream:
-                if self._stop.is_set():
-                    raise Stopped
-                kept.append(result)
-        return fold(iter(kept))
+        with self._lock:
+            self._at_work.add(answering)
+            if self._stopped:
+                answering.cancel()
+        return answering
+
+    def _answer(self, answering: Answering) -> GenerationResult:
+        try:
+            result = answering.whole()
+        finally:
+            with self._lock:
+                self._at_work.remove(answering)
+        if result.finish_reason == "cancelled":
+            raise Stopped
+        return result
 
 
 def elements_of(result: GenerationResult) -> tuple[Element, ...] | None:

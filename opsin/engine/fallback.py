@@ -350,6 +350,7 @@ class FallbackEngine(Engine):
         processors: Iterable[LogitsProcessor] = (),
         guide: Guide | None = None,
         keep: Collection[int] = (),
+        whole: bool = False,
     ) -> int:
         """Queue a request, as of any engine; its prompt comes from a FallbackProcessor."""
         if not isinstance(prompt, FallbackPrompt):
@@ -368,7 +369,7 @@ class FallbackEngine(Engine):
         request = _Request(
             sequence,
             Sampler.of(sampling, [*blocker, *processors], guide),
-            Output(sequence, self.processor, keep),
+            Output(sequence, self.processor, keep, whole),
             on_event,
             self.max_context,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import bisect
 import itertools
 import queue
 import threading
@@ -58,22 +59,27 @@ GRAMMAR_PATIENCE = 0.002  # seconds
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """A request beside its sequence: how its tokens are chosen and where its events go."""
+    """A request beside its sequence: how its tokens are chosen and where its events go.
+
+    `room` is how many tokens, the prompt's included, it may have at most.
+    """
 
     sequence: Sequence
     sampler: Sampler
     output: Output
     on_event: Callable[[Event], None]
+    room: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
     """Logits of one request: those its next token is chosen by, then those behind each draft.
 
-    rows[i] (vocab,) counts if the tokens chosen before it are drafts[:i].
+    rows[i] (vocab,) counts if the tokens chosen before it are drafts[:i]; None where the largest of
+    each are all that is asked.
     """
 
-    rows: torch.Tensor | SequenceOf[torch.Tensor]
+    rows: SequenceOf[torch.Tensor] | None
     drafts: tuple[int, ...]
 
 
@@ -95,6 +101,10 @@ class Stream:
                 yield event
         finally:
             self.close()
+
+    def cancel(self) -> None:
+        """End the request, from any thread; whoever reads the events still gets the last."""
+        self._cancel()
 
     def close(self) -> None:
         """Cancel the request unless it has finished."""
@@ -180,22 +190,24 @@ class Engine:
         processors: Iterable[LogitsProcessor] = (),
         guide: Guide | None = None,
         keep: Collection[int] = (),
+        whole: bool = False,
     ) -> int:
         """Queue a request; `on_event` is called from the engine's thread with each of its events.
 
         `processors` change the logits after those that the sampling parameters ask for; `guide`
-        holds the answer to a grammar; `keep` are special tokens that are written out. Returns the
-        request's id. Raises PromptTooLong, QueueFull, or EngineError after `close`.
+        holds the answer to a grammar; `keep` are special tokens that are written out. With `whole`
+        there is one event, at the end, with all of the answer: nobody is woken for each token.
+        Returns the request's id. Raises PromptTooLong, QueueFull, or EngineError after `close`.
         """
         self._check_length(prompt)
         request_id = next(self._ids)
         sequence = Sequence.start(request_id, prompt, sampling)
         sequence.speaker = self._speaker(prompt, guide)
-        output = Output(sequence, self.processor, keep)
+        output = Output(sequence, self.processor, keep, whole)
         tokenizer = None if self.processor is None else self.processor.tokenizer
         blocker = no_repeat_ngram(self.model.family, tokenizer, sampling)
         sampler = Sampler.of(sampling, [*blocker, *processors], guide)
-        request = _Request(sequence, sampler, output, on_event)
+        request = _Request(sequence, sampler, output, on_event, self._room(prompt))
         with self._wake:
             if self._closing:
                 raise EngineError("The engine is closed", remedy="Create another")
@@ -254,6 +266,16 @@ class Engine:
                 param="prompt",
             )
 
+    def _room(self, prompt: Prompt) -> int:
+        """How many tokens a sequence may have: what the model takes, and all of the cache holds."""
+        span = max((last - first for first, last in prompt.atomic_spans), default=0)
+        sizes = range(len(prompt.token_ids) + 1, self.max_context + 1)
+
+        def is_over(size: int) -> bool:
+            return not self.scheduler.can_ever_run(size, longest_span=span)
+
+        return len(prompt.token_ids) + bisect.bisect_left(sizes, True, key=is_over)
+
     def stream(
         self,
         prompt: Prompt,
@@ -261,10 +283,12 @@ class Engine:
         processors: Iterable[LogitsProcessor] = (),
         guide: Guide | None = None,
         keep: Collection[int] = (),
+        whole: bool = False,
     ) -> Stream:
         """Queue a request and iterate over its events; an error event is raised."""
         stream = Stream()
-        request_id = self.submit(prompt, sampling, stream._events.put, processors, guide, keep)
+        put = stream._events.put
+        request_id = self.submit(prompt, sampling, put, processors, guide, keep, whole)
         stream._cancel = lambda: self.cancel(request_id)
         return stream
 
@@ -373,11 +397,13 @@ class Engine:
         self.scheduler.computed(step)
         self.steps += 1
         greedy = likeliest(logits)
-        rows = list(logits)  # at once: each look waits for the threads that read answers
         if self.speculator is not None and self.runner.encoded.misses == misses:
             self.speculator.observe(step, time.perf_counter() - now)
         sampling = [s for s in step if s.samples]
         samplers = [self._requests[s.sequence.request_id].sampler for s in sampling]
+        plain = all(sampler.is_plain_greedy for sampler in samplers)
+        # All at once: each look waits for the threads that read answers.
+        rows = None if plain else list(logits)
         if self._guiding is not None and not all(sampler.is_ready for sampler in samplers):
             wait([self._guiding], GRAMMAR_PATIENCE)
         row = 0
@@ -385,7 +411,8 @@ class Engine:
             request, drafts = self._requests[scheduled.sequence.request_id], scheduled.drafts
             scheduled.sequence.num_drafted += len(drafts)
             after = row + 1 + len(drafts)
-            self._choose(request, _Rows(rows[row:after], drafts), greedy[row:after])
+            own = None if rows is None else rows[row:after]
+            self._choose(request, _Rows(own, drafts), greedy[row:after])
             row = after
 
     def _choose(self, request: _Request, given: _Rows, greedy: SequenceOf[int]) -> None:
@@ -394,15 +421,16 @@ class Engine:
         `greedy` are the largest of each row. The rest is held if the grammar is not ready.
         """
         sequence, open_requests = request.sequence, self._requests
-        for i, logits in enumerate(given.rows):
+        for i, likely in enumerate(greedy):
             if i and not request.sampler.is_ready:
                 self._guide_on()
                 wait([self._guiding] if self._guiding is not None else [], GRAMMAR_PATIENCE)
             if not request.sampler.is_ready:
+                assert given.rows is not None  # only a grammar is not ready, and it asks for them
                 rest = [row.clone() for row in given.rows[i:]]
                 self._held[sequence.request_id] = _Rows(rest, given.drafts[i:])
                 return
-            self._sampled(request, greedy[i], logits)
+            self._sampled(request, likely, None if given.rows is None else given.rows[i])
             over = sequence.request_id not in open_requests
             if over or given.drafts[i : i + 1] != (sequence.token_ids[-1],):
                 return
@@ -436,35 +464,29 @@ class Engine:
             elif request.sampler.is_ready:
                 del self._held[request_id]
                 try:
-                    self._choose(request, held, likeliest(held.rows))
+                    self._choose(request, held, likeliest(held.rows or ()))
                 except STEP_ERRORS as error:
                     self._finish(request, "error", error)
 
-    def _sampled(self, request: _Request, greedy: int, logits: torch.Tensor) -> None:
+    def _sampled(self, request: _Request, greedy: int, logits: torch.Tensor | None) -> None:
         sequence, sampler = request.sequence, request.sampler
         if sampler.guide is not None and sampler.guide.failure is not None:
             self._finish(request, "error", sampler.guide.failure)
             return
         token, logprob = greedy, None
         if not sampler.is_plain_greedy:
+            assert logits is not None
             token, logprob = sampler.sample(logits.clone(), sequence.token_ids, sequence.num_prompt)
         if sequence.num_generated == 0:
             sequence.first_token = time.perf_counter()
         sequence.token_ids.append(token)
-        full = len(sequence.token_ids) >= self.max_context
-        full = full or not self._fits(sequence)
+        full = len(sequence.token_ids) >= request.room
         complete = sampler.accept(token)
         event, reason = request.output.push(token, logprob, out_of_room=full, complete=complete)
         if reason is not None:
             self._finish(request, reason)
         elif event is not None:
             request.on_event(event)
-
-    def _fits(self, sequence: Sequence) -> bool:
-        """Whether the cache, all of it, would hold the sequence with one more token."""
-        spans = sequence.prompt.atomic_spans
-        longest = max((last - first for first, last in spans), default=0)
-        return self.scheduler.can_ever_run(len(sequence.token_ids) + 1, longest_span=longest)
 
     def _finish(
         self, request: _Request, reason: FinishReason, error: Exception | None = None

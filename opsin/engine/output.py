@@ -17,10 +17,17 @@ class Output:
     """One request's way out: tokens go in, text that is certain comes out."""
 
     def __init__(
-        self, sequence: Sequence, processor: Processor | None, keep: Collection[int] = ()
+        self,
+        sequence: Sequence,
+        processor: Processor | None,
+        keep: Collection[int] = (),
+        whole: bool = False,
     ) -> None:
-        """`keep` are special tokens whose text is part of the answer's."""
+        """`keep` are special tokens whose text is part of the answer's; with `whole` all of it
+        waits for the last event.
+        """
         sampling = sequence.sampling
+        self.whole = whole
         self.sequence = sequence
         self.detokenizer = None
         if processor is not None:
@@ -32,6 +39,7 @@ class Output:
             self.end_ids |= processor.eos_token_ids
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
+        self.ends: list[int] = []
         self.text = ""
 
     def push(
@@ -54,6 +62,8 @@ class Output:
             self._flush()
             return None, "stop"
         self.text += self.stop.push(self._said(token))
+        if self.whole:
+            self.ends.append(len(self.text))
         if self.stop.stopped:
             return None, "stop"
         if complete:
@@ -62,7 +72,7 @@ class Output:
         if out_of_room or self.sequence.num_generated >= self.sequence.sampling.max_tokens:
             self._flush()
             return None, "length"
-        return self._take(), None
+        return None if self.whole else self._take(), None
 
     def _said(self, token: int) -> str:
         """The text that a token adds."""
@@ -99,6 +109,7 @@ class Output:
             self.timings(),
             error,
             self.stop.matched,
+            self.ends,
         )
 
     def usage(self) -> Usage:

@@ -29,7 +29,7 @@ def extend_keys(sequence: Sequence, layout: BlockLayout, num_tokens: int) -> lis
         parent = keys[-1] if keys else _SECRET + adapter + b":" + sequence.prompt.cache_salt
         digest = hashlib.sha256(parent)
         digest.update(struct.pack(f"<{end - start}q", *sequence.token_ids[start:end]))
-        for item in sequence.prompt.media:
+        for item in sequence.prompt.media if start < sequence.num_prompt else ():
             first, last = int(item.indices[0]), int(item.indices[-1])
             if first < end and last >= start:
                 digest.update(struct.pack("<qq", first - start, item.num_tokens))

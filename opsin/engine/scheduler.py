@@ -272,9 +272,10 @@ class Scheduler:
     def _record(self, sequence: Sequence, start: int, end: int) -> None:
         """Tokens start..end-1 are computed."""
         sequence.num_computed = end
-        if self.prefix_cache and is_cacheable(sequence):
+        full = range(self.layout.full_blocks(start), self.layout.full_blocks(end))
+        if full and self.prefix_cache and is_cacheable(sequence):
             keys = extend_keys(sequence, self.layout, end)
-            for i in range(self.layout.full_blocks(start), self.layout.full_blocks(end)):
+            for i in full:
                 self.pool.register(sequence.block_table[i], keys[i])
         self._drop(sequence)
 

@@ -79,10 +79,12 @@ def scored(decoder: Decoder, cache: PagedCache, ready: Step, step: list[Schedule
 
 def likeliest(logits: Tensor | SequenceOf[Tensor]) -> list[int]:
     """The largest of each row of logits."""
-    if not len(logits):
-        return []
     if isinstance(logits, Tensor):
+        if not logits.shape[0]:
+            return []
         on_cpu = logits.device.type == "cpu"  # where NumPy takes a tenth of torch's time
         found: list[int] = (logits.numpy() if on_cpu else logits).argmax(-1).tolist()
         return found
+    if not logits:
+        return []
     return torch.stack([row.argmax() for row in logits]).tolist()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from opsin.prompt.stream import Segment, StreamSplitter, Tag
 from opsin.prompt.tools.dialect import CallArguments, CallStart, Reader, TextPiece, ToolEvent
-from opsin.types import ToolCall
+from opsin.types import Event, ToolCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,26 @@ class AnswerReader:
         calls = self._read(events, said)
         return Piece("".join(said), "".join(thought), tuple(calls))
 
+    def take(self, event: Event) -> tuple[Piece, int]:
+        """The parts of an event's text, and how many of its tokens are reasoning.
+
+        A whole answer in one event is read token by token, as it was written: a block that opens
+        behind an answer that has a form is part of it.
+        """
+        last = event.finish_reason is not None
+        if self._splitter is None or not event.ends:
+            piece = self.push(event.text, last=last)
+            return piece, len(event.token_ids) if self.reasons else 0
+        ends = [*event.ends, len(event.text)][: len(event.token_ids)]  # its end is no text's
+        pieces: list[Piece] = []
+        count = start = 0
+        for end in ends[:-1]:
+            pieces.append(self.push(event.text[start:end]))
+            count += self.reasons
+            start = end
+        pieces.append(self.push(event.text[start:], last=last))
+        return _together(pieces), count + self.reasons
+
     def _segments(self, text: str, last: bool) -> list[Segment]:
         if self._splitter is None:
             return [Segment("text", text, 0)] if text else []
@@ -100,6 +120,12 @@ class AnswerReader:
                 else:
                     calls.append(ToolCall(event.index, arguments=event.fragment))
         return calls
+
+
+def _together(pieces: Sequence[Piece]) -> Piece:
+    calls = tuple(call for piece in pieces for call in piece.calls)
+    text = "".join([piece.text for piece in pieces])
+    return Piece(text, "".join([piece.reasoning for piece in pieces]), calls)
 
 
 def _longer(call: ToolCall, fragment: str) -> ToolCall:

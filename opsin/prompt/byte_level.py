@@ -5,6 +5,7 @@ U+0100 on (Radford et al., "Language Models are Unsupervised Multitask Learners"
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 
 def _characters() -> list[str]:
@@ -17,6 +18,7 @@ CHAR_OF_BYTE: tuple[str, ...] = tuple(_characters())
 BYTE_OF_CHAR: Mapping[str, int] = {char: byte for byte, char in enumerate(CHAR_OF_BYTE)}
 
 
+@lru_cache(maxsize=65_536)
 def token_bytes(token: str) -> bytes:
     """The bytes a token stands for; a token outside the alphabet stands for its own UTF-8."""
     try:

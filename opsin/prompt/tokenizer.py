@@ -38,6 +38,7 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         self.backend = backend
+        self._tokens: dict[int, str] = {}  # those asked for: the backend takes a lock for each
         self.named_tokens: dict[str, str] = dict(named_tokens or {})
         listed = dict.fromkeys([*self.named_tokens.values(), *unnamed_special])
         backend.add_special_tokens(
@@ -103,7 +104,11 @@ class Tokenizer:
 
     def id_to_token(self, token_id: int) -> str | None:
         """The token of an id as the vocabulary writes it, or None."""
-        token: str | None = self.backend.id_to_token(token_id)
+        token: str | None = self._tokens.get(token_id)
+        if token is None:
+            token = self.backend.id_to_token(token_id)
+            if token is not None:
+                self._tokens[token_id] = token
         return token
 
     def special_id(self, name: str) -> int | None:

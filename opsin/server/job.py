@@ -64,12 +64,21 @@ class Job:
     """The answers to one or several requests over one model.
 
     Use as an async context: entering prepares and queues, leaving cancels what has not ended.
+    With `whole` each answer comes in one delta, at its end.
     """
 
-    def __init__(self, shop: Workshop, loaded: Loaded, requests: Sequence[Request]) -> None:
+    def __init__(
+        self,
+        shop: Workshop,
+        loaded: Loaded,
+        requests: Sequence[Request],
+        *,
+        whole: bool = False,
+    ) -> None:
         self.shop = shop
         self.loaded = loaded
         self.requests = requests
+        self.whole = whole
         self.prompts: list[Prompt] = []
         self._forms: list[AnswerForm] = []
         self.started = time.perf_counter()
@@ -119,6 +128,7 @@ class Job:
                     self._processors(request, prompt),
                     form.guide(prompt),
                     form.keep,
+                    self.whole,
                 )
 
     def _receiver(self, answer: int) -> Callable[[Event], None]:
@@ -173,13 +183,7 @@ class Job:
         return items
 
     def _read(self, answer: int, event: Event) -> Delta:
-        now = time.perf_counter()
-        if event.token_ids:
-            if self._latest[answer]:
-                self.shop.metrics.token_gap.observe(now - self._latest[answer])
-            else:
-                self.shop.metrics.first_token.observe(now - self.started)
-            self._latest[answer] = now
+        self._time(answer, event)
         if event.finish_reason is not None:
             self._open.pop(answer, None)
             self._count(answer, event)
@@ -192,6 +196,22 @@ class Job:
                 remedy="Try again later",
             )
         return self._readers[answer].push(event)
+
+    def _time(self, answer: int, event: Event) -> None:
+        """Observe when tokens came; of an answer that came whole, as far apart as on average."""
+        now, metrics = time.perf_counter(), self.shop.metrics
+        if not event.token_ids:
+            return
+        if self.whole:
+            generating = 0.0 if event.timings is None else event.timings.generate
+            metrics.first_token.observe(now - self.started - generating)
+            for _ in event.token_ids[1:]:
+                metrics.token_gap.observe(generating / (len(event.token_ids) - 1))
+        elif self._latest[answer]:
+            metrics.token_gap.observe(now - self._latest[answer])
+        else:
+            metrics.first_token.observe(now - self.started)
+        self._latest[answer] = now
 
     def _count(self, answer: int, event: Event) -> None:
         held = Counter(item.kind for item in self.prompts[0].media) if answer == 0 else {}

@@ -52,8 +52,7 @@ class Reader:
     def push(self, event: Event) -> Delta:
         """The delta of an event, empty if nothing came of it."""
         last = event.finish_reason is not None
-        piece = self._reader.push(event.text, last=last)
-        count = len(event.token_ids) if self._reader.reasons else 0
+        piece, count = self._reader.take(event)
         if self._find_regions is not None:
             self._tokens += event.token_ids
         delta = Delta(

@@ -119,7 +119,7 @@ class Service:
         async def work() -> dict[str, Any]:
             async with (
                 self.manager.lease(requests[0].model) as loaded,
-                Job(self.shop, loaded, requests) as job,
+                Job(self.shop, loaded, requests, whole=True) as job,
             ):
                 answers = await job.answers()
                 self.note(http, loaded, job)

@@ -6,21 +6,24 @@ import json
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from opsin.api import GenerationResult
+from opsin.api import GenerationResult, load
 from opsin.cli.ocr import Report, Run, Target
+from opsin.cli.ocr_opening import Opening
 from opsin.cli.ocr_pages import DocumentText, PageStore, PageText, as_html
-from opsin.cli.ocr_reading import elements_of
+from opsin.cli.ocr_reading import Asking, Reader, Stopped, elements_of
 from opsin.cli.ocr_sources import find_sources, parse_pages
 from opsin.cli.windowed import windowed
 from opsin.errors import InputError, MediaError, NotFoundError
 from opsin.grounding.layout import Element, Layout
 from opsin.grounding.regions import Box
+from opsin.media.document import Document
 from tests.media.papers import filled, pdf, scanned
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -258,6 +261,44 @@ def test_a_record_that_cannot_be_read_is_no_page(tmp_path: Path) -> None:
 def test_a_comment_cannot_be_ended_by_an_error() -> None:
     text = DocumentText("a", "m", [], {1: "--> <script>"}).markdown()
     assert text == "<!-- page 1: - -> <script> -->\n"
+
+
+def test_the_first_document_is_opened_beforehand_and_closed_if_nobody_takes_it(
+    paper: Path, tmp_path: Path
+) -> None:
+    (source,) = find_sources([str(paper)])
+    with Opening(source) as opening:
+        held = opening.take(source)
+        with opening.take(source) as another:
+            assert another is not held, "it is given once"
+    with held:
+        assert len(held) == 3
+        assert held.page(1).width > 0, "whoever took it closes it"
+    with Opening(source) as opening:
+        unread = opening._document
+    assert unread is not None
+    with pytest.raises(MediaError, match="closed"):
+        unread.result().page(1)
+    target = Target.of(tmp_path / "out", None, [source])
+    assert target.surely_read(source) is source
+    run(Stub(), paper, tmp_path / "out")
+    assert target.surely_read(source) is None
+
+
+def test_a_reader_that_is_stopped_ends_the_pages_at_work() -> None:
+    model, processor = load("bundled")
+    options = {"max_tokens": 1024, "ignore_eos": True}
+    reader = Reader(model, processor, Asking.of(processor, None, None, options))
+    with ThreadPoolExecutor(2) as pool:
+        pages = [pool.submit(reader.read, Document(PICTURES[1]), 1, None) for _ in range(2)]
+        while len(reader._at_work) < 2:
+            assert not any(page.done() for page in pages)
+        reader.stop()
+        for page in pages:
+            with pytest.raises(Stopped):
+                page.result(60)
+    with pytest.raises(Stopped):
+        reader.read(Document(PICTURES[1]), 1, None)
 
 
 def test_the_window_bounds_what_is_at_work() -> None:

@@ -77,6 +77,39 @@ def test_every_request_ends_with_one_last_event_that_has_the_figures(engine: Eng
     assert last.timings.prefill > 0
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(max_tokens=12, ignore_eos=True),
+        SamplingParams(max_tokens=12, ignore_eos=True, logprobs=2, repetition_penalty=1.3),
+        SamplingParams(max_tokens=12, ignore_eos=True, temperature=1.0, seed=7, stop=("e", "t")),
+    ],
+)
+def test_a_whole_answer_is_one_event_with_all_that_the_stream_has(
+    engine: Engine, sampling: SamplingParams
+) -> None:
+    streamed, whole = Inbox(), Inbox()
+    engine.submit(words(engine), sampling, streamed)
+    engine.submit(words(engine), sampling, whole, whole=True)
+    assert streamed.reason() == whole.reason()
+    (only,) = whole.events
+    assert len(streamed.events) > 1
+    assert only.text == "".join(event.text for event in streamed.events)
+    assert list(only.token_ids) == streamed.tokens
+    logprobs = [each.token_id for event in streamed.events for each in event.logprobs]
+    assert [each.token_id for each in only.logprobs] == logprobs
+    assert only.stop_string == streamed.events[-1].stop_string
+    texts = [event.text for event in streamed.events]
+    assert list(only.ends[:-1]) == [len("".join(texts[:i])) for i in range(1, len(only.ends))]
+
+
+def test_a_whole_answer_is_cancelled_from_another_thread(engine: Engine) -> None:
+    stream = engine.stream(words(engine), LONG, whole=True)
+    threading.Timer(0.0, stream.cancel).start()
+    (event,) = stream
+    assert event.finish_reason == "cancelled"
+
+
 def test_a_full_queue_refuses_and_serves_again_later(engine: Engine) -> None:
     inboxes = [Inbox() for _ in range(2)]
     ids = [engine.submit(words(engine), LONG, inbox) for inbox in inboxes]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,43 @@ def test_reasoning_is_told_from_the_answer_and_its_tokens_counted() -> None:
     answer = read(["<th", "ink>\n", "so ", "it is</thi", "nk>", "\n\n", "yes", "!"])
     assert (answer.reasoning, answer.text) == ("so it is", "yes!")
     assert answer.num_reasoning == 3  # from the token that opens to the one that closes
+
+
+@pytest.mark.parametrize("ending", ["assistant\n", "assistant\n<think>\n"])
+@pytest.mark.parametrize("has_end_token", [True, False])
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        ["<th", "ink>\n", "so ", "it is</thi", "nk>", "\n\n", "yes", "!"],
+        ["hm", "", "</think>\n\nyes", ""],
+        ["hm", " still </thi"],
+        ["yes"],
+    ],
+)
+def test_an_answer_in_one_event_is_read_as_its_stream_is(
+    pieces: list[str], has_end_token: bool, ending: str
+) -> None:
+    def reader() -> Reader:
+        return Reader(0, prompt(ending), AnswerReader((THINK,), open_tag(ending, (THINK,))))
+
+    ends = [len("".join(pieces[:i])) for i in range(1, len(pieces) + 1)]
+    given = [*pieces, ""] if has_end_token else pieces
+    streamed, one = Answer(), reader()
+    for piece in given[:-1]:
+        streamed.add(one.push(Event(piece, (1,))))
+    streamed.add(one.push(Event(given[-1], (1,), finish_reason="stop", usage=Usage(1, 9))))
+    event = Event("".join(pieces), (1,) * len(given), finish_reason="stop", usage=Usage(1, 9))
+    whole = Answer()
+    whole.add(reader().push(replace(event, ends=ends)))
+    assert whole == streamed
+
+
+def test_a_block_behind_an_answer_in_a_form_is_part_of_it() -> None:
+    pieces = ['{"a":', ' "', "<think>", "x", '"}']
+    ends = [len("".join(pieces[:i])) for i in range(1, len(pieces) + 1)]
+    event = Event("".join(pieces), (1,) * len(pieces), finish_reason="stop", ends=ends)
+    piece, reasoning = AnswerReader((THINK,), one_block=True).take(event)
+    assert (piece.text, piece.reasoning, reasoning) == ("".join(pieces), "", 0)
 
 
 def test_a_block_that_the_template_opened() -> None:
