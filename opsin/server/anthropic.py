@@ -29,10 +29,12 @@ from opsin.server.fields import (
     sampling,
     template_fields,
     validated,
+    video_fields,
 )
 from opsin.server.request import Answer, Delta, Head, Request
 from opsin.types import Constraint, Timings, Usage
 
+VIDEO_OPTIONS = ("fps", "max_frames", "use_audio_in_video")
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
@@ -102,7 +104,7 @@ def _request(
     effort = fields.output_config.effort if fields.output_config else None
     request = Request(
         model=fields.model,
-        messages=conversation(_messages(fields)),
+        messages=conversation(_messages(fields), video_fields(fields)),
         sampling=sampling(fields, max_tokens=max_tokens, stop=stop),
         template=template_fields(fields, effort),
         processor=processor_fields(fields),
@@ -212,23 +214,33 @@ def _tool_result(block: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _part(block: Any, where: str) -> dict[str, Any]:
-    """A text, image or document block as OpenAI writes it."""
+    """A text, image, document or video block as OpenAI writes it; videos are ours."""
     kind = block.get("type") if isinstance(block, Mapping) else None
     if kind == "text" and isinstance(block.get("text"), str):
         return {"type": "text", "text": block["text"]}
     source = block.get("source") if isinstance(block, Mapping) else None
-    if kind in ("image", "document") and isinstance(source, Mapping):
+    if kind in ("image", "document", "video") and isinstance(source, Mapping):
         form = source.get("type")
         if kind == "document" and form == "text" and isinstance(source.get("data"), str):
             return {"type": "text", "text": source["data"]}
         if kind == "document":
             return _document(block, source, where)
-        if kind == "image" and form == "base64" and isinstance(source.get("data"), str):
-            url = f"data:{source.get('media_type') or 'image/png'};base64,{source['data']}"
-            return {"type": "image_url", "image_url": {"url": url}}
-        if kind == "image" and form == "url" and isinstance(source.get("url"), str):
-            return {"type": "image_url", "image_url": {"url": source["url"]}}
+        url = _url(source, "image/png" if kind == "image" else "video/mp4")
+        if url is not None:
+            options = {name: block[name] for name in VIDEO_OPTIONS if name in block}
+            own = options if kind == "video" else {}
+            return {"type": f"{kind}_url", f"{kind}_url": {"url": url}, **own}
     raise _unreadable(where)
+
+
+def _url(source: Mapping[str, Any], usual: str) -> str | None:
+    """Where a source is, or the source itself, as one URL; None if it is of no known kind."""
+    form = source.get("type")
+    if form == "base64" and isinstance(source.get("data"), str):
+        return f"data:{source.get('media_type') or usual};base64,{source['data']}"
+    if form == "url" and isinstance(source.get("url"), str):
+        return str(source["url"])
+    return None
 
 
 def _document(block: Mapping[str, Any], source: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -241,19 +253,17 @@ def _document(block: Mapping[str, Any], source: Mapping[str, Any], where: str) -
             remedy="Leave it out",
             param=f"{where}.citations",
         )
-    form = source.get("type")
-    if form == "base64" and isinstance(source.get("data"), str):
-        url = f"data:{source.get('media_type') or 'application/pdf'};base64,{source['data']}"
-        return {"type": "file", "file": {"file_data": url}}
-    if form == "url" and isinstance(source.get("url"), str):
-        return {"type": "file", "file": {"file_url": source["url"]}}
-    raise _unreadable(where)
+    url = _url(source, "application/pdf")
+    if url is None:
+        raise _unreadable(where)
+    name = "file_data" if source.get("type") == "base64" else "file_url"
+    return {"type": "file", "file": {name: url}}
 
 
 def _unreadable(where: str) -> InputError:
     return InputError(
         f"{where} is a block that cannot be read here",
-        remedy="Send text, an image or a document (base64 or url), tool_use or tool_result",
+        remedy="Send text, image, document or video (base64 or url), tool_use or tool_result",
         param=where,
     )
 

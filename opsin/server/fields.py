@@ -230,6 +230,16 @@ def processor_fields(fields: PromptFields) -> dict[str, Any]:
     return options
 
 
+def video_fields(fields: PromptFields) -> dict[str, Any]:
+    """How a body wants its videos taken, as options of the parts that do not say it themselves."""
+    stated = {
+        "fps": fields.video_fps,
+        "max_frames": fields.video_max_frames,
+        "use_audio_in_video": fields.use_audio_in_video or None,
+    }
+    return {name: value for name, value in stated.items() if value is not None}
+
+
 def constraint(fields: FormFields) -> Constraint | None:
     """The form that a body wants its answer in; InputError where it asks for two."""
     wanted = fields.response_format

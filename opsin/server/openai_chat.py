@@ -30,6 +30,7 @@ from opsin.server.fields import (
     sampling,
     template_fields,
     validated,
+    video_fields,
 )
 from opsin.server.request import Answer, Delta, Head, Request, Totals
 from opsin.types import Timings, TokenLogprob, ToolCall
@@ -83,22 +84,13 @@ class ChatBody(SamplingFields, PromptFields, FormFields, HarmlessFields):
 def parse(body: bytes, bounds: Bounds) -> Request:
     """The request that a body makes; InputError names the field that is wrong."""
     fields = validated(ChatBody, body)
-    video = {
-        name: value
-        for name, value in (
-            ("fps", fields.video_fps),
-            ("max_frames", fields.video_max_frames),
-            ("use_audio_in_video", fields.use_audio_in_video or None),
-        )
-        if value is not None
-    }
     if fields.stream_options is not None and not fields.stream:
         raise InputError("stream_options needs stream", param="stream_options")
     tools = tuple(parse_tool(tool, f"tools[{i}]") for i, tool in enumerate(fields.tools or ()))
     length = fields.max_completion_tokens or fields.max_tokens or bounds.max_tokens
     request = Request(
         model=fields.model,
-        messages=conversation(fields.messages, video),
+        messages=conversation(fields.messages, video_fields(fields)),
         sampling=sampling(fields, max_tokens=length, stop=fields.stop, logprobs=_logprobs(fields)),
         n=bounds.check_answers(fields.n or 1),
         template=template_fields(fields, fields.reasoning_effort),

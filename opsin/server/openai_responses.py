@@ -28,6 +28,7 @@ from opsin.server.fields import (
     sampling,
     template_fields,
     validated,
+    video_fields,
 )
 from opsin.server.request import Request
 
@@ -109,18 +110,9 @@ def parse(fields: ResponseBody, before: Sequence[Any], bounds: Bounds) -> Asked:
     messages = _messages([*before, *given])
     if fields.instructions:
         messages.insert(0, {"role": "system", "content": fields.instructions})
-    video = {
-        name: value
-        for name, value in (
-            ("fps", fields.video_fps),
-            ("max_frames", fields.video_max_frames),
-            ("use_audio_in_video", fields.use_audio_in_video or None),
-        )
-        if value is not None
-    }
     request = Request(
         model=fields.model,
-        messages=conversation(messages, video),
+        messages=conversation(messages, video_fields(fields)),
         sampling=sampling(
             fields,
             max_tokens=fields.max_output_tokens or bounds.max_tokens,

@@ -72,6 +72,7 @@ def finished(begun: dict[str, Any], answer: Answer, output: list[dict[str, Any]]
         },
         "timings": openai_chat.timings(answer.timings),
         "images": openai_chat.images(answer),
+        **openai_chat.video_frames(answer),
         "regions": list(answer.regions),
     }
 
@@ -263,6 +264,7 @@ def render(
             num_reasoning=answer.num_reasoning,
             timings=answer.timings,
             images=answer.images,
+            video_frames=answer.video_frames,
             regions=answer.regions,
         )
     )

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import av
+import openai
 import pytest
 from PIL import Image
 
@@ -75,6 +77,42 @@ def test_the_request_and_the_part_say_how_many_frames(server: Running) -> None:
     refused = ask(server, VIDEO, video_fps=-1)
     assert refused.status_code == 400
     assert "video_fps" in refused.json()["error"]["param"]
+
+
+def test_responses_state_the_frames(pictures_only: Running) -> None:
+    client = openai.OpenAI(base_url=pictures_only.url + "/v1", api_key="none", max_retries=0)
+    parts = [{"type": "input_video", "input_video": URL}, {"type": "input_text", "text": "What?"}]
+    asked: Any = {"model": "default", "input": [{"role": "user", "content": parts}]}
+    for extra, frames in (({}, [8]), ({"video_max_frames": 3}, [3])):
+        whole = client.responses.create(**asked, max_output_tokens=3, extra_body=extra)
+        assert whole.to_dict()["video_frames"] == frames
+        events = client.responses.create(
+            **asked, max_output_tokens=3, extra_body=extra, stream=True
+        )
+        last = [event.to_dict() for event in events][-1]
+        assert last["response"]["video_frames"] == frames
+    plain = client.responses.create(model="default", input="hi", max_output_tokens=3)
+    assert "video_frames" not in plain.to_dict()
+
+
+def test_messages_state_the_frames(pictures_only: Running) -> None:
+    client = anthropic.Anthropic(base_url=pictures_only.url, api_key="none", max_retries=0)
+    source = {"type": "base64", "media_type": "video/mp4", "data": URL.partition(",")[2]}
+    block: dict[str, Any] = {"type": "video", "source": source}
+
+    def create(block: dict[str, Any], **more: Any) -> Any:
+        messages: Any = [{"role": "user", "content": [block, TEXT]}]
+        return client.messages.create(model="default", max_tokens=3, messages=messages, **more)
+
+    assert create(block).to_dict()["video_frames"] == [8]
+    asked = {"video_max_frames": 3}
+    assert create(block, extra_body=asked).to_dict()["video_frames"] == [3]
+    assert create({**block, "max_frames": 2}, extra_body=asked).to_dict()["video_frames"] == [2]
+    events = create(block, stream=True)
+    (last,) = [event.to_dict() for event in events if event.type == "message_delta"]
+    assert last["video_frames"] == [8]
+    with pytest.raises(anthropic.BadRequestError, match="document or video"):
+        create({"type": "video", "source": {"type": "file", "file_id": "x"}})
 
 
 def test_a_model_of_pictures_gets_frames_as_pictures(pictures_only: Running) -> None:
