@@ -177,10 +177,15 @@ def command(
             chat.shown(session.attach(kind, path))
     chat.verbose = verbose
     chat.run()
+    if chat.commands.refused and not sys.stdin.isatty():
+        raise typer.Exit(1)
 
 
 class Chat:
-    """The loop: a line in, an answer out, until the end of input."""
+    """The loop: a line in, an answer out, until the end of input.
+
+    Where answers go on to a file, they alone do: all else that is said goes to stderr.
+    """
 
     def __init__(self, session: Session, generate: Callable[[list[Message]], Any]) -> None:
         from rich.console import Console
@@ -191,7 +196,9 @@ class Chat:
         self.generate = generate
         self.verbose = False
         self.console: Console = Console(highlight=False)
-        self.commands: Commands = Commands(session, self.say, self.shown)
+        on_terminal = self.console.is_terminal
+        self.aside = self.console if on_terminal else Console(highlight=False, stderr=True)
+        self.commands: Commands = Commands(session, self.say, self.tell, self.shown)
 
     def run(self) -> None:
         """Read lines until /exit or the end of input."""
@@ -207,6 +214,10 @@ class Chat:
 
     def say(self, line: str) -> None:
         """A line that is not the model's."""
+        self.aside.print(line, style="dim", markup=False, soft_wrap=True)
+
+    def tell(self, line: str) -> None:
+        """A line that was asked for."""
         self.console.print(line, style="dim", markup=False, soft_wrap=True)
 
     def shown(self, attached: Attached) -> None:
@@ -261,7 +272,7 @@ class Chat:
         from opsin.cli.chat_screen import Answer
 
         messages = self.session.ask(question)
-        answer = Answer(self.console)
+        answer = Answer(self.console, self.aside, folds=sys.stdin.isatty())
         last: GenerationResult | None = None
         stream: Generator[GenerationResult] | None = None
         try:
@@ -279,7 +290,7 @@ class Chat:
         except OpsinError as error:
             answer.close()
             self.session.failed()
-            self.say(error.line())
+            self.commands.refuse(error.line())
             return
         finally:
             if stream is not None:

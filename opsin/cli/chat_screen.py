@@ -34,11 +34,17 @@ class Answer:
     """Shows one answer as Markdown while it comes; as plain text where there is no terminal.
 
     Finished blocks are printed for good; only the last one is drawn again, so that an answer longer
-    than the screen scrolls as any text does.
+    than the screen scrolls as any text does. Reasoning is folded to one line when the answer
+    begins; it stays whole where nobody can ask for it again (`folds`), and beside an answer that
+    goes on to a file, it goes to `aside`.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(
+        self, console: Console, aside: Console | None = None, *, folds: bool = True
+    ) -> None:
         self.console = console
+        self.aside = aside
+        self.folds = folds
         self.text = ""
         self.thoughts = ""
         self._began = 0.0
@@ -51,6 +57,8 @@ class Answer:
         if not self.thoughts:
             self._began = time.monotonic()
         self.thoughts += text
+        if not self.console.is_terminal and self.aside is not None:
+            self.aside.print(text, style="dim", markup=False, soft_wrap=True, end="")
         if self.console.is_terminal and not self.text:
             from rich.text import Text
 
@@ -88,13 +96,18 @@ class Answer:
         self._tail = ""
 
     def _fold(self) -> None:
-        """Put one line in the place of the reasoning, on a terminal."""
+        """Put one line in the place of the reasoning, or end it."""
         self._end_live()
-        if self.thoughts.strip() and self.console.is_terminal:
-            seconds = time.monotonic() - self._began
-            self.console.print(
-                f"(thought for {seconds:.0f} s; /thinking shows it)", style="dim", markup=False
-            )
+        if not self.thoughts.strip():
+            return
+        if not self.console.is_terminal:
+            if self.aside is not None and not self.thoughts.endswith("\n"):
+                self.aside.print()
+            return
+        seconds = time.monotonic() - self._began
+        line = f"(thought for {seconds:.0f} s; /thinking shows it)"
+        shown = line if self.folds else self.thoughts.strip()
+        self.console.print(shown, style="dim", markup=False, soft_wrap=True)
 
     def _draw(self) -> None:
         from rich.markdown import Markdown

@@ -168,14 +168,29 @@ def kind_of(word: str) -> str | None:
 
 
 class Commands:
-    """What lines with a slash do. `say` prints a line; `show` is told of what was attached."""
+    """What lines with a slash do.
+
+    `say` prints a line about what was done and `tell` one that was asked for; `show` is told of
+    what was attached. `refused` counts the lines that could not be obeyed.
+    """
 
     def __init__(
-        self, session: Session, say: Callable[[str], None], show: Callable[[Attached], None]
+        self,
+        session: Session,
+        say: Callable[[str], None],
+        tell: Callable[[str], None],
+        show: Callable[[Attached], None],
     ) -> None:
         self.session = session
         self.say = say
+        self.tell = tell
         self.show = show
+        self.refused = 0
+
+    def refuse(self, line: str) -> None:
+        """Say why a line was not obeyed."""
+        self.refused += 1
+        self.say(line)
 
     def run(self, line: str) -> bool:
         """Do what the line says; False to leave."""
@@ -192,14 +207,14 @@ class Commands:
             self.session.system = rest or None
             self.say("The system message is set." if rest else "There is no system message.")
         elif name == "/thinking":
-            self.say(self.session.thoughts or "It did not think before its last answer.")
+            self.tell(self.session.thoughts or "It did not think before its last answer.")
         elif name == "/save":
             self._save(rest)
         elif name == "/help":
             for usage, about in HELP.items():
-                self.say(f"  {usage:<16}{about}")
+                self.tell(f"  {usage:<16}{about}")
         else:
-            self.say(f"There is no command {name}; /help lists them.")
+            self.refuse(f"There is no command {name}; /help lists them.")
         return True
 
     def attach_all(self, found: Sequence[tuple[str, str]]) -> bool:
@@ -209,7 +224,7 @@ class Commands:
             try:
                 attached = self.session.attach(kind, str(Path(path).expanduser()))
             except OpsinError as error:
-                self.say(error.line())
+                self.refuse(error.line())
                 fine = False
                 continue
             count = len(attached.media)
@@ -224,7 +239,7 @@ class Commands:
         except ValueError:
             paths = [rest]
         if not paths:
-            self.say(f"Name a file: /{kind} FILE")
+            self.refuse(f"Name a file: /{kind} FILE")
             return
         if "://" not in rest and Path(rest).expanduser().is_file():
             paths = [rest]  # spaces without quotes
@@ -232,11 +247,11 @@ class Commands:
 
     def _save(self, rest: str) -> None:
         if not rest:
-            self.say("Name a file: /save FILE")
+            self.refuse("Name a file: /save FILE")
             return
         try:
             self.session.save(Path(rest))
         except OpsinError as error:
-            self.say(error.line())
+            self.refuse(error.line())
             return
         self.say(f"Saved {rest}.")

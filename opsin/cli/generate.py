@@ -354,9 +354,14 @@ def show(
         typer.echo(json.dumps(as_json(whole), ensure_ascii=False))
         return whole
     kept = []
+    thought = ""  # the end of it
     for result in results:
         if result.reasoning:  # beside the answer, which may go on to a file
             typer.secho(result.reasoning, nl=False, err=True, dim=True)
+            thought = result.reasoning
+        if result.text and thought:
+            typer.echo("" if thought.endswith("\n") else "\n", nl=False, err=True)
+            thought = ""
         typer.echo(result.text, nl=False)
         sys.stdout.flush()
         kept.append(result)

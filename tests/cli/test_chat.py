@@ -185,7 +185,8 @@ def test_ctrl_c_is_heard_where_python_drops_what_it_raises(tmp_path: Path) -> No
         env={**os.environ, "OPSIN_CACHE": str(tmp_path)},
     )
     assert "Exception ignored in" in done.stderr
-    assert done.stdout == "word word \n(stopped)\nThe conversation is empty again.\n"
+    assert done.stdout == "word word \n"
+    assert done.stderr.endswith("(stopped)\nThe conversation is empty again.\n")
 
 
 def test_lines_from_a_pipe_are_answered_without_prompts(tmp_path: Path) -> None:
@@ -200,13 +201,29 @@ def test_lines_from_a_pipe_are_answered_without_prompts(tmp_path: Path) -> None:
         env={**os.environ, "OPSIN_CACHE": str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "Attached receipt.png.\n$17.01\n$1.26\nThe conversation is empty again.\n"
+    assert done.stdout == "$17.01\n$1.26\n"
+    assert done.stderr.endswith("Attached receipt.png.\nThe conversation is empty again.\n")
+
+
+def test_a_line_from_a_pipe_that_cannot_be_obeyed_fails_the_command(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "opsin", "chat"],
+        input=f"/image gone.png\n{RECEIPT} What is the total?\n/help\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        env={**os.environ, "OPSIN_CACHE": str(tmp_path)},
+    )
+    assert done.returncode == 1
+    assert done.stdout.startswith("$17.01\n  /image FILE...")
+    assert "gone.png was not read: there is no such file" in done.stderr
 
 
 def commands(*modalities: str) -> tuple[Commands, Session, list[str]]:
     session = Session(modalities)
     said: list[str] = []
-    return Commands(session, said.append, lambda attached: None), session, said
+    return Commands(session, said.append, said.append, lambda attached: None), session, said
 
 
 def test_commands_change_the_conversation(tmp_path: Path) -> None:
@@ -258,6 +275,7 @@ def test_what_cannot_be_done_is_said(line: str, says: str) -> None:
     run, session, said = commands("image")
     assert run.run(line)
     assert says in said[-1]
+    assert run.refused == 1
     assert session.attached == []
 
 
@@ -324,13 +342,29 @@ def test_reasoning_is_seen_while_it_comes_and_folded_then(size: int) -> None:
     assert answer.thoughts == thoughts
 
 
-def test_a_pipe_gets_the_answer_without_reasoning() -> None:
-    out = io.StringIO()
-    answer = Answer(Console(file=out))
-    answer.think("Let me see.")
+@pytest.mark.parametrize("ending", ["", "\n"])
+def test_a_pipe_gets_the_answer_and_stderr_the_reasoning(ending: str) -> None:
+    out, aside = io.StringIO(), io.StringIO()
+    answer = Answer(Console(file=out), Console(file=aside))
+    answer.think("Let me ")
+    answer.think(f"see [it].{ending}")
     answer.push("Nine.")
     answer.close()
-    assert out.getvalue() == "Nine.\n"
+    assert (out.getvalue(), aside.getvalue()) == ("Nine.\n", "Let me see [it].\n")
+
+
+def test_reasoning_stays_whole_where_nobody_can_ask_for_it() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=60, force_terminal=True, legacy_windows=False)
+    answer = Answer(console, folds=False)
+    thoughts = "\n".join(f"step {number} of many" for number in range(9))
+    answer.think(thoughts)
+    answer.push("Nine.")
+    answer.close()
+    final = screen(out.getvalue())
+    assert final.startswith("step 0 of many")
+    assert "step 8 of many" in final
+    assert "/thinking" not in final
 
 
 def screen(written: str, width: int = 60) -> str:
