@@ -11,6 +11,7 @@ import os
 import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,12 +78,6 @@ class StoredTensor:
         if not direct:
             out.copy_(buffer.view(out.shape))
 
-    def within(self, whole: Tensor) -> Tensor:
-        """The tensor as a view of all bytes of its file, as `mapped` gives them."""
-        if len(whole) < self.start + self.num_bytes:
-            raise _bad(self.path, f"it ends inside tensor {self.name!r}")
-        return whole[self.start : self.start + self.num_bytes].view(self.dtype).view(self.shape)
-
     def _read(self, file: int, out: memoryview, at: int) -> None:
         """Fill `out` with the bytes from the tensor's byte `at` on."""
         done = 0
@@ -105,14 +100,54 @@ def _bad(path: Path, why: str) -> CheckpointError:
     )
 
 
-def mapped(path: Path) -> Tensor:
-    """The bytes of a file, (size,) uint8, each page read when it is first used.
+class MappedFiles:
+    """Files mapped once each, for the tensors that are used where they lie.
 
-    What is written to it stays in this process. Raises OSError where the file cannot be mapped.
+    What is written to them stays in this process.
     """
-    with path.open("rb") as file:
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+
+    def __init__(self) -> None:
+        self.files: dict[Path, mmap.mmap | None] = {}
+
+    def of(self, tensor: StoredTensor) -> Tensor | None:
+        """A tensor's own bytes, each page read when it is first used if the system has not yet.
+
+        None where it does not begin at a multiple of its items' size, or the file cannot be mapped.
+        """
+        if tensor.start % tensor.dtype.itemsize:
+            return None
+        if tensor.path not in self.files:
+            self.files[tensor.path] = _mapped(tensor.path)
+        memory = self.files[tensor.path]
+        if memory is None:
+            return None
+        end = tensor.start + tensor.num_bytes
+        if len(memory) < end:
+            raise _bad(tensor.path, f"it ends inside tensor {tensor.name!r}")
+        _read_ahead(memory, tensor.start, end)
+        count = math.prod(tensor.shape)
+        if not count:
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
+        flat = torch.frombuffer(memory, dtype=tensor.dtype, count=count, offset=tensor.start)
+        return flat.view(tensor.shape)
+
+
+def _mapped(path: Path) -> mmap.mmap | None:
+    """The bytes of a file; None on a file system that maps nothing."""
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except OSError:
+        return None
+
+
+def _read_ahead(memory: mmap.mmap, start: int, end: int) -> None:
+    """Let the system read these bytes in the background, in one go rather than page by page."""
+    if not hasattr(mmap, "MADV_WILLNEED"):
+        return
+    with suppress(OSError):  # it is advice: a system may not take it
+        for at in range(start - start % mmap.PAGESIZE, end, PIECE_BYTES):
+            memory.madvise(mmap.MADV_WILLNEED, at, min(PIECE_BYTES, end - at))
 
 
 def stored_tensors(path: Path) -> Iterator[StoredTensor]:

@@ -16,7 +16,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from opsin.checkpoint.safetensors import StoredTensor, mapped, stored_tensors
+from opsin.checkpoint.safetensors import MappedFiles, StoredTensor, stored_tensors
 from opsin.errors import CheckpointError
 
 # (regular expression, replacement): all rules are applied to each name, one after another. The
@@ -124,8 +124,11 @@ class Sink(Protocol):
         """Whether the values are there already, so that the tensor is only checked."""
         ...
 
-    def read(self, tensor: StoredTensor) -> bool:
-        """Take a tensor of this shape as it is stored; False to be given its values instead."""
+    def read(self, tensor: StoredTensor, files: MappedFiles) -> bool:
+        """Take a tensor of this shape as it is stored, or where it lies in one of the files.
+
+        False to be given its values instead.
+        """
         ...
 
     def fill(self, values: Tensor) -> None:
@@ -168,7 +171,7 @@ def assign(
     """
     missing = {name: parameter.numel() for name, parameter in model.named_parameters()}
     unused: list[tuple[str, str]] = []
-    files: dict[Path, Tensor] = {}
+    files = MappedFiles()
     for tensor in tensors:
         if any(re.search(pattern, tensor.name) for pattern in ignored):
             continue
@@ -180,7 +183,7 @@ def assign(
         owner = model.get_submodule(owner_name)
         sink = None if packer is None else packer.sink(owner, name, target.index, tensor)
         if sink is not None:
-            missing[target.base] -= _pour(tensor, target, sink, dtype)
+            missing[target.base] -= _pour(tensor, target, sink, dtype, files)
             continue
         if device.type == "cpu" and _map(owner, name, tensor, target, dtype, files):
             missing[target.base] -= math.prod(tensor.shape)
@@ -197,13 +200,15 @@ def assign(
         raise _mismatch(unused, unfilled)
 
 
-def _pour(tensor: StoredTensor, target: Target, sink: Sink, dtype: torch.dtype) -> int:
+def _pour(
+    tensor: StoredTensor, target: Target, sink: Sink, dtype: torch.dtype, files: MappedFiles
+) -> int:
     """Hand a tensor to a sink, as it is stored if it can be; the number of its elements."""
     whole = torch.empty(sink.shape, dtype=dtype, device="meta")
     same = _as_stored(tensor, target, whole) is whole
     if sink.filled:
         return whole.numel()
-    if not (same and tensor.shape == sink.shape and sink.read(tensor)):
+    if not (same and tensor.shape == sink.shape and sink.read(tensor, files)):
         whole = torch.empty(sink.shape, dtype=dtype)
         tensor.read_into(_as_stored(tensor, target, whole))
         sink.fill(whole)
@@ -233,23 +238,20 @@ def _map(
     tensor: StoredTensor,
     target: Target,
     dtype: torch.dtype,
-    files: dict[Path, Tensor],
+    files: MappedFiles,
 ) -> bool:
     """Let a parameter be a tensor's own bytes in its file, if they are large and just as needed."""
     parameter = owner.get_parameter(name)
-    plain = type(tensor) is StoredTensor and tensor.start % tensor.dtype.itemsize == 0
     kind = _dtype(owner, parameter, dtype)
-    if not (plain and parameter.is_meta and not target.index and tensor.dtype == kind):
+    whole = type(tensor) is StoredTensor and not target.index
+    if not (whole and parameter.is_meta and tensor.dtype == kind):
         return False
     if tensor.num_bytes < MAP_BYTES or _as_stored(tensor, target, parameter) is not parameter:
         return False
-    try:
-        if tensor.path not in files:
-            files[tensor.path] = mapped(tensor.path)
-    except OSError:  # a file system that maps nothing
+    memory = files.of(tensor)
+    if memory is None:
         return False
-    memory = tensor.within(files[tensor.path]).view(parameter.shape)
-    owner.register_parameter(name, nn.Parameter(memory, requires_grad=False))
+    owner.register_parameter(name, nn.Parameter(memory.view(parameter.shape), requires_grad=False))
     return True
 
 

@@ -148,7 +148,7 @@ RepackedCache: TypeAlias = Annotated[
     str | None,
     typer.Option(
         "--repacked-cache",
-        help="Keep the weights as the CPU reads them, to load sooner: auto, on, off or a folder.",
+        help="Keep quantised weights as the CPU reads them: auto, on, off or a folder.",
         metavar="WHERE",
         rich_help_panel=ENGINE,
     ),

@@ -19,6 +19,7 @@ from opsin.config import keeps_unasked, repacked_folder, settings
 from opsin.decoder.decoder import Decoder
 from opsin.decoder.native import NativeStack, gate_up_layers, why_not
 from opsin.engine.limits import EngineLimits
+from opsin.engine.memory import give_back_startup
 from opsin.engine.packing import (
     Formats,
     Recipe,
@@ -27,7 +28,7 @@ from opsin.engine.packing import (
     quantised_formats,
     stored_formats,
 )
-from opsin.engine.repacking import RepackedCache
+from opsin.engine.repacking import RepackedCache, is_kept
 from opsin.errors import CheckpointError, InputError, MissingDependency
 from opsin.families.base import Family
 from opsin.kernels import cpu
@@ -195,6 +196,7 @@ def load_model(
     family.connect(model.decoder, model.towers)
     if native is not None:
         model.decoder.native = NativeStack(native, model.decoder)
+    give_back_startup()
     return model.eval()
 
 
@@ -296,7 +298,7 @@ def cache_of(
     if where is None:
         return None
     unasked = keeps_unasked(named)
-    if recipe.library is None or not recipe.formats:
+    if recipe.library is None or not any(map(is_kept, recipe.formats.values())):
         if not unasked:
             LOG.warning("nothing of this model is packed here: none of it is kept in %s", where)
         return None

@@ -86,7 +86,7 @@ class RepackedCache:
         `unasked`: it is kept only if it is worth it and takes little of the disk.
         """
         assert recipe.library is not None, "only what is packed natively is kept"
-        slots = list(_slots(model, recipe.formats))
+        slots = [slot for slot in _slots(model, recipe.formats) if is_kept(slot.form)]
         ways = [(s.name, s.form, s.rows, s.columns, s.module in recipe.interleaved) for s in slots]
         way = _digest(str(source.resolve()), recipe.library.isa, recipe.nothing.dtype, ways)
         files = sorted({tensor.path for tensor in tensors} | set(source.glob("*.safetensors")))
@@ -106,7 +106,7 @@ class RepackedCache:
     def recipe(self) -> str:
         """How most of it is kept, in a word."""
         kinds = [slot.form.kind for slot in self.slots]
-        return min(set(kinds), key=lambda kind: ("q4", "q8", "bf16").index(kind))
+        return min(set(kinds), key=lambda kind: ("q4", "q8").index(kind))
 
     @property
     def path(self) -> Path:
@@ -162,6 +162,11 @@ class RepackedCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         share = num_bytes / shutil.disk_usage(self.folder).free
         return num_bytes >= UNASKED_LEAST and share <= UNASKED_SHARE
+
+
+def is_kept(form: Format) -> bool:
+    """Whether a matrix of a format is worth keeping: bfloat16 is read as checkpoints store it."""
+    return form.kind != "bf16"
 
 
 def _slots(model: nn.Module, formats: Formats) -> Iterator[_Slot]:

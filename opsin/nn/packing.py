@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from opsin.checkpoint.safetensors import StoredTensor
+from opsin.checkpoint.safetensors import MappedFiles, StoredTensor
 from opsin.checkpoint.weights import Sink
 from opsin.kernels.packed import Packed
 from opsin.nn.experts import ExpertLinear
@@ -41,12 +41,14 @@ class PackedSink:
     pieces: Sequence[Piece]
     filled: bool = False
 
-    def read(self, tensor: StoredTensor) -> bool:
-        """Take rows straight from the file, or codes as they are."""
+    def read(self, tensor: StoredTensor, files: MappedFiles) -> bool:
+        """Take rows where they lie or straight from the file, or codes as they are."""
         if isinstance(tensor, AffineTensor):
             return self._take_codes(tensor)
         if type(tensor) is not StoredTensor or tensor.dtype not in DTYPES:
             return False
+        if self._map(tensor, files):
+            return True
         with tensor.path.open("rb", buffering=0) as file:
             at = tensor.start
             for piece in self.pieces:
@@ -56,6 +58,19 @@ class PackedSink:
                 if not taken:
                     return False
                 at += piece.rows * self.shape[-1] * tensor.dtype.itemsize
+        return True
+
+    def _map(self, tensor: StoredTensor, files: MappedFiles) -> bool:
+        """Let the matrices read a tensor in place; False if any of them cannot."""
+        if not all(piece.matrix.can_map(tensor.dtype, piece.row) for piece in self.pieces):
+            return False
+        memory = files.of(tensor)
+        if memory is None:
+            return False
+        rows, at = memory.reshape(-1, self.shape[-1]), 0
+        for piece in self.pieces:
+            piece.matrix.map(rows[at : at + piece.rows], piece.row, spread=piece.spread)
+            at += piece.rows
         return True
 
     def _take_codes(self, tensor: AffineTensor) -> bool:

@@ -65,10 +65,8 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def load(folder: Path, cache: Path) -> Load:
-    def loaded(quantize: int | None = None, where: Path | str = cache) -> Model:
-        return load_model(
-            folder, device="cpu", dtype="bfloat16", quantize=quantize, repacked_cache=where
-        )
+    def loaded(where: Path | str = cache, dtype: str = "bfloat16") -> Model:
+        return load_model(folder, device="cpu", dtype=dtype, quantize=8, repacked_cache=where)
 
     return loaded
 
@@ -97,7 +95,6 @@ def views(model: Model) -> bool:
 @pytest.mark.parametrize(
     ("name", "bits", "dtype"),
     [
-        (DENSE, None, "bfloat16"),
         (DENSE, 8, "bfloat16"),
         (DENSE, 4, "bfloat16"),
         (EXPERTS, 8, "float32"),
@@ -142,15 +139,16 @@ def test_the_command_line_lists_what_is_kept(
         shown = CliRunner().invoke(models.app).stdout
     finally:
         settings.cache_clear()
-    assert [(each["path"], each["as"]) for each in listed] == [(str(path), "bf16")]
+    assert [(each["path"], each["as"]) for each in listed] == [(str(path), "q8")]
     assert listed[0]["bytes"] == path.stat().st_size
     assert "delete a file to free its space" in shown
     assert str(path) in shown
 
 
 def test_another_recipe_has_a_file_of_its_own(load: Load, cache: Path) -> None:
-    assert [views(load(bits)) for bits in (None, 8, None, 8)] == [False, False, True, True]
-    assert sorted(kept.recipe for kept in repacked.kept_files(cache)) == ["bf16", "q8"]
+    loaded = [load(dtype=dtype) for dtype in ("bfloat16", "float32") * 2]
+    assert [views(model) for model in loaded] == [False, False, True, True]
+    assert len(repacked.kept_files(cache)) == 2
 
 
 def test_a_checkpoint_that_changed_is_packed_again(load: Load, folder: Path, cache: Path) -> None:
@@ -285,8 +283,10 @@ def test_a_full_disk_leaves_nothing_behind(
 def test_a_model_with_nothing_packed_says_that_nothing_is_kept(
     folder: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    load_model(folder, device="cpu", dtype="float32", repacked_cache=cache)
-    assert "nothing of this model is packed" in caplog.text
+    for dtype in ("float32", "bfloat16"):
+        caplog.clear()
+        load_model(folder, device="cpu", dtype=dtype, repacked_cache=cache)
+        assert "nothing of this model is packed" in caplog.text
     assert not cache.exists()
 
 

@@ -175,6 +175,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "opsin_isa_name": (c_char_p, (c_int,)),
     "opsin_matrix_new": (c_void_p, (c_int,) * 5),
     "opsin_matrix_fill_dense": (c_int, (c_void_p, *(c_int,) * 3, c_void_p, c_int, c_int64)),
+    "opsin_matrix_map": (c_int, (c_void_p, *(c_int,) * 3, c_void_p)),
     "opsin_matrix_fill_file": (c_int, (c_void_p, *(c_int,) * 4, c_int64, c_int)),
     "opsin_matrix_fill_affine": (
         c_int,

@@ -1,4 +1,4 @@
-"""Weight matrices repacked for the native kernels, and products with them."""
+"""Weight matrices as the native kernels read them, and products with them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from opsin.kernels.cpu.library import Library, pointer
 from opsin.quant.formats import Format, Kind
 
 _KINDS = {"bf16": 0, "q8": 1, "q4": 2}
+ROWS, COLUMNS = 16, 32  # of bfloat16 in one block
 SLACK = 4096  # bytes past its end that a matrix's memory has
 
 
@@ -28,10 +29,11 @@ class Region:
 
 
 class PackedMatrix:
-    """A weight (n, k) in blocks of sixteen interleaved rows on huge pages, in place of the tensor.
+    """A weight (n, k) in blocks of sixteen rows, in place of the tensor.
 
-    Kinds: "bf16"; "q8" and "q4", affine codes with a 16-bit scale and bias per `group` columns (0:
-    one a row, where k <= 65536). Activations of quantised kinds are quantised to int8 per group.
+    Kinds: "bf16", row by row, where a checkpoint's own bytes may be read in place; "q8" and "q4",
+    affine codes with a 16-bit scale and bias per `group` columns (0: one a row, where k <= 65536),
+    sixteen rows interleaved. Activations of quantised kinds are quantised to int8 per group.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class PackedMatrix:
         self.n = n
         self.k = k
         self._kept = kept
+        self._mapped: list[Tensor] = []
         self._free = weakref.finalize(self, library.handle.opsin_matrix_free, handle)
 
     @classmethod
@@ -89,7 +92,7 @@ class PackedMatrix:
 
     @classmethod
     def view(cls, library: Library, form: Format, n: int, k: int, region: Region) -> PackedMatrix:
-        """A matrix of a format whose packed bytes lie in a region; it cannot be filled.
+        """A quantised matrix whose packed bytes lie in a region; it cannot be filled.
 
         Raises EngineError for a region of another size than `region_bytes` of such a matrix.
         """
@@ -127,6 +130,28 @@ class PackedMatrix:
             weight.stride(0),
         )  # fmt: skip
         self.library.check(code, "fill")
+
+    def can_map(self, dtype: torch.dtype, row: int) -> bool:
+        """Whether rows of a type that begin at `row` can be read where they lie."""
+        return (
+            self.format.kind == "bf16"
+            and dtype == torch.bfloat16
+            and self.k % COLUMNS == 0
+            and row % ROWS == 0
+        )
+
+    def map(self, weight: Tensor, row: int = 0, *, spread: int = 1) -> None:
+        """Read weight (rows, k) where it lies from now on, as `fill` would place it.
+
+        Its rows lie one after another; the last rows % 16 are copied. See `can_map`.
+        """
+        if weight.shape[1] != self.k or not weight.is_contiguous():
+            raise ValueError(f"rows must have {self.k} columns and lie one after another")
+        code = self.library.handle.opsin_matrix_map(
+            self.handle, row, weight.shape[0], spread, pointer(weight)
+        )
+        self.library.check(code, "map")
+        self._mapped.append(weight)
 
     def fill_file(
         self, file: int, offset: int, rows: int, dtype: torch.dtype, row: int = 0, spread: int = 1

@@ -74,7 +74,7 @@ def test_a_file_that_ends_too_soon_is_an_error(best: Library, tmp_path: Path):
         matrix.fill_file(file.fileno(), 0, 64, torch.bfloat16)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "q8", "q4"])
+@pytest.mark.parametrize("kind", ["q8", "q4"])
 def test_a_view_of_packed_bytes_is_the_same_matrix(best: Library, kind):
     matrix = PackedMatrix.dense(best, torch.randn(75, 192), kind)
     place = torch.empty(matrix.region_bytes + 64, dtype=torch.uint8)
@@ -95,6 +95,45 @@ def test_a_view_of_packed_bytes_is_the_same_matrix(best: Library, kind):
     assert torch.equal(whole(seen), whole(matrix)), "a view is read only"
     with pytest.raises(EngineError, match="another size"):
         view(matrix.nbytes)
+
+
+@pytest.mark.parametrize(("first", "rows", "spread"), [(0, 75, 1), (16, 32, 1), (16, 40, 2)])
+def test_rows_read_where_they_lie_are_the_same_matrix(
+    native: Library, first: int, rows: int, spread: int
+):
+    file = torch.randn(3 + rows * 192).bfloat16()
+    weight = file[3:].view(rows, 192)  # as in a checkpoint, on no line of the cache
+    copied, mapped = (PackedMatrix(native, "bf16", 96, 192) for _ in range(2))
+    copied.fill(weight, first, spread=spread)
+    assert mapped.can_map(torch.bfloat16, first)
+    mapped.map(weight, first, spread=spread)
+    assert torch.equal(whole(mapped), whole(copied))
+    for count in (1, 3, 16, 40, 70):
+        x = torch.randn(count, 192)
+        assert torch.equal(mapped.multiply(x), copied.multiply(x))
+    x = torch.randn(5, 192)
+    assert torch.equal(
+        mapped.multiply(x, gated=True, activation="silu"),
+        copied.multiply(x, gated=True, activation="silu"),
+    )
+    stored = file.clone()
+    mapped.fill(torch.ones(8, 192), first)
+    assert torch.equal(file, stored), "what was mapped is another's"
+    kept = whole(copied)
+    kept[first : first + 8] = 1
+    assert torch.equal(whole(mapped), kept)
+
+
+def test_what_cannot_be_read_in_place_is_known(best: Library):
+    assert not PackedMatrix(best, "bf16", 32, 40).can_map(torch.bfloat16, 0)
+    matrix = PackedMatrix(best, "bf16", 32, 64)
+    assert not matrix.can_map(torch.bfloat16, 8)
+    assert not matrix.can_map(torch.float16, 0)
+    assert not PackedMatrix(best, "q8", 32, 64).can_map(torch.bfloat16, 0)
+    with pytest.raises(ValueError, match="one after another"):
+        matrix.map(torch.zeros(16, 128).bfloat16()[:, :64])
+    with pytest.raises(EngineError, match="map"):
+        matrix.map(torch.zeros(48, 64).bfloat16())
 
 
 def test_matrices_that_share_memory_come_and_go_alone(best: Library):

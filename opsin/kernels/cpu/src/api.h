@@ -157,7 +157,11 @@ OPSIN_API OpsinMatrix* opsin_matrix_new(int kind, int n, int k, int group, int s
 // Weights as they are; a quantised kind takes its scales from them (8 bits: symmetric, 4: min-max).
 OPSIN_API int opsin_matrix_fill_dense(OpsinMatrix* m, int row, int rows, int spread,
                                       const void* weights, int dtype, int64_t stride);
-// The same from an open file, where the rows lie one after another from `offset` on.
+// Rows of bfloat16 that lie one after another in memory that outlives the matrix: read in place,
+// but for the last rows % 16, which are copied. Only in bf16 matrices whose k is whole 32s, from a
+// row that is whole 16s.
+OPSIN_API int opsin_matrix_map(OpsinMatrix* m, int row, int rows, int spread, const void* weights);
+// As opsin_matrix_fill_dense from an open file, where the rows lie one after another from `offset` on.
 OPSIN_API int opsin_matrix_fill_file(OpsinMatrix* m, int row, int rows, int spread, int file,
                                      int64_t offset, int dtype);
 // Codes in the affine-group layout: little-endian bit fields in uint32 words, row by row, with
@@ -167,7 +171,7 @@ OPSIN_API int opsin_matrix_fill_affine(OpsinMatrix* m, int row, int rows, int sp
                                        const uint16_t* biases);
 OPSIN_API int opsin_matrix_fill_bias(OpsinMatrix* m, int row, int rows, int spread,
                                      const float* bias);
-// A matrix over memory that lies elsewhere, aligned to 64 bytes and laid out as this library does:
+// A quantised matrix over memory that lies elsewhere, aligned to 64 bytes and laid out as this library does:
 // `bytes` are the matrix's and 4096 more that can be read. The caller keeps it; fills refuse it.
 OPSIN_API OpsinMatrix* opsin_matrix_view(int kind, int n, int k, int group, int scale_dtype,
                                          const void* data, int64_t bytes);

@@ -82,6 +82,13 @@ Place place(const Matrix* m, int row, int i, int spread) {
   return {m->data + target / kRows * m->block_bytes, target % kRows};
 }
 
+// The matrix reads this block of its own from now on.
+void take_back(const Matrix* m, uint8_t* block) {
+  const uint8_t** at = m->at + (block - m->data) / m->block_bytes;
+  if (*at != block) std::memcpy(block, *at, static_cast<size_t>(m->block_bytes));
+  *at = block;
+}
+
 void put_scale(const Matrix* m, const Place& at, int group, uint16_t scale, uint16_t bias) {
   uint16_t* head = reinterpret_cast<uint16_t*>(at.block + group * m->group_bytes);
   head[at.row] = scale;
@@ -175,36 +182,10 @@ bool read_bytes(int file, int64_t offset, int64_t bytes, uint8_t* out) {
   return true;
 }
 
-// Pairs of columns of `count` rows of bfloat16 beside each other.
-void interleave(uint8_t* block, int first, int count, const uint8_t* rows, int64_t stride, int k) {
-  uint32_t* out = reinterpret_cast<uint32_t*>(block) + first;
-  const int pairs = k / 2;
-  const auto pair = [&](int r, int c) {
-    uint32_t both;
-    std::memcpy(&both, rows + r * stride + 4 * c, 4);
-    return both;
-  };
-  if (count == kRows) {
-    for (int c = 0; c < pairs; c++) {
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; r++) out[c * kRows + r] = pair(r, c);
-    }
-  } else {
-    for (int c = 0; c < pairs; c++) {
-      for (int r = 0; r < count; r++) out[c * kRows + r] = pair(r, c);
-    }
-  }
-  for (int r = 0; k % 2 && r < count; r++) {
-    uint16_t last;
-    std::memcpy(&last, rows + r * stride + 4 * pairs, 2);
-    out[pairs * kRows + r] = last;
-  }
-}
-
 // Floats that fill_rows works in.
 int64_t fill_floats(const Matrix* m) {
-  const int64_t rows = static_cast<int64_t>(m->k) * (kRows + 1);
-  return rows + (m->kind == kBf16 ? 0 : static_cast<int64_t>(m->group) * (kRows + kRows / 4));
+  const int64_t k = m->k;
+  return m->kind == kBf16 ? k : k * kRows + static_cast<int64_t>(m->group) * (kRows + kRows / 4);
 }
 
 void quantise_rows(const Matrix* m, const Place& at, int count, const uint8_t* rows,
@@ -227,23 +208,23 @@ void quantise_rows(const Matrix* m, const Place& at, int count, const uint8_t* r
   }
 }
 
-// Some rows of one block; `row` holds fill_floats.
+// Some rows of one block; `own` holds fill_floats.
 void fill_rows(const Matrix* m, const Place& at, int count, const uint8_t* rows, int64_t stride,
-               int dtype, float* row) {
+               int dtype, float* own) {
   if (m->kind != kBf16) {
-    quantise_rows(m, at, count, rows, stride, dtype, row);
+    quantise_rows(m, at, count, rows, stride, dtype, own);
     return;
   }
-  if (dtype == OPSIN_BF16) {
-    interleave(at.block, at.row, count, rows, stride, m->k);
-    return;
-  }
-  uint16_t* narrow = reinterpret_cast<uint16_t*>(row + m->k);
+  take_back(m, at.block);
   for (int r = 0; r < count; r++) {
-    read_weights(rows + r * stride, dtype, 0, m->k, row);
-    kernels()->to_bf16(row, m->k, narrow + static_cast<int64_t>(r) * m->k);
+    uint8_t* out = at.block + (at.row + r) * m->row_bytes;
+    if (dtype == OPSIN_BF16) {
+      std::memcpy(out, rows + r * stride, 2u * m->k);
+    } else {
+      read_weights(rows + r * stride, dtype, 0, m->k, own);
+      kernels()->to_bf16(own, m->k, reinterpret_cast<uint16_t*>(out));
+    }
   }
-  interleave(at.block, at.row, count, reinterpret_cast<const uint8_t*>(narrow), 2 * m->k, m->k);
 }
 
 // Runs of rows that lie in one block: the first ends where the block of `row` does.
@@ -308,6 +289,17 @@ int opsin_matrix_fill_dense(OpsinMatrix* m, int row, int rows, int spread, const
   const int64_t size = dtype == OPSIN_F32 ? 4 : 2;
   return opsin::fill(m, row, rows, spread,
                      {static_cast<const uint8_t*>(weights), -1, 0, stride * size, dtype});
+}
+
+int opsin_matrix_map(OpsinMatrix* m, int row, int rows, int spread, const void* weights) {
+  using namespace opsin;
+  if (!weights || !fits(m, row, rows, spread) || m->kind != kBf16) return OPSIN_BAD_ARGUMENT;
+  if (m->k != m->padded_k || row % kRows != 0) return OPSIN_BAD_ARGUMENT;
+  const uint8_t* data = static_cast<const uint8_t*>(weights);
+  const int whole = rows / kRows;
+  for (int b = 0; b < whole; b++) m->at[row / kRows + b * spread] = data + b * m->block_bytes;
+  return fill(m, row + whole * kRows * spread, rows % kRows, spread,
+              {data + whole * m->block_bytes, -1, 0, m->row_bytes, OPSIN_BF16});
 }
 
 int opsin_matrix_fill_file(OpsinMatrix* m, int row, int rows, int spread, int file, int64_t offset,

@@ -6,16 +6,17 @@
 
 namespace opsin {
 
-constexpr int kRows = 16;         // rows of a weight matrix interleaved in one block
+constexpr int kRows = 16;         // rows of a weight matrix in one block
 constexpr int kAttentionRows = 64;  // query rows one attention unit may hold
 constexpr int kKeyBlock = 64;     // keys per step of the online softmax, at fixed positions
 constexpr int kSegment = 512;     // keys whose partial results are merged as one
 
 enum MatrixKind : int32_t { kBf16 = 0, kQ8 = 1, kQ4 = 2 };
 
-// A weight matrix (n, k) in blocks of sixteen rows, each block one run of memory.
+// A weight matrix (n, k) in blocks of sixteen rows.
 //
-// bf16: for each pair of columns the pairs of the sixteen rows.
+// bf16: row after row, each block wherever it lies, so that a checkpoint's own bytes can be one.
+// Quantised kinds are one run of memory, block after block.
 // q8, q4: for each group of columns sixteen scales, sixteen biases (16 bits each), then codes:
 //   q8: for each four columns the four codes of the sixteen rows (unsigned bytes);
 //   q4: for each eight columns 64 bytes, the first four columns in the low nibbles.
@@ -32,17 +33,21 @@ struct Matrix {
   int32_t scale_f16;   // scales are float16, else bfloat16
   int64_t group_bytes;
   int64_t block_bytes;
+  int64_t row_bytes;   // bf16: from row to row of a block
+  const uint8_t** at;  // bf16: (blocks) where each lies; null: it has no values yet
   float* bias;         // (blocks * 16), or null
-  int64_t capacity;    // bytes mapped at data, 0: it is another's, to be read alone
+  int64_t capacity;    // bytes mapped at data, 0: none, or another's, to be read alone
 };
 
 // Activations of a product, ready for one kind of matrix; the memory holds whole panels of rows.
 struct Activations {
-  const uint8_t* data;  // (rows, padded_k) int8 or bfloat16
+  const uint8_t* data;  // (rows, padded_k) int8 or bfloat16; bfloat16 where kernels are `paired`:
+                        // panels (padded_k / 2, panel_rows, 2)
   int64_t stride;       // bytes between rows: an odd number of cache lines, so that the rows of a
-                        // tile do not fall on the same few sets of the cache
+                        // tile do not fall on the same few sets of the cache; or between panels
   const float* scale;  // (rows, groups)
   const float* sum;    // (rows, groups): scale * sum of codes
+  int panel_rows;      // 1: there are no panels
 };
 
 // Rows of a paged cache at 8 or 4 bits, the same for keys and values; bits 0: there are none.
@@ -101,6 +106,7 @@ struct Kernels {
   void (*quantize)(const float* x, int k, int padded_k, int group, int8_t* codes, float* scale,
                    float* sum);
   void (*narrow)(const float* x, int k, int padded_k, uint16_t* out);
+  bool paired;  // activations beside bfloat16 weights lie in panels
   // rows [row, row + count) of the activations times block b: out (count, 16)
   void (*tile)(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
                uint8_t* scratch);
@@ -109,7 +115,7 @@ struct Kernels {
                float* second);
   void (*matmul_begin)(const Matrix* m, int rows);  // per thread, before tiles
   void (*matmul_end)();
-  int panel;  // rows handed to one tile call at most
+  int panel, panel_bf16;  // rows handed to one tile call at most
   void (*rms_norm)(const float* x, const float* weight, float eps, int dim, float* out);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int dim,
                      float* out);

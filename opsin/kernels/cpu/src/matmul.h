@@ -1,11 +1,13 @@
 // Products of packed weights with a few or many rows of activations.
 //
 // A row's result is the same bits whatever rows are beside it: sums within a group are integers,
-// groups are added in order in float32, and bfloat16 sums keep one order over the columns.
+// and groups are added in order in float32.
 #pragma once
 
 #include "kernels.h"
+#include "matmul_bf16.h"
 #include "simd.h"
+#include "tiles.h"
 
 namespace OPSIN_ISA {
 
@@ -107,35 +109,10 @@ static void tile_grouped(const Matrix* m, const uint8_t* w, const Activations* x
   }
 }
 
-// Two chains, even and odd pairs of columns, added at the end.
-template <int MT>
-static void tile_bf16(const Matrix* m, const uint8_t* w, const Activations* x, int row,
-                      float* out) {
-  F even[MT], odd[MT];
-  for (int t = 0; t < MT; t++) even[t] = odd[t] = set1(0.0f);
-  const uint8_t* a = x->data + row * x->stride;
-  const int steps = m->padded_k / 4;
-  for (int64_t j = 0; j < steps; j++) {
-    prefetch(w + kAhead);
-    prefetch(w + kAhead + 64);
-    V first = vload(w), second = vload(w + 64);
-#pragma GCC unroll 8
-    for (int t = 0; t < MT; t++) {
-      even[t] = dot_bf16_at(even[t], first, a + t * x->stride);
-      odd[t] = dot_bf16_at(odd[t], second, a + t * x->stride + 4);
-    }
-    w += 128;
-    a += 8;
-  }
-  for (int t = 0; t < MT; t++) store(out + 16 * t, add(even[t], odd[t]));
-}
-
 template <int MT>
 static void tile_rows(const Matrix* m, const uint8_t* w, const Activations* x, int row,
                       float* out) {
-  if (m->kind == opsin::kBf16) {
-    tile_bf16<MT>(m, w, x, row, out);
-  } else if (m->kind == opsin::kQ8) {
+  if (m->kind == opsin::kQ8) {
     if (m->scale_f16) {
       tile_grouped<MT, false, true>(m, w, x, row, out);
     } else {
@@ -182,91 +159,6 @@ static void vector_tile(const Matrix* m, int b, const Activations* x, int row, i
 }
 
 #if defined(__AMX_INT8__)
-
-// The compiler's own intrinsics do not say that a tile load reads memory, or how much of it.
-#define TILE_LOAD(tile, base, stride)                                             \
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile                             \
-                   :                                                              \
-                   : "r"((const void*)(base)), "r"((int64_t)(stride))             \
-                   : "memory")
-#define TILE_STORE(tile, base, stride)                                            \
-  __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)"                         \
-                   :                                                              \
-                   : "r"((void*)(base)), "r"((int64_t)(stride))                   \
-                   : "memory")
-
-struct TileConfig {
-  uint8_t palette, start, reserved[14];
-  uint16_t colsb[16];
-  uint8_t rows[16];
-};
-
-// Tiles 0-3 sums (16 x 16), tile 4 weights, tiles 5-7 activations.
-// depth: 4-byte steps of one multiplication, rows: of activations and sums, both up to 16
-static void configure(int depth, int rows) {
-  TileConfig c;
-  __builtin_memset(&c, 0, sizeof c);
-  c.palette = 1;
-  for (int i = 0; i < 8; i++) {
-    c.rows[i] = i == 4 ? depth : rows;
-    c.colsb[i] = i > 4 ? depth * 4 : 64;
-  }
-  __asm__ volatile("ldtilecfg (%0)" : : "r"(&c) : "memory");
-}
-
-// GCC takes tile numbers as literals.
-OPSIN_INLINE void multiply_bf16(int count, const uint8_t* p, int64_t bytes, const uint8_t* w,
-                                int steps, float* out) {
-  const int64_t next = 16 * bytes;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int s = 0; s < steps; s++) {
-    for (int i = 0; i < 16; i++) prefetch(w + 2 * kAhead + 64 * i);
-    TILE_LOAD(4, w, 64);
-    TILE_LOAD(5, p, bytes);
-    _tile_dpbf16ps(0, 5, 4);
-    if (count > 1) {
-      TILE_LOAD(6, p + next, bytes);
-      _tile_dpbf16ps(1, 6, 4);
-    }
-    if (count > 2) {
-      TILE_LOAD(7, p + 2 * next, bytes);
-      _tile_dpbf16ps(2, 7, 4);
-      TILE_LOAD(5, p + 3 * next, bytes);
-      _tile_dpbf16ps(3, 5, 4);
-    }
-    w += 1024;
-    p += 64;
-  }
-  TILE_STORE(0, out, 64);
-  if (count > 1) TILE_STORE(1, out + 256, 64);
-  if (count > 2) {
-    TILE_STORE(2, out + 512, 64);
-    TILE_STORE(3, out + 768, 64);
-  }
-}
-
-static void amx_bf16(const Matrix* m, int b, const Activations* x, int row, int count,
-                     float* out) {
-  const uint8_t* w = m->data + b * m->block_bytes;
-  const uint8_t* a = x->data + row * x->stride;
-  const int steps = m->padded_k / 32;
-  for (int done = 0; done < count;) {
-    const uint8_t* p = a + done * x->stride;
-    if (count - done > 32) {
-      multiply_bf16(4, p, x->stride, w, steps, out + 16 * done);
-      done += 64;
-    } else if (count - done > 16) {
-      multiply_bf16(2, p, x->stride, w, steps, out + 16 * done);
-      done += 32;
-    } else {
-      multiply_bf16(1, p, x->stride, w, steps, out + 16 * done);
-      done += 16;
-    }
-  }
-}
 
 // Four-bit codes of a group as bytes.
 OPSIN_INLINE void unpack_group(const uint8_t* p, int group, uint8_t* out) {
@@ -441,6 +333,10 @@ static void scale_rows(const Matrix* m, const uint8_t* head, const Activations* 
 
 static bool pair(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
                  float* second) {
+  if (count > 16 && m->kind == opsin::kBf16) {
+    pair_bf16(m, b, x, row, count, out, second);
+    return true;
+  }
   if (count <= 16 || m->kind != opsin::kQ8 || m->groups != 1) return false;
   const uint8_t* w = m->data + b * m->block_bytes;
   const uint8_t* next = w + m->block_bytes;
@@ -458,14 +354,14 @@ static bool pair(const Matrix* m, int b, const Activations* x, int row, int coun
   return true;
 }
 
-constexpr int kPanel = 128;
+constexpr int kPanel = 128, kPanelBf16 = 64;
 constexpr int kAmxRows = 9;  // from here on tiles beat vectors
 // A group of one scale a row may be any multiple of 64; else 32, 64 or 128.
 
 static void tile(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
                  uint8_t* scratch) {
   if (m->kind == opsin::kBf16) {
-    amx_bf16(m, b, x, row, count, out);
+    tile_bf16(m, b, x, row, count, out);
   } else if (count >= kAmxRows) {
     amx_quantized(m, b, x, row, count, out, scratch);
   } else {
@@ -473,18 +369,25 @@ static void tile(const Matrix* m, int b, const Activations* x, int row, int coun
   }
 }
 static void matmul_begin(const Matrix* m, int rows) {
-  const bool bf16 = m->kind == opsin::kBf16;
-  configure(!bf16 && m->group < 64 ? m->group / 4 : 16, bf16 && rows < 16 ? rows : 16);
+  if (m->kind == opsin::kBf16) {
+    configure_bf16(rows < 16 ? rows : 16);
+  } else {
+    configure(m->group < 64 ? m->group / 4 : 16, 16);
+  }
 }
 static void matmul_end() { _tile_release(); }
 
 #else
 
-constexpr int kPanel = 64;
+constexpr int kPanel = 64, kPanelBf16 = 64;
 
 static void tile(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
                  uint8_t*) {
-  vector_tile(m, b, x, row, count, out);
+  if (m->kind == opsin::kBf16) {
+    tile_bf16(m, b, x, row, count, out);
+  } else {
+    vector_tile(m, b, x, row, count, out);
+  }
 }
 static bool pair(const Matrix*, int, const Activations*, int, int, float*, float*) {
   return false;
@@ -495,13 +398,13 @@ static void matmul_end() {}
 #endif
 
 static void dequantize_row(const Matrix* m, int row, float* out) {
-  const uint8_t* w = m->data + (row / 16) * m->block_bytes;
   const int r = row % 16;
   if (m->kind == opsin::kBf16) {
-    const uint16_t* p = (const uint16_t*)w;
-    for (int c = 0; c < m->k; c++) out[c] = bf16_to_f32(p[(c / 2) * 32 + r * 2 + c % 2]);
+    const uint16_t* p = (const uint16_t*)(m->at[row / 16] + r * m->row_bytes);
+    for (int c = 0; c < m->k; c++) out[c] = bf16_to_f32(p[c]);
     return;
   }
+  const uint8_t* w = m->data + (row / 16) * m->block_bytes;
   for (int c = 0; c < m->k; c++) {
     const uint8_t* head = w + (c / m->group) * m->group_bytes;
     const uint16_t* s = (const uint16_t*)head;

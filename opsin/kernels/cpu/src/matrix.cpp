@@ -1,4 +1,4 @@
-// Packed matrices: memory on huge pages, and rows read back.
+// Weight matrices: memory on huge pages or where it lies, and rows read back.
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
@@ -105,7 +105,9 @@ Matrix* describe(int kind, int n, int k, int group, int scale_dtype) {
     m->padded_k = (k + 31) / 32 * 32;
     m->group = m->padded_k;
     m->groups = 0;
-    m->block_bytes = static_cast<int64_t>(m->padded_k) * 32;
+    m->row_bytes = static_cast<int64_t>(m->padded_k) * 2;
+    m->block_bytes = m->row_bytes * kRows;
+    m->at = static_cast<const uint8_t**>(std::calloc(static_cast<size_t>(m->blocks), sizeof(*m->at)));
   }
   m->bytes = m->block_bytes * m->blocks;
   return m;
@@ -133,16 +135,17 @@ OpsinMatrix* opsin_matrix_new(int kind, int n, int k, int group, int scale_dtype
   Matrix* m = opsin::describe(kind, n, k, group, scale_dtype);
   if (!m) return nullptr;
   m->data = opsin::map_bytes(m->bytes, &m->capacity);
-  if (!m->data) {
-    std::free(m);
+  if (!m->data || (kind == opsin::kBf16 && !m->at)) {
+    opsin_matrix_free(m);
     return nullptr;
   }
+  for (int b = 0; m->at && b < m->blocks; b++) m->at[b] = m->data + b * m->block_bytes;
   return m;
 }
 
 OpsinMatrix* opsin_matrix_view(int kind, int n, int k, int group, int scale_dtype,
                                const void* data, int64_t bytes) {
-  Matrix* m = opsin::describe(kind, n, k, group, scale_dtype);
+  Matrix* m = kind == opsin::kBf16 ? nullptr : opsin::describe(kind, n, k, group, scale_dtype);
   if (!m) return nullptr;
   if (!data || reinterpret_cast<uintptr_t>(data) % 64 != 0 || bytes != m->bytes + opsin::kSlack) {
     std::free(m);
@@ -157,6 +160,7 @@ const void* opsin_matrix_data(const OpsinMatrix* m) { return m ? m->data : nullp
 void opsin_matrix_free(OpsinMatrix* m) {
   if (!m) return;
   if (m->capacity) opsin::unmap_bytes(m->data, m->capacity);
+  std::free(m->at);
   std::free(m->bias);
   std::free(m);
 }

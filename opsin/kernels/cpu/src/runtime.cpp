@@ -26,21 +26,42 @@ struct Prepared {
   int64_t stride;
   float* scale;
   float* sum;
+  int panel_rows;  // as in Activations
 };
 
 Prepared lay_out(const Matrix* m, int rows, uint8_t* at) {
   const int64_t padded = padded_rows(rows);
+  const bool paired = m->kind == kBf16 && kernels()->paired;
   Prepared p;
   p.data = at;
-  p.stride = row_bytes(m);
-  at += padded * p.stride;
+  p.panel_rows = !paired ? 1 : rows < kRows ? rows : kRows;
+  p.stride = paired ? static_cast<int64_t>(p.panel_rows) * m->padded_k * 2 : row_bytes(m);
+  at += padded * row_bytes(m);
   p.scale = reinterpret_cast<float*>(at);
   at += aligned(padded * m->groups * 4);
   p.sum = reinterpret_cast<float*>(at);
   return p;
 }
 
-// Rows [from, to): read, normalise, and quantise or narrow.
+// Row r as bfloat16, to where the kernels read it; `narrow` holds a row.
+void place_bf16(const Product& p, const Prepared& to, int r, const float* x, uint16_t* narrow) {
+  const Matrix* m = p.linear.matrix;
+  uint16_t* out = to.panel_rows == 1 ? reinterpret_cast<uint16_t*>(to.data + r * to.stride) : narrow;
+  if (x) {
+    kernels()->narrow(x, m->k, m->padded_k, out);
+  } else {
+    const uint16_t* stored = static_cast<const uint16_t*>(p.linear.x) + r * p.linear.x_stride;
+    std::memcpy(out, stored, 2u * m->k);
+    std::memset(out + m->k, 0, 2u * (m->padded_k - m->k));
+  }
+  if (to.panel_rows == 1) return;
+  uint8_t* panel = to.data + r / to.panel_rows * to.stride + r % to.panel_rows * 4;
+  for (int c = 0; c < m->padded_k; c += 2) {
+    std::memcpy(panel + static_cast<int64_t>(c) * 2 * to.panel_rows, narrow + c, 4);
+  }
+}
+
+// Rows [from, to): read, normalise, and quantise or narrow. `row` holds two rows of floats.
 void prepare(const Product& p, const Prepared& to, int from, int until, float* row) {
   const Matrix* m = p.linear.matrix;
   const Kernels* k = kernels();
@@ -50,10 +71,7 @@ void prepare(const Product& p, const Prepared& to, int from, int until, float* r
     if (p.linear.x_dtype == OPSIN_F32) {
       x = static_cast<const float*>(p.linear.x) + offset;
     } else if (p.linear.x_dtype == OPSIN_BF16 && m->kind == kBf16 && !p.norm) {
-      uint16_t* out = reinterpret_cast<uint16_t*>(to.data + r * to.stride);
-      std::memcpy(out, static_cast<const uint16_t*>(p.linear.x) + offset, 2u * m->k);
-      std::memset(out + m->k, 0, 2u * (m->padded_k - m->k));
-      continue;
+      x = nullptr;
     } else {
       read_row(p.linear.x, p.linear.x_dtype, offset, m->k, row);
     }
@@ -66,7 +84,7 @@ void prepare(const Product& p, const Prepared& to, int from, int until, float* r
       x = row;
     }
     if (m->kind == kBf16) {
-      k->narrow(x, m->k, m->padded_k, reinterpret_cast<uint16_t*>(to.data + r * to.stride));
+      place_bf16(p, to, r, x, reinterpret_cast<uint16_t*>(row + m->padded_k));
     } else {
       k->quantize(x, m->k, m->padded_k, m->group,
                   reinterpret_cast<int8_t*>(to.data + r * to.stride),
@@ -108,14 +126,15 @@ void multiply(const Product& p, const Activations& x, int from, int until, uint8
   float* second = tile + kMostRows * 16;
   uint8_t* scratch = own + 2 * kMostRows * 16 * 4;
   const int step = l.gated ? 2 : 1;
+  const int panel = m->kind == kBf16 ? k->panel_bf16 : k->panel;
   // Weights that stay in the second cache while every panel of rows passes by.
   int64_t run = kNear / (m->block_bytes * step);
   run = run < 1 ? 1 : run;
   k->matmul_begin(m, l.rows);
   for (int64_t first = from; first < until; first += run) {
     const int last = static_cast<int>(first + run < until ? first + run : until);
-    for (int row = 0; row < l.rows; row += k->panel) {
-      const int count = l.rows - row < k->panel ? l.rows - row : k->panel;
+    for (int row = 0; row < l.rows; row += panel) {
+      const int count = l.rows - row < panel ? l.rows - row : panel;
       for (int block = static_cast<int>(first) * step; block < last * step; block += step) {
         const bool two = block + 1 < last * step;
         if (two && k->pair(m, block, &x, row, count, tile, second)) {
@@ -157,7 +176,7 @@ int64_t activation_bytes(const Matrix* m, int rows) {
 }
 
 int64_t product_thread_bytes(const Matrix* m) {
-  return activation_bytes(m, kPrivateRows) + aligned(m->padded_k * 4) + 2 * kMostRows * 16 * 4 +
+  return activation_bytes(m, kPrivateRows) + aligned(m->padded_k * 8) + 2 * kMostRows * 16 * 4 +
          tile_scratch_bytes(m);
 }
 
@@ -167,7 +186,7 @@ void product(Team& team, const Product& p, uint8_t* shared, uint8_t* own) {
   const int blocks = p.linear.gated ? m->blocks / 2 : m->blocks;
   const int chunks = chunks_for(blocks, team.size(), 1);
   float* row = reinterpret_cast<float*>(own + activation_bytes(m, kPrivateRows));
-  uint8_t* scratch = own + activation_bytes(m, kPrivateRows) + aligned(m->padded_k * 4);
+  uint8_t* scratch = own + activation_bytes(m, kPrivateRows) + aligned(m->padded_k * 8);
   const bool alone = rows <= kPrivateRows;
   const Prepared prepared = lay_out(m, rows, alone ? own : shared);
   bool ready = !alone;
@@ -179,7 +198,8 @@ void product(Team& team, const Product& p, uint8_t* shared, uint8_t* own) {
               row);
     });
   }
-  const Activations x = {prepared.data, prepared.stride, prepared.scale, prepared.sum};
+  const Activations x = {prepared.data, prepared.stride, prepared.scale, prepared.sum,
+                         prepared.panel_rows};
   team.phase(chunks, [&](int c) {
     if (!ready) {
       prepare(p, prepared, 0, rows, row);

@@ -155,11 +155,6 @@ OPSIN_INLINE I dot_u8(I acc, V w, V x) {
 OPSIN_INLINE F dot_bf16(F acc, V a, V b) {
   return {_mm512_dpbf16_ps(acc.v, (__m512bh)a.v, (__m512bh)b.v)};
 }
-OPSIN_INLINE F dot_bf16_at(F acc, V w, const void* x) {
-  __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(acc.v) : "v"(w.v), "m"(*(const int32_t*)x));
-  return acc;
-}
-#define OPSIN_DOT_BF16_AT
 #else
 OPSIN_INLINE F dot_bf16(F acc, V a, V b) {
   const __m512i high = _mm512_set1_epi32((int)0xffff0000);
@@ -384,9 +379,6 @@ OPSIN_INLINE void interleave16(V x, V y, V* first, V* second) {
 #if !defined(OPSIN_DOT_AT)
 OPSIN_INLINE I dot_u8_at(I acc, V w, const void* x) { return dot_u8(acc, w, bcast4(x)); }
 OPSIN_INLINE I dot_u4_at(I acc, V w, const void* x) { return dot_u4(acc, w, bcast4(x)); }
-#endif
-#if !defined(OPSIN_DOT_BF16_AT)
-OPSIN_INLINE F dot_bf16_at(F acc, V w, const void* x) { return dot_bf16(acc, w, bcast4(x)); }
 #endif
 
 // e^x within 2 units in the last place; e^0 is exactly 1, and anything below -87 is exactly 0.

@@ -1,0 +1,187 @@
+// Products of bfloat16 weights that lie row by row, as checkpoints store them.
+//
+// Sums keep one order over the columns, whatever rows of activations are beside each other.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+#include "tiles.h"
+
+namespace OPSIN_ISA {
+
+using opsin::Activations;
+using opsin::Matrix;
+
+// Fetches `lines` cache lines at p to the second cache.
+OPSIN_INLINE void prefetch_far(const uint8_t* p, int lines) {
+  for (int i = 0; i < lines; i++) __builtin_prefetch(p + 64 * i, 0, 2);
+}
+
+#if defined(__AMX_BF16__)
+
+// Activations lie in panels of up to sixteen rows, pairs of columns beside each other:
+// (k / 2, rows, 2), so that weights as they are stored are a tile's other factor.
+constexpr bool kPaired = true;
+
+// Sixteen sums a row, (16, columns), to (columns, 16).
+static void turn(const float* sums, int columns, float* out) {
+  if (columns < 16) {
+    for (int r = 0; r < 16; r++) {
+      for (int t = 0; t < columns; t++) out[16 * t + r] = sums[columns * r + t];
+    }
+    return;
+  }
+  __m512 a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_ps(sums + 16 * i);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    const __m512d p = _mm512_castps_pd(b[i]), q = _mm512_castps_pd(b[i + 1]);
+    const __m512d r = _mm512_castps_pd(b[i + 2]), s = _mm512_castps_pd(b[i + 3]);
+    a[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(p, r));
+    a[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(p, r));
+    a[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(q, s));
+    a[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(q, s));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    b[i] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88);
+    b[i + 4] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
+    b[i + 8] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88);
+    b[i + 12] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    _mm512_storeu_ps(out + 16 * i, _mm512_shuffle_f32x4(b[i], b[i + 8], 0x88));
+    _mm512_storeu_ps(out + 16 * (i + 8), _mm512_shuffle_f32x4(b[i], b[i + 8], 0xdd));
+    _mm512_storeu_ps(out + 16 * (i + 4), _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0x88));
+    _mm512_storeu_ps(out + 16 * (i + 12), _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0xdd));
+  }
+}
+
+// One block times one panel of `rows` activations; fetches the block at `next` meanwhile.
+static void multiply_bf16(const uint8_t* w, int64_t stride, const uint8_t* panel, int rows,
+                          int steps, const uint8_t* next, float* out) {
+  alignas(64) float sums[256];
+  const int64_t width = 4 * rows;
+  _tile_zero(0);
+  for (int s = 0; s < steps; s++) {
+    if (next) prefetch_far(next + 1024 * s, 16);
+    TILE_LOAD(4, w + 64 * s, stride);
+    TILE_LOAD(6, panel + 16 * width * s, width);
+    _tile_dpbf16ps(0, 4, 6);
+  }
+  TILE_STORE(0, sums, width);
+  turn(sums, rows, out);
+}
+
+static void tile_bf16(const Matrix* m, int b, const Activations* x, int row, int count,
+                      float* out) {
+  const int steps = m->padded_k / 32, rows = x->panel_rows;
+  const uint8_t* next = b + 1 < m->blocks ? m->at[b + 1] : nullptr;
+  for (int done = 0; done < count; done += rows) {
+    const uint8_t* panel = x->data + (row + done) / rows * x->stride;
+    multiply_bf16(m->at[b], m->row_bytes, panel, rows, steps, done ? nullptr : next,
+                  out + 16 * done);
+  }
+}
+
+// Two blocks with more than sixteen rows of activations: what is loaded serves two products.
+static void pair_bf16(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
+                      float* second) {
+  alignas(64) float sums[4 * 256];
+  const int steps = m->padded_k / 32;
+  const int64_t stride = m->row_bytes;
+  const uint8_t *w = m->at[b], *other = m->at[b + 1];
+  for (int done = 0; done < count; done += 32) {
+    const uint8_t* panel = x->data + (row + done) / 16 * x->stride;
+    const uint8_t* next = panel + x->stride;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int s = 0; s < steps; s++) {
+      TILE_LOAD(4, w + 64 * s, stride);
+      TILE_LOAD(6, panel + 1024 * s, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      TILE_LOAD(5, other + 64 * s, stride);
+      _tile_dpbf16ps(1, 5, 6);
+      TILE_LOAD(7, next + 1024 * s, 64);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    TILE_STORE(0, sums, 64);
+    TILE_STORE(1, sums + 256, 64);
+    TILE_STORE(2, sums + 512, 64);
+    TILE_STORE(3, sums + 768, 64);
+    turn(sums, 16, out + 16 * done);
+    turn(sums + 256, 16, second + 16 * done);
+    turn(sums + 512, 16, out + 16 * done + 256);
+    turn(sums + 768, 16, second + 16 * done + 256);
+  }
+}
+
+#else
+
+constexpr bool kPaired = false;
+
+#if defined(__AVX512F__)
+constexpr int kRowsAtOnce = 4, kFewRows = 4;
+#else
+constexpr int kRowsAtOnce = 2, kFewRows = 2;
+#endif
+
+// Rows [first, first + kRowsAtOnce) of a block times MT rows of activations: sums (MT, 16).
+template <int MT>
+static void multiply_bf16(const uint8_t* w, int64_t stride, const uint8_t* x, int64_t x_stride,
+                          int steps, F* sums) {
+  F acc[kRowsAtOnce][MT];
+  for (int r = 0; r < kRowsAtOnce; r++) {
+    for (int t = 0; t < MT; t++) acc[r][t] = set1(0.0f);
+  }
+  const uint8_t* next = w + kRowsAtOnce * stride;
+  for (int s = 0; s < steps; s++) {
+    prefetch_far(next + 64 * kRowsAtOnce * s, kRowsAtOnce);
+    V factor[MT];
+#pragma GCC unroll 4
+    for (int t = 0; t < MT; t++) factor[t] = vload(x + t * x_stride + 64 * s);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRowsAtOnce; r++) {
+      const V weight = vload(w + r * stride + 64 * s);
+#pragma GCC unroll 4
+      for (int t = 0; t < MT; t++) acc[r][t] = dot_bf16(acc[r][t], weight, factor[t]);
+    }
+  }
+  for (int r = 0; r < kRowsAtOnce; r++) {
+    for (int t = 0; t < MT; t++) sums[16 * t + r] = acc[r][t];
+  }
+}
+
+template <int MT>
+static void few_bf16(const Matrix* m, int b, const uint8_t* x, int64_t x_stride, float* out) {
+  F sums[16 * MT];
+  for (int r = 0; r < 16; r += kRowsAtOnce) {
+    multiply_bf16<MT>(m->at[b] + r * m->row_bytes, m->row_bytes, x, x_stride, m->padded_k / 32,
+                      sums + r);
+  }
+  for (int t = 0; t < MT; t++) store(out + 16 * t, reduce16(sums + 16 * t));
+}
+
+static void tile_bf16(const Matrix* m, int b, const Activations* x, int row, int count,
+                      float* out) {
+  const uint8_t* at = x->data + row * x->stride;
+  int done = 0;
+  for (; done + kFewRows <= count; done += kFewRows) {
+    few_bf16<kFewRows>(m, b, at + done * x->stride, x->stride, out + 16 * done);
+  }
+  for (; done < count; done++) few_bf16<1>(m, b, at + done * x->stride, x->stride, out + 16 * done);
+}
+
+#endif
+
+}  // namespace OPSIN_ISA
