@@ -13,6 +13,7 @@ from opsin.decoder.cache import PagedCache, sequence_slots
 from opsin.decoder.decoder import Step
 from opsin.decoder.layout import HOLE, KeptTokens
 from opsin.engine.media_cache import EncodedCache
+from opsin.engine.memory import give_back_freed
 from opsin.engine.model import Model
 from opsin.engine.scheduler import Scheduled
 from opsin.engine.sequence import Sequence
@@ -20,6 +21,8 @@ from opsin.engine.source import encode_prompts, source_step
 from opsin.engine.speaking import embedded, scored, speaks
 from opsin.families.base import Encoded, MediaInput
 from opsin.kernels import AttentionBatch
+
+LARGE_BYTES = 4 << 20  # of a medium's features, whose encoding takes long and much memory
 
 
 class Runner:
@@ -86,7 +89,17 @@ class Runner:
         family, towers = self.model.family, self.model.towers
         if self.model.device.type != "cpu":
             return family.encode(towers, items)
-        return [encoded for item in items for encoded in family.encode(towers, [item])]
+        return [encoded for item in items for encoded in self._encode_alone(item)]
+
+    def _encode_alone(self, item: MediaInput) -> list[Encoded]:
+        """What the towers make of one medium, with memory given back where that takes much."""
+        family, towers = self.model.family, self.model.towers
+        if sum(feature.nbytes for feature in item.features.values()) < LARGE_BYTES:
+            return family.encode(towers, [item])
+        give_back_freed()  # of preparing it
+        encoded = family.encode(towers, [item])
+        give_back_freed()
+        return encoded
 
     def _step(self, step: list[Scheduled]) -> Step:
         device = self.model.device
