@@ -339,9 +339,7 @@ class Engine:
                 cancelled = set(self._cancelled)
                 self._cancelled.clear()
                 closing = self._closing
-            for request in arrived:
-                self._requests[request.sequence.request_id] = request
-                self.scheduler.add(request.sequence)
+            self._admit(arrived)
             for request_id in list(self._requests) if closing else cancelled:
                 if request_id in self._requests:
                     self._finish(self._requests[request_id], "cancelled")
@@ -349,6 +347,13 @@ class Engine:
                 return
             if self._requests:
                 self._guarded_step()
+
+    def _admit(self, arrived: list[_Request]) -> None:
+        """Take new requests out of the list, which would keep their pixels while it waits."""
+        while arrived:
+            request = arrived.pop(0)
+            self._requests[request.sequence.request_id] = request
+            self.scheduler.add(request.sequence)
 
     def _can_step(self) -> bool:
         """Whether there is something to compute, and not only grammars to wait for."""
