@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 
 OUTPUT = "Output"
 READING = "Reading"
-SUFFIXES = {".md": "md", ".json": "json", ".html": "html"}
+SUFFIXES = {".md": "md", ".markdown": "md", ".json": "json", ".html": "html", ".htm": "html"}
+# What somebody who names a file of another kind than those would find a folder called.
+_OTHER_ENDINGS = "txt text pdf doc docx odt rtf xml csv tsv jsonl tex"
+OTHER_FILES = frozenset(f".{ending}" for ending in _OTHER_ENDINGS.split())
 RECORDS = ".pages"
 
 
@@ -110,6 +113,9 @@ def command(
     sources = find_sources(files)
     target = Target.of(out, output_format, sources)
     wanted = parse_pages(pages)
+    from opsin.media.document import checked_dpi
+
+    checked_dpi(dpi)
     options = {
         "max_tokens": max_tokens,
         "processor_kwargs": json_option("--processor-kwargs", processor_kwargs),
@@ -139,11 +145,12 @@ def command(
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where texts go: printed, into a folder, or into one file."""
+    """Where texts go: printed, into a folder, or into one file, whose name and ending are kept."""
 
     formats: tuple[str, ...]
     folder: Path | None = None
     name: str | None = None
+    ending: str | None = None
 
     @classmethod
     def of(cls, out: Path | None, formats: str | None, sources: list[Source]) -> Target:
@@ -164,17 +171,24 @@ class Target:
                 )
             return cls(given)
         if suffix is None:
+            if out.suffix.lower() in OTHER_FILES and not out.is_dir():
+                raise InputError(
+                    f"{out.name} is no kind of file that can be written",
+                    remedy="Name a folder, or a file that ends in .md, .json or .html",
+                    param="out",
+                )
             if out.exists() and not out.is_dir():
                 raise InputError(f"{out} is not a folder", param="out")
             return cls(given, out)
         if len(sources) > 1 or given != (suffix,):
+            several = len(sources) > 1 or len(given) > 1
             raise InputError(
                 f"{out.name} is one file",
-                why="there are several texts to write",
+                why="there are several texts to write" if several else f"it is not {given[0]}",
                 remedy="Name a folder with --out",
                 param="out",
             )
-        return cls(given, out.parent, out.stem)
+        return cls(given, out.parent, out.stem, out.suffix)
 
     def place(self, source: Source) -> Path:
         """The path of a document's text, without its ending."""
@@ -210,7 +224,8 @@ class Report:
             where = f"{path}, page {number}" if number else path
             typer.echo(f"opsin: {where}: {said}", err=True)
         rate = self.read / self.seconds if self.seconds else 0.0
-        parts = [f"{self.read} pages in {self.seconds:.1f} s, {rate:.2f} pages/s"]
+        pages = "page" if self.read == 1 else "pages"
+        parts = [f"{self.read} {pages} in {self.seconds:.1f} s, {rate:.2f} pages/s"]
         parts += [f"{self.kept} read before"] if self.kept else []
         parts += [f"{self.cut} cut off at --max-tokens"] if self.cut else []
         parts += [f"{len(self.errors)} failed"] if self.errors else []
@@ -313,6 +328,7 @@ class Run:
                 if count == 0 or not set(self._chosen(count)) <= set(known):
                     work.document = opening.take(work.source)
                     count = len(work.document)
+                self._check_chosen(count)
             except OpsinError as error:
                 self._failed(work, 0, error)
                 self._finish(work)
@@ -325,6 +341,14 @@ class Run:
             if not missing:
                 self._finish(work)
             yield from ((work, number) for number in missing)
+
+    def _check_chosen(self, count: int) -> None:
+        if not self._chosen(count):
+            raise InputError(
+                "It has none of the pages asked for",
+                why=f"it has {count}" if count > 1 else "it has one page",
+                param="pages",
+            )
 
     def _chosen(self, count: int) -> list[int]:
         return [n for n in range(1, count + 1) if self.wanted is None or n in self.wanted]
@@ -393,7 +417,8 @@ class Run:
         text = self._text(work)
         place = self.target.place(work.source)
         for form in self.target.formats:
-            write_whole(place.with_name(f"{place.name}.{form}"), text.render(form, self.furniture))
+            name = f"{place.name}{self.target.ending or f'.{form}'}"
+            write_whole(place.with_name(name), text.render(form, self.furniture))
 
 
 @contextmanager

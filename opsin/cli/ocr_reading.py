@@ -8,12 +8,13 @@ from typing import Any
 
 from PIL import Image
 
-from opsin.api import Answering, GenerationResult, ask
+from opsin.api import Answering, GenerationResult, ask, checked_sampling
 from opsin.cli.ocr_pages import PageText
 from opsin.engine.model import Model
 from opsin.engine.processor import Processor
 from opsin.grounding.layout import Element
 from opsin.media.document import Document
+from opsin.prompt.tasks import find_task
 
 # What is asked of a model whose family has no task for it.
 PROMPT = "Read the text."
@@ -34,7 +35,13 @@ class Asking:
     def of(
         cls, processor: Processor, prompt: str | None, task: str | None, options: dict[str, Any]
     ) -> Asking:
-        """The task or prompt given, else the family's own way to read a page."""
+        """The task or prompt given, else the family's own way to read a page.
+
+        Raises InputError for a task that the model does not have, and for a bad `max_tokens`.
+        """
+        checked_sampling({"max_tokens": options["max_tokens"]})
+        if task is not None:
+            find_task(processor.family, task)
         tasks = processor.family.tasks
         if prompt is None and task is None:
             pages = [name for name, known in tasks.items() if known.layout and not known.takes_text]

@@ -97,7 +97,8 @@ def parse_pages(text: str | None) -> frozenset[int] | None:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         ends = (first, last if dash else first)
-        if not all(end.isdigit() and 0 < int(end) <= 1_000_000 for end in ends):
+        known = all(end.isdigit() and 0 < int(end) <= 1_000_000 for end in ends)
+        if not known or int(ends[0]) > int(ends[1]):
             raise InputError(
                 f"{text!r} names no pages", remedy="Write it like 1-3,7", param="pages"
             )

@@ -72,7 +72,7 @@ def test_pages_of_a_pdf_read_as_the_same_pictures_do_and_once(tmp_path: Path) ->
     (out / ".pages" / "scan" / "00002.json").unlink()
     done = opsin(given, "-o", out, "--format", "json,md")
     assert done.returncode == 0, done.stderr
-    assert "1 pages in" in done.stderr
+    assert "1 page in" in done.stderr
     assert "5 read before" in done.stderr
     assert texts(out / "scan.json") == alone
 
@@ -184,6 +184,36 @@ def test_some_pages_into_one_file(paper: Path, tmp_path: Path) -> None:
     page = (tmp_path / "text.html").read_text()
     assert page.index("page-1") < page.index("page-3")
     assert "page-2" not in page
+    reader = Stub()
+    reader.turn = {}
+    run(reader, paper, tmp_path / "TEXT.Htm")
+    assert "page-2" in (tmp_path / "TEXT.Htm").read_text()
+
+
+def test_pages_that_a_document_lacks_are_an_error(paper: Path, tmp_path: Path) -> None:
+    report = run(Stub(), paper, tmp_path / "out", wanted=parse_pages("9"))
+    ((path, number, said),) = report.errors
+    assert (path, number, report.read) == (str(paper), 0, 0)
+    assert said == "It has none of the pages asked for: it has 3."
+    kept = run(Stub(), paper, tmp_path / "out", wanted=parse_pages("3-9"))
+    assert (kept.read, kept.errors) == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--task", "nope"), "This model has no task 'nope'"),
+        (("--max-tokens", "0"), "max_tokens cannot be 0"),
+        (("--dpi", "0"), "dpi cannot be 0"),
+    ],
+)
+def test_what_no_page_could_be_read_with_is_refused_once(
+    paper: Path, flags: tuple[str, ...], says: str
+) -> None:
+    done = opsin(paper, *flags)
+    assert done.returncode == 2
+    assert done.stderr.count(says) == 1
+    assert "page 1" not in done.stderr
 
 
 def test_sources_are_found_and_told_apart(tmp_path: Path) -> None:
@@ -217,7 +247,7 @@ def test_page_ranges(text: str, numbers: set[int]) -> None:
     assert parse_pages(text) == numbers
 
 
-@pytest.mark.parametrize("text", ["", "0", "a", "1-", "-3", "1--2"])
+@pytest.mark.parametrize("text", ["", "0", "a", "1-", "-3", "1--2", "5-3"])
 def test_no_page_range(text: str) -> None:
     with pytest.raises(InputError, match="names no pages"):
         parse_pages(text)
@@ -228,10 +258,12 @@ def test_no_page_range(text: str) -> None:
     [
         (None, "md,json", "Only one format"),
         (None, "docx", "Unknown format 'docx'"),
-        ("text.md", "json", "one file"),
+        ("text.md", "json", "one file: it is not json"),
+        ("text.md", "md,json", "one file: there are several texts"),
+        ("text.txt", None, "text.txt is no kind of file that can be written"),
     ],
 )
-def test_targets_that_do_not_fit(paper: Path, out: str | None, form: str, says: str) -> None:
+def test_targets_that_do_not_fit(paper: Path, out: str | None, form: str | None, says: str) -> None:
     with pytest.raises(InputError, match=says):
         Target.of(Path(out) if out else None, form, find_sources([str(paper)]))
 
