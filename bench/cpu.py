@@ -99,6 +99,20 @@ class EngineProcess:
         self.log.unlink()
 
 
+def gguf_files(args: argparse.Namespace, folder: Path, bits: int) -> Path:
+    """llama.cpp's files of a checkpoint, written where they are missing; that of the decoder."""
+    files = folder.with_name(f"{folder.name}-gguf")
+    text = files / {4: "text-q4_0.gguf", 8: "text-q8_0.gguf", 16: "text-bf16.gguf"}[bits]
+    tower = files / f"tower-{args.rival_tower}.gguf"
+    if not (text.exists() and tower.exists()):
+        python, named = args.rival_python or sys.executable, ["--tower", args.rival_tower]
+        writer = [python, str(HERE / "gguf_files.py"), str(folder), str(files), *named]
+        subprocess.run(writer, check=True)
+        engine = [python, str(HERE / "llama_cpp_engine.py"), str(files), *named]
+        subprocess.run([*engine, "--bits", str(bits), "--only-files"], check=True)
+    return text
+
+
 def prepare(args: argparse.Namespace) -> dict[str, list[str]]:
     """Write what the engines read; the command of each."""
     from latency import opsin_image_tokens, picture, write_checkpoint
@@ -111,9 +125,7 @@ def prepare(args: argparse.Namespace) -> dict[str, list[str]]:
     commands = {"opsin": [sys.executable, str(HERE / "opsin_engine.py"), str(folder), *common]}
     python = args.rival_python or sys.executable
     if args.rival == "llama.cpp":
-        files = work / f"{args.shape}-gguf"
-        writer = [python, str(HERE / "gguf_files.py"), str(folder), str(files)]
-        subprocess.run([*writer, "--tower", args.rival_tower], check=True)
+        files = gguf_files(args, folder, args.bits).parent
         engine = [python, str(HERE / "llama_cpp_engine.py"), str(files), *common]
         commands[args.rival] = [*engine, "--tower", args.rival_tower]
     elif args.rival:
@@ -203,7 +215,7 @@ def main() -> None:
     kernels.add_argument("--isa", default="auto")
     whole = what.add_parser("models")
     whole.add_argument("--shape", default="smolvlm-256m")
-    whole.add_argument("--bits", type=int, choices=[4, 16], default=4)
+    whole.add_argument("--bits", type=int, choices=[4, 8, 16], default=4)
     whole.add_argument("--rival", choices=["llama.cpp", "transformers", "openvino"])
     whole.add_argument("--rival-python", help="of the environment that the rival is installed in")
     whole.add_argument("--rival-tower", choices=["f16", "bf16", "q8_0"], default="f16")

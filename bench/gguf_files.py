@@ -2,8 +2,8 @@
 
     python bench/gguf_files.py CHECKPOINT OUT [--tower f16|bf16|q8_0]
 
-Runs with the rival's Python: it needs numpy and `gguf` only. The vocabulary is made up (bytes, the
-special tokens that a picture needs, and fillers), since random weights have none. Two shapes:
+Runs with the rival's Python: it needs numpy and `gguf` only. The vocabulary is made up
+(bench/vocabulary.py), since random weights have none. Two shapes:
 Qwen3-VL and Idefics3 over a Llama decoder. Speed does not depend on the order of rows within a
 head, so it is left as it is.
 """
@@ -18,6 +18,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import vocabulary
 
 TEXT = {
     "input_layernorm": "attn_norm",
@@ -62,14 +63,6 @@ WHOLE = {
     "visual.merger.norm": "v.post_ln",
     "visual.merger.linear_fc1": "mm.0",
     "visual.merger.linear_fc2": "mm.2",
-}
-SPECIAL = {
-    "qwen3_vl": {151652: "<|vision_start|>", 151653: "<|vision_end|>", 151655: "<|image_pad|>"},
-    "idefics3": {
-        49152: "<fake_token_around_image>",
-        49153: "<global-img>",
-        **{49154 + 6 * r + c: f"<row_{r + 1}_col_{c + 1}>" for r in range(6) for c in range(6)},
-    },
 }
 
 
@@ -122,26 +115,16 @@ def add(writer: gguf.GGUFWriter, name: str, values: np.ndarray, kind: str) -> No
         writer.add_tensor(name, coded, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
 
 
-def byte_characters() -> list[str]:
-    """The characters that stand for the 256 bytes in a vocabulary of the GPT-2 kind."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = (byte for byte in range(256) if byte not in plain)
-    moved = {byte: chr(256 + i) for i, byte in enumerate(rest)}
-    return [moved.get(byte, chr(byte)) for byte in range(256)]
-
-
 def add_vocabulary(writer: gguf.GGUFWriter, model_type: str, size: int) -> None:
-    """A vocabulary of `size` tokens in which bytes and special tokens mean something."""
-    words = [*byte_characters(), *(f"w{i}" for i in range(256, size))]
+    """The made-up vocabulary, `size` tokens of it."""
     kinds = [gguf.TokenType.NORMAL] * size
-    words[256] = "\u010a\u010a"  # two line breaks
-    for i, word in SPECIAL[model_type].items():
-        words[i], kinds[i] = word, gguf.TokenType.CONTROL
+    for i in vocabulary.SPECIAL[model_type]:
+        kinds[i] = gguf.TokenType.CONTROL
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2" if model_type == "qwen3_vl" else "smollm")
-    writer.add_token_list(words)
+    writer.add_token_list(vocabulary.words(model_type, size))
     writer.add_token_types(kinds)
-    writer.add_token_merges(["\u010a \u010a"])
+    writer.add_token_merges([f"{vocabulary.BREAK} {vocabulary.BREAK}"])
     writer.add_eos_token_id(size - 1)
     writer.add_bos_token_id(size - 2)
     writer.add_add_bos_token(False)

@@ -2,11 +2,12 @@
 
     python bench/llama_cpp_engine.py FOLDER --bits 4 --threads 2 --picture FILE
 
-FOLDER holds the files of bench/gguf_files.py; the 4-bit one is made here by llama.cpp's own
-quantiser (Q4_0). PICTURE is 1024 x 768 x 3 bytes. Flash attention is on; weights are mapped, which
-is its default, and repacked where this machine has a faster layout, which is too. Built by GCC 12
-for a machine with AMX it ends at the first 4-bit product: the compiler drops what a tile's
-configuration is read from. With its amx/mmq.cpp compiled by -fno-tree-dse -fno-dse it runs.
+FOLDER holds the files of bench/gguf_files.py; those of 4 and 8 bits are made here by llama.cpp's
+own quantiser (Q4_0, Q8_0). PICTURE is 1024 x 768 x 3 bytes. Flash attention is on; weights are
+mapped, which is its default, and repacked where this machine has a faster layout, which is too.
+Built by GCC 12 for a machine with AMX it ends at the first 4-bit product: the compiler drops what a
+tile's configuration is read from. With its amx/mmq.cpp compiled by -fno-tree-dse -fno-dse it runs;
+LLAMA_CPP_LIB_PATH names the folder of libraries so built.
 """
 
 from __future__ import annotations
@@ -24,15 +25,18 @@ import numpy as np
 
 WIDTH, HEIGHT = 1024, 768
 MAX_CONTEXT, BATCH, UBATCH = 1280, 2048, 512
-Q4_0 = 2
+KINDS = {4: ("q4_0", 2), 8: ("q8_0", 7)}  # bits -> name and llama.cpp's number of a file's kind
 
 
-def quantised(folder: Path, threads: int) -> Path:
-    """The 4-bit file, made once."""
-    target = folder / "text-q4_0.gguf"
+def text_file(folder: Path, bits: int, threads: int) -> Path:
+    """The decoder's file, quantised once where fewer bits are asked."""
+    if bits == 16:
+        return folder / "text-bf16.gguf"
+    name, kind = KINDS[bits]
+    target = folder / f"text-{name}.gguf"
     if not target.exists():
         params = llama_cpp.llama_model_quantize_default_params()
-        params.ftype, params.nthread = Q4_0, threads
+        params.ftype, params.nthread = kind, threads
         source = str(folder / "text-bf16.gguf").encode()
         partial = target.with_suffix(".part")
         if llama_cpp.llama_model_quantize(source, str(partial).encode(), ctypes.byref(params)):
@@ -185,14 +189,16 @@ class LlamaCpp:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--bits", type=int, choices=[4, 16], default=16)
+    parser.add_argument("--bits", type=int, choices=[4, 8, 16], default=16)
     parser.add_argument("--tower", default="f16")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--picture", type=Path, required=True)
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--only-files", action="store_true", help="quantise, and run nothing")
     args = parser.parse_args()
     llama_cpp.llama_backend_init()
-    four = args.bits == 4
-    text = quantised(args.folder, args.threads) if four else args.folder / "text-bf16.gguf"
+    text = text_file(args.folder, args.bits, args.threads)
+    if args.only_files:
+        return
     start = rows.now()
     tower = args.folder / f"tower-{args.tower}.gguf"
     engine = LlamaCpp(text, tower, args.picture.read_bytes(), args.threads)
