@@ -53,6 +53,12 @@ class MediaInput:
     num_frames: int = 0
 
 
+def features_of(items: Sequence[MediaInput], name: str) -> Tensor:
+    """A feature of several media one after another; of one alone as it is, not a copy."""
+    parts = [item.features[name] for item in items]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """What a tower made of one MediaInput.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -136,8 +137,35 @@ def tile_features(
 
     `merge` keeps blocks of patches together. `positions` are the rows of the position table that a
     tile's patches take, all in order by default. `counts` selects the states after so many layers,
-    side by side; without them it is the tower's result.
+    side by side; without them it is the tower's result. A few tiles go through at a time, so that
+    only their pixels are copied.
     """
+    first, *rest = tiles_together(tower, tiles, patch)
+    features = _tile_features(tower, first, patch, merge, positions, counts)
+    if not rest:
+        return features
+    out = features.new_empty(len(tiles), *features.shape[1:])
+    out[: len(first)] = features
+    for part, rows in zip(rest, out[len(first) :].split(len(first)), strict=True):
+        rows.copy_(_tile_features(tower, part, patch, merge, positions, counts))
+    return out
+
+
+def tiles_together(tower: VisionTransformer, tiles: Tensor, patch: int) -> tuple[Tensor, ...]:
+    """Tiles (tiles, channels, height, width) in parts that go through a tower at once."""
+    patches = math.prod(tiles.shape[-2:]) // patch**2
+    return tiles.split(max(1, tower.group_patches // patches))
+
+
+def _tile_features(
+    tower: VisionTransformer,
+    tiles: Tensor,
+    patch: int,
+    merge: int,
+    positions: Tensor | None,
+    counts: Sequence[int],
+) -> Tensor:
+    """As `tile_features`, all at once."""
     cut = pixels.patchify(tiles.to(tower.patch.weight), patch, merge).unflatten(0, (len(tiles), -1))
     table = tower.positions.weight
     rows = table if positions is None else table[positions.to(table.device)]

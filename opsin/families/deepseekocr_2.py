@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from opsin.decoder.config import MLPConfig
-from opsin.families.base import Encoded, MediaInput
+from opsin.families.base import Encoded, MediaInput, features_of
 from opsin.families.deepseek_ocr_shape import CELLS, GREY, DeepseekOCRShape
 from opsin.families.internvl import nearest_grid
 from opsin.families.llama_shape import EXPERT_RENAME, LLAMA_RENAME
@@ -102,7 +102,7 @@ class DeepseekOCR2(DeepseekOCRShape):
         counts = [len(item.features["pixel_values_local"]) for item in items]
         tiles: Sequence[Tensor] = [wholes[:0]] * len(items)
         if any(counts):
-            together = torch.cat([item.features["pixel_values_local"] for item in items])
+            together = features_of(items, "pixel_values_local")
             tiles = self.read(towers, together).split(counts)
         separator = towers["separator"].get_parameter("weight")[None]
         return [

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ from opsin.families.bart_shape import (
     bart_decoder,
     bart_encoder,
 )
-from opsin.families.base import Encoded, Family, MediaInput
+from opsin.families.base import Encoded, Family, MediaInput, features_of
 from opsin.families.florence2_tasks import NAMED, TOKENS, WORDS
 from opsin.families.llama_shape import ACTIVATIONS
 from opsin.kernels import Kernels
@@ -210,7 +209,7 @@ class Florence2(Family):
 
     def encode(self, towers: nn.ModuleDict, items: Sequence[MediaInput]) -> list[Encoded]:
         weight = towers.get_parameter("projector.projection.weight")
-        batch = torch.cat([item.features["pixel_values"] for item in items]).to(weight)
+        batch = features_of(items, "pixel_values").to(weight)
         return [Encoded(embeds) for embeds in towers["projector"](towers["vision"](batch))]
 
     def encode_prompts(

@@ -8,14 +8,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import nn
 
 from opsin.decoder.config import DecoderConfig
 from opsin.errors import InputError
 from opsin.families.backbones import BackboneFamily
-from opsin.families.base import Encoded, MediaInput
+from opsin.families.base import Encoded, MediaInput, features_of
 from opsin.families.clip_shape import (
     CLIP_IGNORED,
     CLIP_RENAME,
@@ -96,12 +95,7 @@ class Gemma3(BackboneFamily):
         views = [image, *(cut if switch_option(chosen, "do_pan_and_scan", False) else [])]
         size, resample = self.processor_config["size"], self.processor_config.get("resample", 2)
         normalisation = pixels.normalisation(self.processor_config)
-        values = [
-            pixels.normalised(
-                pixels.resize(view, size["width"], size["height"], resample), *normalisation
-            )
-            for view in views
-        ]
+        resized = [pixels.resize(view, size["width"], size["height"], resample) for view in views]
         soft = self.media_token("image") * self.tile_tokens
         one = f"\n\n{self.placeholders['image']}{soft}<end_of_image>\n\n"
         text = one
@@ -113,7 +107,7 @@ class Gemma3(BackboneFamily):
             )
         return MediaInput(
             kind="image",
-            features={"pixel_values": torch.stack(values)},
+            features={"pixel_values": pixels.normalised_tiles(resized, *normalisation)},
             text=text,
             num_tokens=len(views) * self.tile_tokens,
             size=image.size,
@@ -134,7 +128,7 @@ class Gemma3(BackboneFamily):
         places = grid_coordinates(self.side, self.side, self.pool)
         features = tile_features(
             vision_of(towers),
-            torch.cat([item.features["pixel_values"] for item in items]),
+            features_of(items, "pixel_values"),
             self.patch,
             merge=self.pool,
             positions=places[:, 0] * self.side + places[:, 1],

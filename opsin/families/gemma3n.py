@@ -21,7 +21,7 @@ from opsin.checkpoint.weights import Rename
 from opsin.decoder.config import DecoderConfig
 from opsin.decoder.decoder import Decoder
 from opsin.errors import CheckpointError, InputError, MediaError
-from opsin.families.base import Encoded, Family, MediaInput
+from opsin.families.base import Encoded, Family, MediaInput, features_of
 from opsin.families.gemma3n_names import GEMMA3N_RENAME
 from opsin.families.gemma3n_shape import (
     AUDIO,
@@ -170,16 +170,11 @@ class Gemma3n(Family):
         config = self.processor_config
         size = config["size"]["width"], config["size"]["height"]
         normalisation = pixels.normalisation(config)
-        values = [
-            pixels.normalised(
-                pixels.resize(picture, *size, config.get("resample", 2)), *normalisation
-            )
-            for picture in pictures
-        ]
+        resized = [pixels.resize(each, *size, config.get("resample", 2)) for each in pictures]
         soft = self.placeholders["image"] * self.image_tokens
         return MediaInput(
             kind=kind,
-            features={"pixel_values": torch.stack(values)},
+            features={"pixel_values": pixels.normalised_tiles(resized, *normalisation)},
             text=f"\n\n<start_of_image>{soft}<end_of_image>\n\n" * len(pictures),
             num_tokens=self.image_tokens * len(pictures),
             size=pictures[0].size,
@@ -224,7 +219,7 @@ class Gemma3n(Family):
 
     def encode(self, towers: nn.ModuleDict, items: Sequence[MediaInput]) -> list[Encoded]:
         if items[0].kind != "audio":
-            features = towers["vision"](torch.cat([i.features["pixel_values"] for i in items]))
+            features = towers["vision"](features_of(items, "pixel_values"))
             embeds = _embedder(towers, "vision")(features * features.shape[-1] ** 0.5)
             parts = embeds.flatten(0, 1).split([item.num_tokens for item in items])
             return [Encoded(part) for part in parts]

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from opsin.errors import InputError
 from opsin.families.backbones import BackboneFamily
-from opsin.families.base import Encoded, MediaInput
+from opsin.families.base import Encoded, MediaInput, features_of
 from opsin.families.clip_shape import (
     CLIP_IGNORED,
     CLIP_RENAME,
     clip_config,
     one_side,
     tile_features,
+    tiles_together,
     with_defaults,
 )
 from opsin.families.llama_shape import LLAMA_RENAME
@@ -123,8 +124,7 @@ class Idefics3(BackboneFamily):
 
     def normalised(self, tiles: Sequence[Image.Image]) -> Tensor:
         """Tiles as the tower's input (tiles, 3, height, width)."""
-        normalisation = pixels.normalisation(self.processor_config)
-        return torch.stack([pixels.normalised(tile, *normalisation) for tile in tiles])
+        return pixels.normalised_tiles(tiles, *pixels.normalisation(self.processor_config))
 
     def layout_text(self, tiles: int, columns: int) -> str:
         """The text of a picture: each tile's place and tokens, a line a row, then the whole."""
@@ -147,8 +147,8 @@ class Idefics3(BackboneFamily):
         places = grid_coordinates(count, count, self.scale)
         return bucketed_positions(count, count, side)[places[:, 0] * count + places[:, 1]]
 
-    def encode(self, towers: nn.ModuleDict, items: Sequence[MediaInput]) -> list[Encoded]:
-        tiles = torch.cat([item.features["pixel_values"] for item in items])
+    def tile_embeds(self, towers: nn.ModuleDict, tiles: Tensor) -> Tensor:
+        """Tiles (tiles, channels, height, width) to the embeddings of their tokens."""
         features = tile_features(
             vision_of(towers),
             tiles,
@@ -156,8 +156,15 @@ class Idefics3(BackboneFamily):
             merge=self.scale,
             positions=self.tile_positions(),
         )
-        merged = features.reshape(-1, features.shape[-1] * self.scale**2)
-        embeds = towers["projector"](merged)
+        embeds: Tensor = towers["projector"](
+            features.reshape(-1, features.shape[-1] * self.scale**2)
+        )
+        return embeds
+
+    def encode(self, towers: nn.ModuleDict, items: Sequence[MediaInput]) -> list[Encoded]:
+        tiles, patch = features_of(items, "pixel_values"), one_side(self.vision["patch_size"])
+        parts = tiles_together(vision_of(towers), tiles, patch)
+        embeds = torch.cat([self.tile_embeds(towers, part) for part in parts])
         return [Encoded(part) for part in embeds.split([item.num_tokens for item in items])]
 
 

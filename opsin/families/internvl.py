@@ -13,7 +13,7 @@ from torch import nn
 
 from opsin.errors import InputError
 from opsin.families.backbones import BackboneFamily
-from opsin.families.base import Encoded, MediaInput
+from opsin.families.base import Encoded, MediaInput, features_of
 from opsin.families.clip_shape import later_layers, layer_counts, one_side, tile_features
 from opsin.families.llama_shape import ACTIVATIONS, EXPERT_RENAME, LLAMA_RENAME
 from opsin.families.options import switch_option
@@ -154,9 +154,7 @@ class InternVL(BackboneFamily):
         return MediaInput(
             kind="image",
             features={
-                "pixel_values": torch.stack(
-                    [pixels.normalised(tile, *normalisation) for tile in tiles]
-                )
+                "pixel_values": pixels.normalised_tiles(tiles, *normalisation),
             },
             text=f"<img>{self.media_token('image') * tokens}</img>",
             num_tokens=tokens,
@@ -199,7 +197,7 @@ class InternVL(BackboneFamily):
         positions = torch.cat((torch.zeros(1).long(), places[:, 0] * count + places[:, 1] + 1))
         features = tile_features(
             vision_of(towers),
-            torch.cat([item.features["pixel_values"] for item in items]),
+            features_of(items, "pixel_values"),
             self.patch,
             merge=self.merge,
             positions=positions,

@@ -19,7 +19,7 @@ from opsin.decoder.config import (
     MLPConfig,
     MoEConfig,
 )
-from opsin.families.base import Encoded, Family, MediaInput
+from opsin.families.base import Encoded, Family, MediaInput, features_of
 from opsin.families.clip_shape import one_side
 from opsin.families.llama_shape import ACTIVATIONS, LLAMA_RENAME, llama_decoder
 from opsin.families.options import MAX_TILES, switch_option, whole_option
@@ -174,7 +174,7 @@ class Llama4(Family):
         tower = vision_of(towers)
         device, config = tower.patch.weight.device, tower.config
         vision = self.config["vision_config"]
-        tiles = torch.cat([item.features["pixel_values"] for item in items])
+        tiles = features_of(items, "pixel_values")
         patches = torch.cat(
             [pixels.patchify(tile, one_side(vision["patch_size"]), MERGE) for tile in tiles]
         )

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from opsin.families import bundled_template
 from opsin.families.backbones import BackboneFamily
-from opsin.families.base import Encoded, MediaInput
+from opsin.families.base import Encoded, MediaInput, features_of
 from opsin.families.clip_shape import (
     CLIP_IGNORED,
     CLIP_RENAME,
@@ -106,7 +105,7 @@ class Llava(BackboneFamily):
         return projected.unflatten(0, kept.shape[:2])
 
     def encode(self, towers: nn.ModuleDict, items: Sequence[MediaInput]) -> list[Encoded]:
-        tiles = torch.cat([item.features["pixel_values"] for item in items])
+        tiles = features_of(items, "pixel_values")
         return [Encoded(embeds * self.media_scale) for embeds in self.project(towers, tiles)]
 
 

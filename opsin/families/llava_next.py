@@ -51,7 +51,7 @@ class LlavaNext(Llava):
         tiles = [canvas.crop((x, y, x + side, y + side)) for x, y in places]
         tiles.insert(0, pixels.resize(image, side, side, resample))
         normalisation = pixels.normalisation(config)
-        values = torch.stack([pixels.normalised(tile, *normalisation) for tile in tiles])
+        values = pixels.normalised_tiles(tiles, *normalisation)
         across = side // self.patch
         columns, rows = size[0] // side * across, size[1] // side * across
         left, top = margins(*image.size, columns, rows)

@@ -19,7 +19,7 @@ from opsin.checkpoint.safetensors import StoredTensor
 from opsin.decoder.config import DecoderConfig
 from opsin.errors import InputError
 from opsin.families.backbones import backbone
-from opsin.families.base import Encoded, Family, MediaInput
+from opsin.families.base import Encoded, Family, MediaInput, features_of
 from opsin.families.clip_shape import clip_config, one_side
 from opsin.families.minicpmo_names import MINICPMO_RENAME, resampler_parts
 from opsin.families.options import MAX_TILES, whole_option
@@ -220,7 +220,7 @@ class MiniCPMO(Family):
             [rows * columns for rows, columns in grids],
             position_embeds=tower.positions(places.to(tower.patch.weight.device)),
         )
-        cut = torch.cat([item.features["pixel_values"] for item in items])
+        cut = features_of(items, "pixel_values")
         features, _ = tower(cut.to(tower.patch.weight), layout)
         read = towers["resampler"](features, grids)
         counts = [len(item.details["grids"]) for item in items]

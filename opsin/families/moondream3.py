@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from opsin.checkpoint.safetensors import StoredTensor
 from opsin.decoder.config import DecoderConfig
 from opsin.errors import InputError
-from opsin.families.base import Encoded, Family, MediaInput, Prompt
+from opsin.families.base import Encoded, Family, MediaInput, Prompt, features_of
 from opsin.families.moondream3_places import PlaceSpeaker, PlaceTokens
 from opsin.families.moondream3_shape import (
     EPS,
@@ -183,7 +183,7 @@ class Moondream3(Family):
     def encode(self, towers: nn.ModuleDict, items: Sequence[MediaInput]) -> list[Encoded]:
         tower, count = vision_of(towers), self.side**2
         margins = (self.vision["overlap_margin"],) * 2
-        crops = torch.cat([item.features["pixel_values"] for item in items])
+        crops = features_of(items, "pixel_values")
         table = tower.positions.weight
         layout = VisionLayout([count] * len(crops), position_embeds=table.repeat(len(crops), 1))
         patches = pixels.patchify(crops.to(table.device), self.vision["enc_patch_size"])

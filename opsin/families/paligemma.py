@@ -8,14 +8,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from opsin.decoder.config import DecoderConfig
 from opsin.errors import InputError
 from opsin.families.backbones import BackboneFamily
-from opsin.families.base import Encoded, MediaInput
+from opsin.families.base import Encoded, MediaInput, features_of
 from opsin.families.clip_shape import (
     CLIP_IGNORED,
     CLIP_RENAME,
@@ -120,7 +119,7 @@ class PaliGemma(BackboneFamily):
     # Towers.
 
     def encode(self, towers: nn.ModuleDict, items: Sequence[MediaInput]) -> list[Encoded]:
-        tiles = torch.cat([item.features["pixel_values"] for item in items])
+        tiles = features_of(items, "pixel_values")
         features = tile_features(vision_of(towers), tiles, self.patch)
         return [Encoded(embeds) for embeds in towers["projector"](features)]
 

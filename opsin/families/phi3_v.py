@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from opsin.checkpoint.safetensors import StoredTensor
 from opsin.errors import InputError, MediaError
-from opsin.families.base import Encoded, MediaInput
+from opsin.families.base import Encoded, MediaInput, features_of
 from opsin.families.clip_shape import (
     CLIP_RENAME,
     clip_config,
@@ -134,7 +134,7 @@ class Phi3Vision(Phi3Family):
 
     def encode(self, towers: nn.ModuleDict, items: Sequence[MediaInput]) -> list[Encoded]:
         patch = one_side(self.vision["patch_size"])
-        crops = torch.cat([item.features["pixel_values"] for item in items])
+        crops = features_of(items, "pixel_values")
         features = tile_features(vision_of(towers), crops, patch, counts=(self.count,))[:, 1:]
         counts = [len(item.features["pixel_values"]) for item in items]
         return [

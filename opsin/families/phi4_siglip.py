@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from opsin.errors import CheckpointError
-from opsin.families.base import Encoded, MediaInput
+from opsin.families.base import Encoded, MediaInput, features_of
 from opsin.families.clip_shape import CLIP_RENAME, clip_config, layer_counts, one_side
 from opsin.families.options import whole_option
 from opsin.families.phi3_shape import PHI3_RENAME, Phi3Family
@@ -111,7 +111,7 @@ class Phi4Siglip(Phi3Family):
         grids = [item.details["grid"] for item in items]
         counts = [rows * columns for rows, columns in grids]
         places = torch.cat([smoothed_positions(table, *grid) for grid in grids])
-        cut = torch.cat([item.features["pixel_values"] for item in items]).to(table)
+        cut = features_of(items, "pixel_values").to(table)
         features, _ = tower(cut, VisionLayout(counts, position_embeds=places))
         return [Encoded(part) for part in towers["projector"](features).split(counts)]
 

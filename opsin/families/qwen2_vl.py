@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from opsin.checkpoint.weights import Rename
 from opsin.decoder.config import DecoderConfig
-from opsin.families.base import Encoded, Family, MediaInput
+from opsin.families.base import Encoded, Family, MediaInput, features_of
 from opsin.families.llama_shape import llama_decoder, rope_parameters
 from opsin.families.mrope import TokenGrid, mrope_positions
 from opsin.families.options import pixel_limits, switch_option
@@ -235,7 +235,7 @@ class Qwen2VL(Family):
     def patches(self, towers: nn.ModuleDict, items: Sequence[MediaInput]) -> Tensor:
         """All patches of several pictures, (patches, patch_dim), where the tower wants them."""
         weight = vision_of(towers).patch.weight
-        return torch.cat([item.features["pixel_values"] for item in items]).to(weight)
+        return features_of(items, "pixel_values").to(weight)
 
     def encode(self, towers: nn.ModuleDict, items: Sequence[MediaInput]) -> list[Encoded]:
         features, _ = towers["vision"](

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from opsin.checkpoint.weights import Rename
 from opsin.families.backbones import BackboneFamily
-from opsin.families.base import Encoded, MediaInput
+from opsin.families.base import Encoded, MediaInput, features_of
 from opsin.families.llama_shape import ACTIVATIONS, LLAMA_RENAME
 from opsin.kernels import Kernels
 from opsin.towers.mel import whisper_features
@@ -120,7 +119,7 @@ class Voxtral(BackboneFamily):
         return MediaInput("audio", {"input_features": pieces}, AUDIO * tokens, tokens)
 
     def encode(self, towers: nn.ModuleDict, items: Sequence[MediaInput]) -> list[Encoded]:
-        pieces = torch.cat([item.features["input_features"] for item in items])
+        pieces = features_of(items, "input_features")
         embeds = towers["projector"](towers["audio"](pieces).flatten(0, 1))
         return [Encoded(part) for part in embeds.split([item.num_tokens for item in items])]
 

@@ -110,6 +110,16 @@ def normalised(image: Image.Image, mean: Sequence[float], std: Sequence[float]) 
     return normalised_frames(pixels, mean, std)
 
 
+def normalised_tiles(
+    tiles: Sequence[Image.Image], mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
+    """RGB pictures of one size as `normalised` makes them, (tiles, 3, height, width)."""
+    out = torch.empty(len(tiles), 3, tiles[0].height, tiles[0].width)
+    for values, tile in zip(out, tiles, strict=True):
+        values.copy_(normalised(tile, mean, std))
+    return out
+
+
 def normalisation(config: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
     """A processor config's mean and deviation; CLIP's where it states none."""
     if config.get("do_normalize", True) is False:

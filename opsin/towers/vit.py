@@ -53,7 +53,8 @@ class ViTConfig:
     windowed: frozenset[int] = frozenset()
 
 
-GROUP_PATCHES = 4096  # most patches that go through the layers together, one run at the least
+# Most patches that go through the layers together, one run at least; on a CPU more gain nothing.
+GROUP_PATCHES, CPU_GROUP_PATCHES = 4096, 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,20 +244,27 @@ class VisionTransformer(nn.Module):
         tapped = [torch.cat(same) for same in zip(*(taps for _, taps in parts), strict=True)]
         return torch.cat([features for features, _ in parts]), tapped
 
+    @property
+    def group_patches(self) -> int:
+        """Most patches that go through the layers together, where runs are no longer."""
+        on_cpu = self.patch.weight.device.type == "cpu"
+        return CPU_GROUP_PATCHES if on_cpu else GROUP_PATCHES
+
     def _groups(
         self, layout: VisionLayout, num_patches: int
     ) -> Iterator[tuple[slice, VisionLayout]]:
         """The patches and layout of each group of runs; all at once where runs depend."""
-        if num_patches <= GROUP_PATCHES or self.config.windowed or layout.bias is not None:
+        if num_patches <= self.group_patches or self.config.windowed or layout.bias is not None:
             yield slice(None), layout
             return
+        most = self.group_patches
         extra = int(self.config.class_token)
         first = start = 0  # the group's first run, and its first patch
         end = 0
         for i, length in enumerate(layout.lengths):
             end += length
             following = layout.lengths[i + 1 : i + 2]
-            if following and end - start + following[0] <= GROUP_PATCHES:
+            if following and end - start + following[0] <= most:
                 continue
             rows = slice(start + first * extra, end + (i + 1) * extra)
             embeds, angles = layout.position_embeds, layout.angles

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -234,3 +236,15 @@ def test_encoding_is_no_part_of_the_time_in_the_queue(engine: Engine) -> None:
     assert timings is not None
     assert timings.encode > 0
     assert timings.prefill > 0
+
+
+def test_the_pixels_of_a_request_go_when_it_ends(engine: Engine) -> None:
+    prompt, gone = shown(engine, 9), threading.Event()
+    features = {name: value.clone() for name, value in prompt.media[0].features.items()}
+    weakref.finalize(features["pixel_values"], gone.set)
+    prompt.media[0] = dataclasses.replace(prompt.media[0], features=features)
+    del features
+    for _ in engine.stream(prompt, ANSWER):
+        pass
+    del prompt
+    assert gone.wait(10.0), "the engine keeps them while it waits for the next request"

@@ -1,0 +1,46 @@
+"""Tiles are normalised, gathered and encoded in parts, with the result of all at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from opsin.families.base import MediaInput, features_of
+from opsin.families.clip_shape import tile_features
+from opsin.kernels import Kernels
+from opsin.towers import pixels, vit
+from opsin.towers.vit import VisionTransformer, ViTConfig
+from tests.families.pictures import picture
+
+
+def test_tiles_are_normalised_one_by_one() -> None:
+    tiles = [picture(seed, 12, 8) for seed in range(3)]
+    whole = torch.stack([pixels.normalised(tile, pixels.CLIP_MEAN, pixels.HALF) for tile in tiles])
+    assert torch.equal(pixels.normalised_tiles(tiles, pixels.CLIP_MEAN, pixels.HALF), whole)
+
+
+def test_the_features_of_one_medium_are_not_copied() -> None:
+    one, other = (MediaInput("image", {"x": torch.full((2, 3), i)}, "", 1) for i in (1, 2))
+    assert features_of([one], "x") is one.features["x"]
+    assert features_of([one, other], "x").tolist() == [[1] * 3] * 2 + [[2] * 3] * 2
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+@pytest.mark.parametrize("counts", [(), (1, 2)])
+def test_tiles_in_parts_give_what_all_at_once_do(
+    monkeypatch: pytest.MonkeyPatch, class_token: bool, counts: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    config = ViTConfig(12, 32, 2, 4, 48, positions=16 + class_token, class_token=class_token)
+    tower = VisionTransformer(Kernels(), config)
+    for parameter in tower.parameters():
+        parameter.data.normal_(0, 0.2)
+    tiles = torch.randn(7, 3, 8, 8)
+    whole = tile_features(tower, tiles, 2, merge=2, counts=counts)
+    seen: list[int] = []
+    run = tower._run
+    monkeypatch.setattr(tower, "_run", lambda p, *rest: (seen.append(len(p)), run(p, *rest))[1])
+    monkeypatch.setattr(vit, "CPU_GROUP_PATCHES", 40)  # two and a half tiles
+    parts = tile_features(tower, tiles, 2, merge=2, counts=counts)
+    assert seen == [32, 32, 32, 16]
+    torch.testing.assert_close(parts, whole)
