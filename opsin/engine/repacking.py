@@ -25,7 +25,7 @@ from opsin.nn.linear import Embedding, Linear
 from opsin.quant.formats import Format
 
 LOG = logging.getLogger("opsin")
-LAYOUT = 1  # to be raised when the same build packs the same checkpoint in another way
+LAYOUT = 2  # to be raised when the same build packs the same checkpoint in another way
 # What is kept where nobody asked for it: nothing that loads fast anyway, and no file that takes
 # more than this share of the disk's free space, so that all of them together never fill it.
 UNASKED_LEAST = 256 << 20  # bytes

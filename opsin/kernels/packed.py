@@ -11,6 +11,7 @@ from torch import Tensor
 from opsin.kernels.interface import Activation, Kernels
 from opsin.quant.affine import dequantise, quantise, unpack_codes
 from opsin.quant.formats import Format
+from opsin.quant.rotation import rotate
 
 
 class Packed(Protocol):
@@ -136,16 +137,22 @@ class PlainMatrix:
 
     def multiply(self, x: Tensor, *, activation: Activation | None = None) -> Tensor:
         """activation(x (rows, k) times the transpose, plus the bias): (rows, n) in x's dtype."""
-        whole = self.rows(torch.arange(self.n, device=self.codes.device), x.dtype)
+        whole = self._kept(torch.arange(self.n, device=self.codes.device)).to(x.dtype)
+        x = rotate(x).to(x.dtype) if self.format.rotated else x
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return Kernels().linear(x, whole, bias, activation)
 
     def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows as an embedding: (count, k)."""
+        kept = self._kept(indices)
+        return (rotate(kept) if self.format.rotated else kept).to(dtype)
+
+    def _kept(self, indices: Tensor) -> Tensor:
+        """Rows as they were rounded: (count, k), float32."""
         codes = self.codes[indices]
         if self.four:
             codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
-        return dequantise(codes, self.scales[indices], self.biases[indices]).to(dtype)
+        return dequantise(codes, self.scales[indices], self.biases[indices])
 
 
 def packed_experts(x: Tensor, experts: Sequence[Packed], expert_ids: Tensor) -> Tensor:

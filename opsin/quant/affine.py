@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from opsin.quant.formats import Format
+from opsin.quant.rotation import rotate
 
 
 def unpack_codes(words: Tensor, bits: int, columns: int) -> Tensor:
@@ -28,10 +29,12 @@ def dequantise(codes: Tensor, scales: Tensor, biases: Tensor) -> Tensor:
 def quantise(weight: Tensor, form: Format) -> tuple[Tensor, Tensor, Tensor]:
     """weight (n, k) as codes (n, k), scales and biases (n, k / group) of a format.
 
+    A rotated format's are those of the rotated weight.
     8 bits are symmetric. At 4 bits scale and bias are those of the smallest squared error that
     least squares finds from several starts, as the native kernels find them.
     """
-    grouped = weight.float().unflatten(1, (-1, form.group or weight.shape[1]))
+    values = rotate(weight) if form.rotated else weight.float()
+    grouped = values.unflatten(1, (-1, form.group or weight.shape[1]))
     if form.kind == "q8":
         scales = (grouped.abs().amax(dim=2) / 127.0).to(form.scale_dtype)
         biases = (-128.0 * scales.float()).to(form.scale_dtype)

@@ -19,12 +19,14 @@ MOST_COLUMNS = 65536  # of a row with one scale: its sums fit in 32 bits
 class Format:
     """A matrix as bfloat16, or as affine codes with a 16-bit scale and bias per `group` columns.
 
-    Group 0 is one scale and bias a row.
+    Group 0 is one scale and bias a row. Rotated: columns are mixed (`quant/rotation.py`) before
+    they are rounded, and activations with them.
     """
 
     kind: Kind
     group: int = 0
     scale_dtype: torch.dtype = torch.float16
+    rotated: bool = False
 
     @property
     def bits(self) -> float:
@@ -38,7 +40,7 @@ class Format:
 def quantised(kind: Kind, columns: int) -> Format:
     """The format of a matrix of so many columns: where they are no whole groups, 8 bits by rows."""
     group = next((group for group in (GROUP, 32) if columns % group == 0), 0)
-    return Format(kind if group else "q8", group)
+    return Format(kind if group else "q8", group, rotated=group > 0)
 
 
 def quantised_by_rows(columns: int) -> Format:

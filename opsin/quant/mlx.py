@@ -41,7 +41,8 @@ class AffineTensor(StoredTensor):
     def fits(self, form: Format) -> bool:
         """Whether a matrix of a format takes the codes as they are."""
         room = {"bf16": 0, "q8": 8, "q4": 4}[form.kind]
-        return self.bits <= room and (self.group, self.dtype) == (form.group, form.scale_dtype)
+        same = (self.group, self.dtype, False) == (form.group, form.scale_dtype, form.rotated)
+        return self.bits <= room and same
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """Codes, scales and biases as stored."""

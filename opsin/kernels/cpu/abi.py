@@ -173,7 +173,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "opsin_set_threads": (c_int, (c_int,)),
     "opsin_isa_count": (c_int, ()),
     "opsin_isa_name": (c_char_p, (c_int,)),
-    "opsin_matrix_new": (c_void_p, (c_int,) * 5),
+    "opsin_matrix_new": (c_void_p, (c_int,) * 6),
     "opsin_matrix_fill_dense": (c_int, (c_void_p, *(c_int,) * 3, c_void_p, c_int, c_int64)),
     "opsin_matrix_map": (c_int, (c_void_p, *(c_int,) * 3, c_void_p)),
     "opsin_matrix_fill_file": (c_int, (c_void_p, *(c_int,) * 4, c_int64, c_int)),
@@ -182,7 +182,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         (c_void_p, *(c_int,) * 3, c_void_p, c_int, c_void_p, c_void_p),
     ),
     "opsin_matrix_fill_bias": (c_int, (c_void_p, *(c_int,) * 3, c_void_p)),
-    "opsin_matrix_view": (c_void_p, (*(c_int,) * 5, c_void_p, c_int64)),
+    "opsin_matrix_view": (c_void_p, (*(c_int,) * 5, c_void_p, c_int64, c_int)),
     "opsin_matrix_data": (c_void_p, (c_void_p,)),
     "opsin_matrix_free": (None, (c_void_p,)),
     "opsin_matrix_bytes": (c_int64, (c_void_p,)),
@@ -206,4 +206,4 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 def abi_number() -> int:
     """What `opsin_abi` answers when these structures are those of the library."""
     sizes = ((Linear, 1), (Layer, 3), (Stack, 5), (Step, 7), (Attention, 11), (RowAdd, 13))
-    return sum(ctypes.sizeof(structure) * factor for structure, factor in sizes)
+    return sum(ctypes.sizeof(structure) * factor for structure, factor in sizes) + 1

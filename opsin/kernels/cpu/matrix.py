@@ -33,7 +33,8 @@ class PackedMatrix:
 
     Kinds: "bf16", row by row, where a checkpoint's own bytes may be read in place; "q8" and "q4",
     affine codes with a 16-bit scale and bias per `group` columns (0: one a row, where k <= 65536),
-    sixteen rows interleaved. Activations of quantised kinds are quantised to int8 per group.
+    sixteen rows interleaved. Activations of quantised kinds are quantised to int8 per group; those
+    of a `rotated` one, whose k is a multiple of 32, are mixed before as its columns were.
     """
 
     def __init__(
@@ -45,13 +46,15 @@ class PackedMatrix:
         *,
         group: int = 64,
         scale_dtype: torch.dtype = torch.float16,
+        rotated: bool = False,
         kept: Region | None = None,
     ) -> None:
         shape = (_KINDS[kind], n, k, group, abi.DTYPES[scale_dtype])
         if kept is None:
-            handle = library.handle.opsin_matrix_new(*shape)
+            handle = library.handle.opsin_matrix_new(*shape, rotated)
         else:
-            handle = library.handle.opsin_matrix_view(*shape, kept.address, kept.num_bytes)
+            region = (kept.address, kept.num_bytes)
+            handle = library.handle.opsin_matrix_view(*shape, *region, rotated)
         if not handle:
             raise EngineError(
                 f"a {kind} matrix of {n} x {k} in groups of {group} cannot be packed",
@@ -61,7 +64,7 @@ class PackedMatrix:
             )
         self.library = library
         self.handle: int = handle
-        self.format = Format(kind, group, scale_dtype)
+        self.format = Format(kind, group, scale_dtype, rotated)
         self.n = n
         self.k = k
         self._kept = kept
@@ -76,10 +79,11 @@ class PackedMatrix:
         kind: Kind = "bf16",
         *,
         group: int = 64,
+        rotated: bool = False,
         bias: Tensor | None = None,
     ) -> PackedMatrix:
         """Pack weight (n, k); quantised kinds take their scales from it."""
-        packed = cls(library, kind, weight.shape[0], weight.shape[1], group=group)
+        packed = cls(library, kind, *weight.shape, group=group, rotated=rotated)
         packed.fill(weight)
         if bias is not None:
             packed.fill_bias(bias)
@@ -88,7 +92,7 @@ class PackedMatrix:
     @classmethod
     def empty(cls, library: Library, form: Format, n: int, k: int) -> PackedMatrix:
         """A matrix of a format, to be filled."""
-        return cls(library, form.kind, n, k, group=form.group, scale_dtype=form.scale_dtype)
+        return cls._of(library, form, n, k, None)
 
     @classmethod
     def view(cls, library: Library, form: Format, n: int, k: int, region: Region) -> PackedMatrix:
@@ -96,9 +100,17 @@ class PackedMatrix:
 
         Raises EngineError for a region of another size than `region_bytes` of such a matrix.
         """
+        return cls._of(library, form, n, k, region)
+
+    @classmethod
+    def _of(
+        cls, library: Library, form: Format, n: int, k: int, kept: Region | None
+    ) -> PackedMatrix:
+        dtype, rotated = form.scale_dtype, form.rotated
         return cls(
-            library, form.kind, n, k, group=form.group, scale_dtype=form.scale_dtype, kept=region
-        )
+            library, form.kind, n, k,
+            group=form.group, scale_dtype=dtype, rotated=rotated, kept=kept,
+        )  # fmt: skip
 
     @property
     def nbytes(self) -> int:

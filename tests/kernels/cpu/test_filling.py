@@ -10,6 +10,7 @@ from opsin.kernels.cpu import Library, PackedMatrix
 from opsin.kernels.cpu.matrix import Region
 from opsin.quant.affine import dequantise, quantise
 from opsin.quant.formats import Format
+from opsin.quant.rotation import rotate
 
 
 def whole(matrix: PackedMatrix) -> torch.Tensor:
@@ -38,20 +39,23 @@ def test_a_file_gives_what_memory_gives(
     assert not whole(got)[rest].any(), "no other row was touched"
 
 
+@pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize(("kind", "group"), [("q4", 64), ("q4", 32), ("q8", 64), ("q8", 0)])
-def test_quantising_finds_what_its_twin_finds(native: Library, kind, group: int):
+def test_quantising_finds_what_its_twin_finds(native: Library, kind, group: int, rotated: bool):
     weight = torch.randn(50, 128) * torch.rand(50, 1)
     weight[3] = 0.0
     weight[4] = 0.5
-    form = Format(kind, group)
+    form = Format(kind, group, rotated=rotated)
     matrix = PackedMatrix.empty(native, form, 50, 128)
     matrix.fill(weight)
     ours, twins = whole(matrix), dequantise(*quantise(weight, form))
+    twins = rotate(twins) if rotated else twins
     errors = [(values - weight).square().mean(dim=1) for values in (ours, twins)]
     assert (errors[0] <= errors[1] * 1.02 + 1e-7).all()
     assert (errors[1] <= errors[0] * 1.02 + 1e-7).all()
     if kind == "q4":
-        low, high = weight.unflatten(1, (-1, group)).aminmax(dim=2)
+        kept = rotate(weight) if rotated else weight
+        low, high = kept.unflatten(1, (-1, group)).aminmax(dim=2)
         step = (high.clamp_min(0) - low.clamp_max(0)) / 15
         plain = (step.square() / 12).mean(dim=1)
         assert (errors[0] <= plain * 1.1 + 1e-7).all(), "no worse than the range in equal steps"
@@ -74,9 +78,9 @@ def test_a_file_that_ends_too_soon_is_an_error(best: Library, tmp_path: Path):
         matrix.fill_file(file.fileno(), 0, 64, torch.bfloat16)
 
 
-@pytest.mark.parametrize("kind", ["q8", "q4"])
-def test_a_view_of_packed_bytes_is_the_same_matrix(best: Library, kind):
-    matrix = PackedMatrix.dense(best, torch.randn(75, 192), kind)
+@pytest.mark.parametrize(("kind", "rotated"), [("q8", False), ("q4", False), ("q4", True)])
+def test_a_view_of_packed_bytes_is_the_same_matrix(best: Library, kind, rotated: bool):
+    matrix = PackedMatrix.dense(best, torch.randn(75, 192), kind, rotated=rotated)
     place = torch.empty(matrix.region_bytes + 64, dtype=torch.uint8)
     start = -place.data_ptr() % 64
     place[start : start + matrix.nbytes] = torch.frombuffer(matrix.memory(), dtype=torch.uint8)

@@ -6,8 +6,11 @@ import torch
 
 from opsin.errors import EngineError
 from opsin.kernels.cpu import PackedMatrix
-from opsin.kernels.cpu.twins import affine_linear
-from opsin.quant.affine import dequantise, unpack_codes
+from opsin.kernels.cpu.twins import affine_linear, quantise_rows
+from opsin.kernels.packed import PlainMatrix
+from opsin.quant.affine import dequantise, quantise, unpack_codes
+from opsin.quant.formats import Format
+from opsin.quant.rotation import rotate
 
 
 def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -76,6 +79,38 @@ def test_one_scale_a_row_takes_any_width(native, kind, k):
     close(packed.multiply(x), x @ kept.T, 0.02)
 
 
+@pytest.mark.parametrize("rows", [1, 7, 20])
+@pytest.mark.parametrize(("kind", "group", "k"), [("q4", 64, 192), ("q8", 32, 96), ("q8", 0, 160)])
+def test_columns_mixed_on_both_sides_leave_the_product(native, kind, group, k, rows):
+    torch.manual_seed(k)
+    weight, x = torch.randn(40, k) * 0.05, torch.randn(rows, k)
+    form = Format(kind, group, rotated=True)
+    packed, plain = PackedMatrix.empty(native, form, 40, k), PlainMatrix(form, 40, k, x.device)
+    for matrix in (packed, plain):
+        matrix.fill(weight)
+    codes, steps = quantise_rows(rotate(x), group or k)
+    seen = rotate((codes.float() * steps[..., None]).flatten(1))
+    kept = packed.rows(torch.arange(40), torch.float32)
+    close(packed.multiply(x), seen @ kept.T, 1e-5)
+    close(plain.multiply(x), x @ plain.rows(torch.arange(40), torch.float32).T, 1e-5)
+    whole = dequantise(*quantise(weight, form))
+    close(plain.rows(torch.arange(40), torch.float32), rotate(whole), 1e-6)
+    assert (rotate(rotate(x)) - x).abs().max() < 1e-5
+
+
+def test_a_column_far_out_costs_the_others_little_where_columns_are_mixed(native):
+    torch.manual_seed(0)
+    weight, x = torch.randn(64, 128) * 0.02, torch.randn(5, 128)
+    x[:, 7] *= 100
+    weight[:, 7] = 0
+    want = x @ weight.T
+    errors = []
+    for rotated in (False, True):
+        packed = PackedMatrix.dense(native, weight, "q8", rotated=rotated)
+        errors.append(float((packed.multiply(x) - want).norm() / want.norm()))
+    assert errors[1] < errors[0] / 2
+
+
 @pytest.mark.parametrize("k", [32, 100, 260])
 @pytest.mark.parametrize("rows", [1, 5, 16, 33, 130])
 def test_bfloat16_product_equals_torch(native, rows, k):
@@ -90,11 +125,22 @@ def test_bfloat16_product_equals_torch(native, rows, k):
     assert torch.equal(packed.rows(torch.tensor([44, 0])), weight[[44, 0]])
 
 
-@pytest.mark.parametrize(("kind", "group"), [("bf16", 0), ("q8", 64), ("q4", 64), ("q8", 0)])
-def test_a_row_is_the_same_bits_beside_any_rows_and_on_any_threads(native, kind, group):
+@pytest.mark.parametrize(
+    ("kind", "group", "rotated"),
+    [
+        ("bf16", 0, False),
+        ("q8", 64, False),
+        ("q4", 64, False),
+        ("q8", 0, False),
+        ("q8", 64, True),
+        ("q4", 32, True),
+    ],
+)
+def test_a_row_is_the_same_bits_beside_any_rows_and_on_any_threads(native, kind, group, rotated):
     torch.manual_seed(0)
     k = 900 if group == 0 else 512
-    packed = PackedMatrix.dense(native, torch.randn(130, k) * 0.02, kind, group=group)
+    weight = torch.randn(130, k) * 0.02
+    packed = PackedMatrix.dense(native, weight, kind, group=group, rotated=rotated)
     x = torch.randn(150, k)
     whole = packed.multiply(x)
     for rows in (1, 2, 3, 4, 5, 6, 7, 8, 15, 16, 17, 40, 64, 65):
@@ -138,8 +184,8 @@ def test_bias_and_activation_follow_one_scale_a_row(native, rows):
 
 
 def test_what_is_not_finite_stays_so(native):
-    for kind in ("bf16", "q8", "q4"):
-        packed = PackedMatrix.dense(native, torch.rand(16, 128) + 1, kind)
+    for kind, rotated in (("bf16", False), ("q8", False), ("q4", False), ("q4", True)):
+        packed = PackedMatrix.dense(native, torch.rand(16, 128) + 1, kind, rotated=rotated)
         x = torch.ones(3, 128)
         x[1, 5] = torch.nan
         x[2, 7] = torch.inf
@@ -153,6 +199,12 @@ def test_wrong_shapes_are_refused(best):
         PackedMatrix(best, "q4", 16, 100, group=64)
     with pytest.raises(EngineError):
         PackedMatrix(best, "q8", 16, 1 << 17, group=0)
+    with pytest.raises(EngineError):
+        PackedMatrix(best, "q8", 16, 100, group=0, rotated=True)
+    mixed = PackedMatrix(best, "q4", 16, 128, group=64, rotated=True)
+    codes, scales, biases = affine(16, 128, 64, 4, torch.float16)
+    with pytest.raises(EngineError, match="fill"):
+        mixed.fill_affine(pack_words(codes, 4), scales, biases, 4)
     packed = PackedMatrix(best, "q4", 16, 128, group=64)
     with pytest.raises(ValueError, match="rows have 64"):
         packed.fill(torch.zeros(16, 64))

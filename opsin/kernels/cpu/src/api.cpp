@@ -157,7 +157,8 @@ const char* opsin_isa_name(int i) {
 int opsin_abi() {
   return static_cast<int>(sizeof(OpsinLinear) + 3 * sizeof(OpsinLayer) + 5 * sizeof(OpsinStack) +
                           7 * sizeof(OpsinStep) + 11 * sizeof(OpsinAttention) +
-                          13 * sizeof(OpsinRowAdd));
+                          13 * sizeof(OpsinRowAdd)) +
+         1;
 }
 
 int opsin_linear(const OpsinLinear* l) {
@@ -277,7 +278,7 @@ double seconds() {
 }  // namespace
 
 double opsin_read_bandwidth(int64_t bytes, int repeats) {
-  OpsinMatrix* m = opsin_matrix_new(opsin::kBf16, static_cast<int>(bytes / 64), 32, 0, 0);
+  OpsinMatrix* m = opsin_matrix_new(opsin::kBf16, static_cast<int>(bytes / 64), 32, 0, 0, 0);
   if (!m) return OPSIN_NO_MEMORY;
   std::memset(m->data, 1, static_cast<size_t>(m->bytes));
   Pool& pool = Pool::instance();

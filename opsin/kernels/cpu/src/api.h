@@ -153,7 +153,10 @@ OPSIN_API int opsin_abi();                   // changes with this file
 // A packed matrix (n, k) of zeros; group 0: one scale a row. Null when the arguments or the memory
 // do not do. Source row i of a fill goes to row + i / 16 * 16 * spread + i % 16: spread 2 lets gate
 // and up rows alternate by sixteen.
-OPSIN_API OpsinMatrix* opsin_matrix_new(int kind, int n, int k, int group, int scale_dtype);
+// Rotated: columns are mixed as in rotate.h before they are quantised, as activations then are, and
+// back where rows are read; k is whole 32s.
+OPSIN_API OpsinMatrix* opsin_matrix_new(int kind, int n, int k, int group, int scale_dtype,
+                                        int rotated);
 // Weights as they are; a quantised kind takes its scales from them (8 bits: symmetric, 4: min-max).
 OPSIN_API int opsin_matrix_fill_dense(OpsinMatrix* m, int row, int rows, int spread,
                                       const void* weights, int dtype, int64_t stride);
@@ -165,7 +168,7 @@ OPSIN_API int opsin_matrix_map(OpsinMatrix* m, int row, int rows, int spread, co
 OPSIN_API int opsin_matrix_fill_file(OpsinMatrix* m, int row, int rows, int spread, int file,
                                      int64_t offset, int dtype);
 // Codes in the affine-group layout: little-endian bit fields in uint32 words, row by row, with
-// scales and biases (rows, k / group) of the matrix's scale_dtype.
+// scales and biases (rows, k / group) of the matrix's scale_dtype; not into a rotated one.
 OPSIN_API int opsin_matrix_fill_affine(OpsinMatrix* m, int row, int rows, int spread,
                                        const uint32_t* codes, int bits, const uint16_t* scales,
                                        const uint16_t* biases);
@@ -174,7 +177,7 @@ OPSIN_API int opsin_matrix_fill_bias(OpsinMatrix* m, int row, int rows, int spre
 // A quantised matrix over memory that lies elsewhere, aligned to 64 bytes and laid out as this library does:
 // `bytes` are the matrix's and 4096 more that can be read. The caller keeps it; fills refuse it.
 OPSIN_API OpsinMatrix* opsin_matrix_view(int kind, int n, int k, int group, int scale_dtype,
-                                         const void* data, int64_t bytes);
+                                         const void* data, int64_t bytes, int rotated);
 OPSIN_API const void* opsin_matrix_data(const OpsinMatrix* m);
 OPSIN_API void opsin_matrix_free(OpsinMatrix* m);
 OPSIN_API int64_t opsin_matrix_bytes(const OpsinMatrix* m);

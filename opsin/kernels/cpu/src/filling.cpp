@@ -193,7 +193,9 @@ void quantise_rows(const Matrix* m, const Place& at, int count, const uint8_t* r
   float* tile = wide + static_cast<int64_t>(m->k) * kRows;
   uint8_t* codes = reinterpret_cast<uint8_t*>(tile + static_cast<int64_t>(m->group) * kRows);
   for (int r = 0; r < count; r++) {
-    read_weights(rows + r * stride, dtype, 0, m->k, wide + static_cast<int64_t>(r) * m->k);
+    float* values = wide + static_cast<int64_t>(r) * m->k;
+    read_weights(rows + r * stride, dtype, 0, m->k, values);
+    if (m->rotated) kernels()->rotate(values, m->k, m->rotated, values);
   }
   for (int g = 0; g < m->groups; g++) {
     const int from = g * m->group, left = m->k - from < m->group ? m->k - from : m->group;
@@ -314,7 +316,7 @@ int opsin_matrix_fill_affine(OpsinMatrix* m, int row, int rows, int spread, cons
   if (!opsin::fits(m, row, rows, spread) || !m->capacity || m->kind == opsin::kBf16) {
     return OPSIN_BAD_ARGUMENT;
   }
-  if (bits < 2 || bits > (m->kind == opsin::kQ4 ? 4 : 8)) return OPSIN_BAD_ARGUMENT;
+  if (m->rotated || bits < 2 || bits > (m->kind == opsin::kQ4 ? 4 : 8)) return OPSIN_BAD_ARGUMENT;
   if (static_cast<int64_t>(m->k) * bits % 32 != 0 || m->group > 1024) return OPSIN_BAD_ARGUMENT;
   const int64_t words = static_cast<int64_t>(m->k) * bits / 32;
   opsin::over_rows(rows, [&](int from, int to) {

@@ -58,7 +58,7 @@ static const opsin::Kernels table = {
     OPSIN_ISA_NAME, quantize, narrow,  kPaired, tile,    pair,     matmul_begin, matmul_end,     kPanel,   kPanelBf16, rms_norm,
     layer_norm,     emit,     activate, rope,   to_bf16,      from_bf16,      axpy,     argmax,
     softmax,        attention, pack_row, dequantize_row,  read_sum,     peak,
-    fit_eight,      fit_four, affine_codes,
+    fit_eight,      fit_four, affine_codes, rotate,
 };
 
 }  // namespace OPSIN_ISA

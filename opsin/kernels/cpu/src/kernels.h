@@ -31,6 +31,7 @@ struct Matrix {
   int32_t group;       // columns that share a scale (padded_k for one scale a row)
   int32_t groups;
   int32_t scale_f16;   // scales are float16, else bfloat16
+  int32_t rotated;     // columns that are mixed as one block (64 or 32), or 0: see rotate.h
   int64_t group_bytes;
   int64_t block_bytes;
   int64_t row_bytes;   // bf16: from row to row of a block
@@ -139,6 +140,7 @@ struct Kernels {
   void (*fit_four)(const float* tile, int columns, float* scale, float* bias);
   void (*affine_codes)(const float* tile, int columns, const float* scale, const float* bias,
                        float top, uint8_t* codes);
+  void (*rotate)(const float* x, int k, int block, float* out);  // out may be x
 };
 
 int64_t tile_scratch_bytes(const Matrix* m);

@@ -6,6 +6,7 @@
 
 #include "kernels.h"
 #include "matmul_bf16.h"
+#include "rotate.h"
 #include "simd.h"
 #include "tiles.h"
 
@@ -421,6 +422,7 @@ static void dequantize_row(const Matrix* m, int row, float* out) {
     }
     out[c] = (float)code * scale + bias;
   }
+  if (m->rotated) rotate(out, m->k, m->rotated, out);
 }
 
 static void quantize(const float* a, int k, int padded_k, int group, int8_t* q, float* scale,

@@ -82,11 +82,12 @@ void unmap_bytes(uint8_t* data, int64_t capacity) {
 }
 
 // A matrix without memory; null when the arguments do not do.
-Matrix* describe(int kind, int n, int k, int group, int scale_dtype) {
+Matrix* describe(int kind, int n, int k, int group, int scale_dtype, int rotated) {
   const bool quantised = kind == kQ8 || kind == kQ4;
   if (n <= 0 || k <= 0 || (!quantised && kind != kBf16)) return nullptr;
   if (quantised && group != 0 && (group % 32 != 0 || k % group != 0)) return nullptr;
   if (quantised && group > 64 && group % 64 != 0) return nullptr;
+  if (rotated && (!quantised || k % 32 != 0)) return nullptr;
   if (quantised && group == 0 && k > 65536) return nullptr;  // the integer sums would overflow
   Matrix* m = static_cast<Matrix*>(std::calloc(1, sizeof(Matrix)));
   if (!m) return nullptr;
@@ -99,6 +100,7 @@ Matrix* describe(int kind, int n, int k, int group, int scale_dtype) {
     m->group = group ? group : m->padded_k;
     m->groups = m->padded_k / m->group;
     m->scale_f16 = scale_dtype == OPSIN_F16;
+    m->rotated = !rotated ? 0 : k % 64 == 0 ? 64 : 32;
     m->group_bytes = 64 + static_cast<int64_t>(m->group) * (kind == kQ8 ? 16 : 8);
     m->block_bytes = m->groups * m->group_bytes;
   } else {
@@ -131,8 +133,8 @@ int64_t attention_scratch_bytes(int head_dim, int value_dim) {
 
 using opsin::Matrix;
 
-OpsinMatrix* opsin_matrix_new(int kind, int n, int k, int group, int scale_dtype) {
-  Matrix* m = opsin::describe(kind, n, k, group, scale_dtype);
+OpsinMatrix* opsin_matrix_new(int kind, int n, int k, int group, int scale_dtype, int rotated) {
+  Matrix* m = opsin::describe(kind, n, k, group, scale_dtype, rotated);
   if (!m) return nullptr;
   m->data = opsin::map_bytes(m->bytes, &m->capacity);
   if (!m->data || (kind == opsin::kBf16 && !m->at)) {
@@ -144,8 +146,8 @@ OpsinMatrix* opsin_matrix_new(int kind, int n, int k, int group, int scale_dtype
 }
 
 OpsinMatrix* opsin_matrix_view(int kind, int n, int k, int group, int scale_dtype,
-                               const void* data, int64_t bytes) {
-  Matrix* m = kind == opsin::kBf16 ? nullptr : opsin::describe(kind, n, k, group, scale_dtype);
+                               const void* data, int64_t bytes, int rotated) {
+  Matrix* m = kind == opsin::kBf16 ? nullptr : opsin::describe(kind, n, k, group, scale_dtype, rotated);
   if (!m) return nullptr;
   if (!data || reinterpret_cast<uintptr_t>(data) % 64 != 0 || bytes != m->bytes + opsin::kSlack) {
     std::free(m);

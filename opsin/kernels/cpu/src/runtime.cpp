@@ -86,6 +86,10 @@ void prepare(const Product& p, const Prepared& to, int from, int until, float* r
     if (m->kind == kBf16) {
       place_bf16(p, to, r, x, reinterpret_cast<uint16_t*>(row + m->padded_k));
     } else {
+      if (m->rotated) {
+        k->rotate(x, m->k, m->rotated, row);
+        x = row;
+      }
       k->quantize(x, m->k, m->padded_k, m->group,
                   reinterpret_cast<int8_t*>(to.data + r * to.stride),
                   to.scale + static_cast<int64_t>(r) * m->groups,
