@@ -25,7 +25,7 @@ constexpr int kAhead = 2048;  // bytes between a weight's use and its prefetch
 // their own, so that one does not wait for the other; whole numbers add up to the same.
 template <int MT, int STEPS>
 OPSIN_INLINE void group_q4(const uint8_t* w, const int8_t* x, int64_t stride, int steps, I* sum) {
-  constexpr int kChains = MT <= 2 ? 2 : 1;
+  constexpr int kChains = MT <= 4 ? 2 : 1;
   I other[MT];
   for (int t = 0; t < MT; t++) sum[t] = other[t] = izero();
   const int n = STEPS ? STEPS : steps;

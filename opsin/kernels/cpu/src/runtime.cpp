@@ -10,6 +10,8 @@ namespace {
 constexpr int64_t kAlign = 64;
 constexpr int64_t kNear = 512 << 10;
 constexpr int kMostRows = 128;   // of a panel, in any build
+constexpr int kFewRowsQ8 = 8;    // up to here results wait for one another, see few()
+constexpr int kFewRowsQ4 = 6;    // more rows were measured to be slower that way
 constexpr int kPrivateRows = 4;  // up to here each thread prepares the activations for itself
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
@@ -122,6 +124,29 @@ void emit(const OpsinLinear& l, int block, int row, int count, const float* tile
   kernels()->emit(&e);
 }
 
+// A few rows times blocks [from, until), or pairs of them: the sums of many blocks first, then what
+// becomes of them. Results go to lines that the weights have pushed out of the caches, and to fetch
+// such a line amid the weights breaks their stream.
+void few(const Product& p, const Activations& x, int from, int until, uint8_t* own) {
+  const OpsinLinear& l = p.linear;
+  const Kernels* k = kernels();
+  float* tile = reinterpret_cast<float*>(own);
+  float* second = tile + kMostRows * 16;
+  uint8_t* scratch = own + 2 * kMostRows * 16 * 4;
+  const int count = l.rows, step = l.gated ? 2 : 1, size = count * 16, most = kMostRows / count;
+  for (int first = from; first < until; first += most) {
+    const int blocks = until - first < most ? until - first : most;
+    for (int i = 0; i < blocks; i++) {
+      const int block = (first + i) * step;
+      k->tile(l.matrix, block, &x, 0, count, tile + i * size, scratch);
+      if (l.gated) k->tile(l.matrix, block + 1, &x, 0, count, second + i * size, scratch);
+    }
+    for (int i = 0; i < blocks; i++) {
+      emit(l, (first + i) * step, 0, count, tile + i * size, second + i * size);
+    }
+  }
+}
+
 void multiply(const Product& p, const Activations& x, int from, int until, uint8_t* own) {
   const OpsinLinear& l = p.linear;
   const Matrix* m = l.matrix;
@@ -135,6 +160,12 @@ void multiply(const Product& p, const Activations& x, int from, int until, uint8
   int64_t run = kNear / (m->block_bytes * step);
   run = run < 1 ? 1 : run;
   k->matmul_begin(m, l.rows);
+  const int few_rows = m->kind == kQ4 ? kFewRowsQ4 : m->kind == kQ8 ? kFewRowsQ8 : 0;
+  if (l.rows <= few_rows) {
+    few(p, x, from, until, own);
+    k->matmul_end();
+    return;
+  }
   for (int64_t first = from; first < until; first += run) {
     const int last = static_cast<int>(first + run < until ? first + run : until);
     for (int row = 0; row < l.rows; row += panel) {
