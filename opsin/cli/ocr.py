@@ -137,7 +137,13 @@ def command(
         reader = Reader(loaded, processor, asking)
         settings = [model, revision, dtype, quant, asking.prompt, asking.task, options, dpi]
         run = Run(reader, target, model, settings, dpi, wanted, furniture=furniture, again=again)
-        report = run.all(sources, concurrency, opening)
+        try:
+            report = run.all(sources, concurrency, opening)
+        except KeyboardInterrupt:
+            run.report.print()
+            if out is not None:
+                typer.echo("opsin: stopped; the same command reads the rest", err=True)
+            raise
     report.print()
     if report.errors:
         raise typer.Exit(1)
@@ -309,7 +315,7 @@ class Run:
                 for work in works:
                     if work.document is not None:
                         work.document.close()
-        self.report.seconds = time.perf_counter() - start
+                self.report.seconds = time.perf_counter() - start
         return self.report
 
     def _work(self, source: Source) -> Work:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from opsin.api import GenerationResult, load
-from opsin.cli.ocr import Report, Run, Target
+from opsin.cli.ocr import Report, Run, Target, command
 from opsin.cli.ocr_opening import Opening
 from opsin.cli.ocr_pages import DocumentText, PageStore, PageText, as_html
 from opsin.cli.ocr_reading import Asking, Reader, Stopped, elements_of
@@ -32,8 +32,8 @@ PICTURES = [HELD_OUT / f"{name}.png" for name in ("paragraph_cer_0", "line_cer_0
 
 
 def opsin(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "opsin", "ocr", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    line = [sys.executable, "-m", "opsin", "ocr", *map(str, words)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120)
 
 
 def whole_points(image: Image.Image) -> Image.Image:
@@ -331,6 +331,26 @@ def test_a_reader_that_is_stopped_ends_the_pages_at_work() -> None:
                 page.result(60)
     with pytest.raises(Stopped):
         reader.read(Document(PICTURES[1]), 1, None)
+
+
+def test_a_run_that_is_stopped_says_how_far_it_came(
+    paper: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read(self: Reader, document: Document, number: int, dpi: float | None) -> Any:
+        if number == 2:
+            raise KeyboardInterrupt
+        return PageText(number, document.page(number, dpi).size, "text"), []
+
+    monkeypatch.setattr(Reader, "read", read)
+    with pytest.raises(KeyboardInterrupt):
+        command([str(paper)], out=tmp_path / "out", concurrency=1)
+    said = capsys.readouterr().err
+    assert "opsin: 1 page in" in said
+    assert "opsin: stopped; the same command reads the rest" in said
+    monkeypatch.undo()
+    command([str(paper)], out=tmp_path / "out")
+    assert "2 pages in" in (said := capsys.readouterr().err)
+    assert "1 read before" in said
 
 
 def test_the_window_bounds_what_is_at_work() -> None:
