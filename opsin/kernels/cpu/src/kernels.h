@@ -34,7 +34,8 @@ struct Matrix {
   int32_t rotated;     // columns that are mixed as one block (64 or 32), or 0: see rotate.h
   int64_t group_bytes;
   int64_t block_bytes;
-  int64_t row_bytes;   // bf16: from row to row of a block
+  int64_t row_bytes;   // bf16: from row to row of a block,
+  int64_t step_bytes;  // and from 32 of its columns to the next
   const uint8_t** at;  // bf16: (blocks) where each lies; null: it has no values yet
   float* bias;         // (blocks * 16), or null
   int64_t capacity;    // bytes mapped at data, 0: none, or another's, to be read alone
@@ -107,7 +108,9 @@ struct Kernels {
   void (*quantize)(const float* x, int k, int padded_k, int group, int8_t* codes, float* scale,
                    float* sum);
   void (*narrow)(const float* x, int k, int padded_k, uint16_t* out);
-  bool paired;  // activations beside bfloat16 weights lie in panels
+  bool paired;  // bfloat16 is multiplied in tiles: activations beside it lie in panels
+  // Block b of a bf16 matrix tile by tile, (padded_k / 32, 16, 32); where there are tiles.
+  void (*gather)(const Matrix* m, int b, uint8_t* out);
   // rows [row, row + count) of the activations times block b: out (count, 16)
   void (*tile)(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
                uint8_t* scratch);

@@ -108,6 +108,7 @@ Matrix* describe(int kind, int n, int k, int group, int scale_dtype, int rotated
     m->group = m->padded_k;
     m->groups = 0;
     m->row_bytes = static_cast<int64_t>(m->padded_k) * 2;
+    m->step_bytes = 64;
     m->block_bytes = m->row_bytes * kRows;
     m->at = static_cast<const uint8_t**>(std::calloc(static_cast<size_t>(m->blocks), sizeof(*m->at)));
   }

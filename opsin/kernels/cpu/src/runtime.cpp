@@ -147,20 +147,48 @@ void few(const Product& p, const Activations& x, int from, int until, uint8_t* o
   }
 }
 
+// How many blocks of a product (pairs, when gated) make up a run: weights that stay in the second
+// cache while every panel of rows passes by.
+int64_t run_of(const Matrix* m, int step) {
+  const int64_t run = kNear / (m->block_bytes * step);
+  return run < 1 ? 1 : run;
+}
+
+bool in_tiles(const Matrix* m) { return m->kind == kBf16 && kernels()->paired; }
+
+// Blocks [from, until) of a bf16 matrix tile by tile; they are numbered from 0.
+Matrix gathered(const Matrix* m, int from, int until, uint8_t* at) {
+  Matrix tiled = *m;
+  tiled.blocks = until - from;
+  tiled.row_bytes = 64;
+  tiled.step_bytes = 64 * kRows;
+  tiled.at = reinterpret_cast<const uint8_t**>(at);
+  at += aligned(tiled.blocks * static_cast<int64_t>(sizeof(*tiled.at)));
+  for (int b = from; b < until; b++, at += m->block_bytes) {
+    tiled.at[b - from] = at;
+    kernels()->gather(m, b, at);
+  }
+  return tiled;
+}
+
+int64_t gathered_bytes(const Matrix* m) {
+  const int64_t blocks = 2 * run_of(m, 1);
+  return in_tiles(m) ? blocks * m->block_bytes + aligned(blocks * 8) : 0;
+}
+
 void multiply(const Product& p, const Activations& x, int from, int until, uint8_t* own) {
   const OpsinLinear& l = p.linear;
-  const Matrix* m = l.matrix;
   const Kernels* k = kernels();
   float* tile = reinterpret_cast<float*>(own);
   float* second = tile + kMostRows * 16;
   uint8_t* scratch = own + 2 * kMostRows * 16 * 4;
   const int step = l.gated ? 2 : 1;
-  const int panel = m->kind == kBf16 ? k->panel_bf16 : k->panel;
-  // Weights that stay in the second cache while every panel of rows passes by.
-  int64_t run = kNear / (m->block_bytes * step);
-  run = run < 1 ? 1 : run;
-  k->matmul_begin(m, l.rows);
-  const int few_rows = m->kind == kQ4 ? kFewRowsQ4 : m->kind == kQ8 ? kFewRowsQ8 : 0;
+  const int panel = l.matrix->kind == kBf16 ? k->panel_bf16 : k->panel;
+  const int64_t run = run_of(l.matrix, step);
+  Matrix tiled;
+  k->matmul_begin(l.matrix, l.rows);
+  const int kind = l.matrix->kind;
+  const int few_rows = kind == kQ4 ? kFewRowsQ4 : kind == kQ8 ? kFewRowsQ8 : 0;
   if (l.rows <= few_rows) {
     few(p, x, from, until, own);
     k->matmul_end();
@@ -168,17 +196,24 @@ void multiply(const Product& p, const Activations& x, int from, int until, uint8
   }
   for (int64_t first = from; first < until; first += run) {
     const int last = static_cast<int>(first + run < until ? first + run : until);
+    const Matrix* m = l.matrix;
+    int before = 0;  // blocks that m leaves out in front
+    if (in_tiles(m) && l.rows > panel) {
+      before = static_cast<int>(first) * step;
+      tiled = gathered(m, before, last * step, scratch);
+      m = &tiled;
+    }
     for (int row = 0; row < l.rows; row += panel) {
       const int count = l.rows - row < panel ? l.rows - row : panel;
       for (int block = static_cast<int>(first) * step; block < last * step; block += step) {
         const bool two = block + 1 < last * step;
-        if (two && k->pair(m, block, &x, row, count, tile, second)) {
+        if (two && k->pair(m, block - before, &x, row, count, tile, second)) {
           emit(l, block, row, count, tile, second);
           if (!l.gated) emit(l, ++block, row, count, second, nullptr);
           continue;
         }
-        k->tile(m, block, &x, row, count, tile, scratch);
-        if (l.gated) k->tile(m, block + 1, &x, row, count, second, scratch);
+        k->tile(m, block - before, &x, row, count, tile, scratch);
+        if (l.gated) k->tile(m, block - before + 1, &x, row, count, second, scratch);
         emit(l, block, row, count, tile, second);
       }
     }
@@ -212,7 +247,7 @@ int64_t activation_bytes(const Matrix* m, int rows) {
 
 int64_t product_thread_bytes(const Matrix* m) {
   return activation_bytes(m, kPrivateRows) + aligned(m->padded_k * 8) + 2 * kMostRows * 16 * 4 +
-         tile_scratch_bytes(m);
+         tile_scratch_bytes(m) + gathered_bytes(m);
 }
 
 void product(Team& team, const Product& p, uint8_t* shared, uint8_t* own) {
