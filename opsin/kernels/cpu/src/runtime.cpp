@@ -12,6 +12,7 @@ constexpr int64_t kNear = 512 << 10;
 constexpr int kMostRows = 128;   // of a panel, in any build
 constexpr int kFewRowsQ8 = 8;    // up to here results wait for one another, see few()
 constexpr int kFewRowsQ4 = 6;    // more rows were measured to be slower that way
+constexpr int kFewRowsBf16 = 4;
 constexpr int kPrivateRows = 4;  // up to here each thread prepares the activations for itself
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
@@ -188,7 +189,7 @@ void multiply(const Product& p, const Activations& x, int from, int until, uint8
   Matrix tiled;
   k->matmul_begin(l.matrix, l.rows);
   const int kind = l.matrix->kind;
-  const int few_rows = kind == kQ4 ? kFewRowsQ4 : kind == kQ8 ? kFewRowsQ8 : 0;
+  const int few_rows = kind == kQ4 ? kFewRowsQ4 : kind == kQ8 ? kFewRowsQ8 : kFewRowsBf16;
   if (l.rows <= few_rows) {
     few(p, x, from, until, own);
     k->matmul_end();
