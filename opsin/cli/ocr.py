@@ -22,7 +22,7 @@ from opsin.cli.flags import (
     json_option,
     load_with_progress,
 )
-from opsin.cli.ocr_sources import Source, find_sources, is_url, parse_pages
+from opsin.cli.ocr_sources import Source, find_sources, is_url, page_ranges, parse_pages
 from opsin.errors import InputError, OpsinError
 
 if TYPE_CHECKING:
@@ -225,9 +225,13 @@ class Report:
     seconds: float = 0.0
 
     def print(self) -> None:
-        """Errors and totals, on stderr."""
+        """Errors and totals, on stderr; an error that many pages have is said once."""
+        failed: dict[tuple[str, str], list[int]] = {}
         for path, number, said in sorted(self.errors):
-            where = f"{path}, page {number}" if number else path
+            failed.setdefault((path, said), []).append(number)
+        for (path, said), numbers in failed.items():
+            several = "pages" if len(numbers) > 1 else "page"
+            where = f"{path}, {several} {page_ranges(numbers)}" if numbers[0] else path
             typer.echo(f"opsin: {where}: {said}", err=True)
         rate = self.read / self.seconds if self.seconds else 0.0
         pages = "page" if self.read == 1 else "pages"

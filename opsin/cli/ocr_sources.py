@@ -50,7 +50,11 @@ def find_sources(words: Sequence[str]) -> list[Source]:
         for path, name in _found(word):
             found.setdefault(path, name)
     if not found:
-        raise InputError("There is nothing to read", remedy="opsin ocr FILE", param="files")
+        raise InputError(
+            "There is nothing to read",
+            why=f"no picture or PDF file is in {', '.join(words)}",
+            param="files",
+        )
     stems = Counter(str(name.with_suffix("")).lower() for name in found.values())
     sources = []
     taken: set[str] = set()
@@ -104,6 +108,17 @@ def parse_pages(text: str | None) -> frozenset[int] | None:
             )
         wanted.update(range(int(ends[0]), int(ends[1]) + 1))
     return frozenset(wanted)
+
+
+def page_ranges(numbers: Sequence[int]) -> str:
+    """Ascending page numbers in the form that `parse_pages` reads."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def _matches(pattern: Path) -> list[str]:

@@ -247,6 +247,24 @@ def test_page_ranges(text: str, numbers: set[int]) -> None:
     assert parse_pages(text) == numbers
 
 
+def test_an_error_of_many_pages_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    same = [("b.pdf", number, "It is odd.") for number in (7, 1, 3, 2)]
+    Report(errors=[*same, ("a.pdf", 0, "It is torn."), ("b.pdf", 4, "It is locked.")]).print()
+    said = capsys.readouterr().err.splitlines()
+    assert said[:3] == [
+        "opsin: a.pdf: It is torn.",
+        "opsin: b.pdf, pages 1-3,7: It is odd.",
+        "opsin: b.pdf, page 4: It is locked.",
+    ]
+    assert parse_pages("1-3,7") == {1, 2, 3, 7}
+    assert said[3].endswith("6 failed")
+
+
+def test_a_folder_without_pages(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nothing to read: no picture or PDF file is in "):
+        find_sources([str(tmp_path)])
+
+
 @pytest.mark.parametrize("text", ["", "0", "a", "1-", "-3", "1--2", "5-3"])
 def test_no_page_range(text: str) -> None:
     with pytest.raises(InputError, match="names no pages"):
