@@ -35,8 +35,8 @@ def as_inputs(prompt: Prompt) -> dict[str, Tensor]:
         return {**prompt.inputs, **inputs}
     held: dict[str, list[Tensor]] = {}
     for item in prompt.media:
-        for name, value in item.features.items():
-            held.setdefault(_public(item, name), []).append(_rows(value))
+        for name in item.features:
+            held.setdefault(_public(item, name), []).append(_rows(item.value(name)))
     for name, parts in held.items():
         dims = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
         inputs[name] = torch.cat([_filled(part, dims) for part in parts])
@@ -77,10 +77,11 @@ def _media(media: Sequence[MediaInput], given: Mapping[str, Tensor]) -> list[Med
     found = []
     for item in media:
         features, same = dict(item.features), True
-        for name, value in item.features.items():
+        for name in item.features:
             public = _public(item, name)
             if public not in given:
                 continue
+            value = item.value(name)
             own, start = _rows(value), taken[public]
             taken[public] += len(own)
             places = tuple(slice(size) for size in own.shape[1:])

@@ -23,6 +23,7 @@ from opsin.errors import CheckpointError, InputError
 from opsin.families.speaking import Speaker
 from opsin.kernels import Kernels
 from opsin.media.sampling import Chooser, Video
+from opsin.towers import pixels
 from opsin.types import Grounding, Task, Timings
 
 
@@ -36,7 +37,8 @@ class MediaInput:
     and `processed_size` what the tower sees; `key` identifies content and settings together.
     `source_tokens` rows of it are read by cross-attention layers. `picture` is the original where
     a caller asked to keep it. `num_frames` counts the frames that were looked at of a video; where
-    these are pictures, the first of them counts all.
+    these are pictures, the first of them counts all. With `levels` features of type uint8 are the
+    levels of pixels, a quarter of what the tower's values take: `value` makes these of them.
     """
 
     kind: str
@@ -51,11 +53,24 @@ class MediaInput:
     source_tokens: int = 0
     picture: Image.Image | None = None
     num_frames: int = 0
+    levels: pixels.Normalisation | None = None
+
+    def value(self, name: str) -> Tensor:
+        """A feature as the tower takes it."""
+        stored = self.features[name]
+        if self.levels is None or stored.dtype != torch.uint8:
+            return stored
+        return pixels.normalised_frames(stored, *self.levels)
 
 
 def features_of(items: Sequence[MediaInput], name: str) -> Tensor:
-    """A feature of several media one after another; of one alone as it is, not a copy."""
+    """A feature of several media one after another; of one alone as it is, not a copy.
+
+    Levels stay what they are, unless a caller gave some of the media values of its own.
+    """
     parts = [item.features[name] for item in items]
+    if len({part.dtype for part in parts}) > 1:
+        parts = [item.value(name) for item in items]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

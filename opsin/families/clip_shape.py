@@ -132,22 +132,23 @@ def tile_features(
     merge: int = 1,
     positions: Tensor | None = None,
     counts: Sequence[int] = (),
+    levels: pixels.Normalisation | None = None,
 ) -> Tensor:
     """Features of equally large tiles (tiles, channels, height, width): (tiles, patches, width).
 
     `merge` keeps blocks of patches together. `positions` are the rows of the position table that a
     tile's patches take, all in order by default. `counts` selects the states after so many layers,
-    side by side; without them it is the tower's result. A few tiles go through at a time, so that
-    only their pixels are copied.
+    side by side; without them it is the tower's result. Tiles of type uint8 are normalised by
+    `levels`. A few tiles go through at a time, so that only their pixels are copied.
     """
     first, *rest = tiles_together(tower, tiles, patch)
-    features = _tile_features(tower, first, patch, merge, positions, counts)
+    features = _tile_features(tower, first, patch, merge, positions, counts, levels)
     if not rest:
         return features
     out = features.new_empty(len(tiles), *features.shape[1:])
     out[: len(first)] = features
     for part, rows in zip(rest, out[len(first) :].split(len(first)), strict=True):
-        rows.copy_(_tile_features(tower, part, patch, merge, positions, counts))
+        rows.copy_(_tile_features(tower, part, patch, merge, positions, counts, levels))
     return out
 
 
@@ -164,8 +165,13 @@ def _tile_features(
     merge: int,
     positions: Tensor | None,
     counts: Sequence[int],
+    levels: pixels.Normalisation | None,
 ) -> Tensor:
     """As `tile_features`, all at once."""
+    tiles = tiles.to(tower.patch.weight.device)
+    if tiles.dtype == torch.uint8:
+        assert levels is not None, "levels mean nothing by themselves"
+        tiles = pixels.normalised_frames(tiles, *levels)
     cut = pixels.patchify(tiles.to(tower.patch.weight), patch, merge).unflatten(0, (len(tiles), -1))
     table = tower.positions.weight
     rows = table if positions is None else table[positions.to(table.device)]

@@ -115,16 +115,18 @@ class Idefics3(BackboneFamily):
         columns = width // self.tile if len(tiles) > 1 else 0
         return MediaInput(
             kind="image",
-            features={"pixel_values": self.normalised(tiles)},
+            features={"pixel_values": pixels.levels(tiles)},
+            levels=self.levels,
             text=self.layout_text(len(tiles), columns),
             num_tokens=len(tiles) * self.tile_tokens,
             size=image.size,
             processed_size=(width, height) if columns else (self.tile, self.tile),
         )
 
-    def normalised(self, tiles: Sequence[Image.Image]) -> Tensor:
-        """Tiles as the tower's input (tiles, 3, height, width)."""
-        return pixels.normalised_tiles(tiles, *pixels.normalisation(self.processor_config))
+    @property
+    def levels(self) -> pixels.Normalisation:
+        """What makes the tower's values of a tile's levels."""
+        return pixels.normalisation(self.processor_config)
 
     def layout_text(self, tiles: int, columns: int) -> str:
         """The text of a picture: each tile's place and tokens, a line a row, then the whole."""
@@ -155,6 +157,7 @@ class Idefics3(BackboneFamily):
             one_side(self.vision["patch_size"]),
             merge=self.scale,
             positions=self.tile_positions(),
+            levels=self.levels,
         )
         embeds: Tensor = towers["projector"](
             features.reshape(-1, features.shape[-1] * self.scale**2)

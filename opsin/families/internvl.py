@@ -149,13 +149,11 @@ class InternVL(BackboneFamily):
         tiles = [canvas.crop((x, y, x + side, y + side)) for x, y in places]
         if len(tiles) > 1:
             tiles.append(pixels.resize(image, side, side, resample))
-        normalisation = pixels.normalisation(self.processor_config)
         tokens = len(tiles) * self.tile_tokens
         return MediaInput(
             kind="image",
-            features={
-                "pixel_values": pixels.normalised_tiles(tiles, *normalisation),
-            },
+            features={"pixel_values": pixels.levels(tiles)},
+            levels=pixels.normalisation(self.processor_config),
             text=f"<img>{self.media_token('image') * tokens}</img>",
             num_tokens=tokens,
             size=image.size,
@@ -179,13 +177,13 @@ class InternVL(BackboneFamily):
         del options
         frames = torch.from_numpy(video.frames).permute(0, 3, 1, 2)
         resized = pixels.resize_frames(frames, self.tile, self.tile)
-        values = pixels.normalised_frames(resized, *pixels.normalisation(self.processor_config))
         one = f"<img>{self.media_token('video') * self.tile_tokens}</img>"
         return MediaInput(
             kind="video",
-            features={"pixel_values": values},
-            text="\n".join(f"Frame{i + 1}: {one}" for i in range(len(values))),
-            num_tokens=len(values) * self.tile_tokens,
+            features={"pixel_values": resized},
+            levels=pixels.normalisation(self.processor_config),
+            text="\n".join(f"Frame{i + 1}: {one}" for i in range(len(resized))),
+            num_tokens=len(resized) * self.tile_tokens,
             processed_size=(self.tile, self.tile),
         )
 
@@ -202,6 +200,7 @@ class InternVL(BackboneFamily):
             merge=self.merge,
             positions=positions,
             counts=self.counts,
+            levels=pixels.normalisation(self.processor_config),
         )
         embeds = towers["projector"](features[:, 1:].flatten(0, 1))
         return [Encoded(part) for part in embeds.split([item.num_tokens for item in items])]

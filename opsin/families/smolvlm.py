@@ -12,6 +12,7 @@ from PIL import Image
 from opsin.families.base import MediaInput
 from opsin.families.idefics3 import Idefics3
 from opsin.media.sampling import Chooser, Video, VideoInfo
+from opsin.towers import pixels
 
 SMALL = [
     "zero",
@@ -78,7 +79,8 @@ class SmolVLM(Idefics3):
         tiles = [self.tiles(Image.fromarray(frame), whole)[0] for frame in video.frames]
         return MediaInput(
             kind="video",
-            features={"pixel_values": self.normalised(tiles)},
+            features={"pixel_values": pixels.levels(tiles)},
+            levels=self.levels,
             text=self.frames_text(video),
             num_tokens=len(tiles) * self.tile_tokens,
             processed_size=(self.tile, self.tile),

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
+Normalisation = tuple[Sequence[float], Sequence[float]]  # mean and deviation of each colour
 # A resized picture with more pixels than this is only computed where it is kept.
 MAX_WHOLE = 1 << 24
 
@@ -38,8 +39,8 @@ def resize_frames(frames: Tensor, width: int, height: int, mode: str = "bicubic"
 
 def normalised_frames(frames: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Values uint8 (..., 3, h, w) as float32: (value / 255 - mean) / std."""
-    shift = torch.tensor(mean).mul(255.0)[:, None, None]
-    scale = torch.tensor(std).mul(255.0).reciprocal()[:, None, None]
+    shift = torch.tensor(mean).mul(255.0)[:, None, None].to(frames.device)
+    scale = torch.tensor(std).mul(255.0).reciprocal()[:, None, None].to(frames.device)
     values = frames.to(torch.float32, memory_format=torch.contiguous_format)
     return values.sub_(shift).mul_(scale)
 
@@ -110,6 +111,14 @@ def normalised(image: Image.Image, mean: Sequence[float], std: Sequence[float]) 
     return normalised_frames(pixels, mean, std)
 
 
+def levels(tiles: Sequence[Image.Image]) -> Tensor:
+    """RGB pictures of one size as they are, (tiles, 3, height, width) uint8."""
+    out = torch.empty(len(tiles), 3, tiles[0].height, tiles[0].width, dtype=torch.uint8)
+    for values, tile in zip(out, tiles, strict=True):
+        values.copy_(torch.from_numpy(np.array(tile, dtype=np.uint8)).permute(2, 0, 1))
+    return out
+
+
 def normalised_tiles(
     tiles: Sequence[Image.Image], mean: Sequence[float], std: Sequence[float]
 ) -> Tensor:
@@ -120,7 +129,7 @@ def normalised_tiles(
     return out
 
 
-def normalisation(config: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
+def normalisation(config: Mapping[str, Any]) -> Normalisation:
     """A processor config's mean and deviation; CLIP's where it states none."""
     if config.get("do_normalize", True) is False:
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)

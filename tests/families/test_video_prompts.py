@@ -78,7 +78,7 @@ def test_a_video_s_logits_are_the_reference_s(lab: Lab) -> None:
     video_item = family.prepare_video(clip([0, 3, 5], 6, 3.0), {})
     text = f"{family.placeholders['image']}See: {family.placeholders['video']}What happens?"
     prompt = processor.assemble(text, [picture_item, video_item])
-    values = [item.features["pixel_values"] for item in (picture_item, video_item)]
+    values = [item.value("pixel_values") for item in (picture_item, video_item)]
     stacked = torch.cat(values)
     inputs = {
         "input_ids": torch.tensor([prompt.token_ids]),
