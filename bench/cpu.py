@@ -11,7 +11,9 @@ the values), loads Opsin and the rival side by side, each in a process of its ow
 turn, so that a noisy machine disturbs both alike: medians, and the median of the ratios. PY is the
 Python of an environment in which the rival is installed as its users install it: for llama.cpp
 `CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python gguf`, for openvino
-`pip install optimum-intel[openvino]`; Transformers runs with this one. The last line is JSON.
+`pip install optimum-intel[openvino] transformers==4.57.6` (optimum-intel 2.2 exports some models
+with no later one); Transformers runs with this one. OpenVINO's own default is 8 bits: --rival-bits
+8 compares our 4 with them. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -121,18 +123,19 @@ def prepare(args: argparse.Namespace) -> dict[str, list[str]]:
     folder = write_checkpoint(args.shape, work / args.shape)
     pixels = work / "picture.rgb"
     pixels.write_bytes(picture().tobytes())
-    common = ["--bits", str(args.bits), "--threads", str(args.threads), "--picture", str(pixels)]
-    commands = {"opsin": [sys.executable, str(HERE / "opsin_engine.py"), str(folder), *common]}
-    python = args.rival_python or sys.executable
+    common = ["--threads", str(args.threads), "--picture", str(pixels)]
+    ours = [sys.executable, str(HERE / "opsin_engine.py"), str(folder), *common]
+    commands = {"opsin": [*ours, "--bits", str(args.bits)]}
+    python, bits = args.rival_python or sys.executable, args.rival_bits or args.bits
     if args.rival == "llama.cpp":
-        files = gguf_files(args, folder, args.bits).parent
+        files = gguf_files(args, folder, bits).parent
         engine = [python, str(HERE / "llama_cpp_engine.py"), str(files), *common]
-        commands[args.rival] = [*engine, "--tower", args.rival_tower]
+        commands[args.rival] = [*engine, "--bits", str(bits), "--tower", args.rival_tower]
     elif args.rival:
         runtime = "torch" if args.rival == "transformers" else "openvino"
         engine = [python, str(HERE / "transformers_engine.py"), str(folder), *common]
-        tokens = str(opsin_image_tokens(folder))
-        commands[args.rival] = [*engine, "--runtime", runtime, "--image-tokens", tokens]
+        engine += ["--runtime", runtime, "--image-tokens", str(opsin_image_tokens(folder))]
+        commands[args.rival] = [*engine, "--bits", str(bits)]
     return commands
 
 
@@ -182,6 +185,7 @@ def quietest(
 def summary(args: argparse.Namespace, seen: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
     """Medians of each engine, and the median of the rounds' ratios (ours over the rival's)."""
     out: dict[str, Any] = {"bench": "cpu models", "shape": args.shape, "bits": args.bits}
+    out["rival_bits"] = args.rival_bits or args.bits
     out |= {
         "clock": args.clock,
         "threads": args.threads,
@@ -216,6 +220,7 @@ def main() -> None:
     whole = what.add_parser("models")
     whole.add_argument("--shape", default="smolvlm-256m")
     whole.add_argument("--bits", type=int, choices=[4, 8, 16], default=4)
+    whole.add_argument("--rival-bits", type=int, choices=[4, 8, 16], help="where not ours")
     whole.add_argument("--rival", choices=["llama.cpp", "transformers", "openvino"])
     whole.add_argument("--rival-python", help="of the environment that the rival is installed in")
     whole.add_argument("--rival-tower", choices=["f16", "bf16", "q8_0"], default="f16")

@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from opsin.cli import bench_serve
 
 START_SECONDS = 600.0
 ROW = "streams"
+READY = {"opsin": "/ready", "llama-server": "/health"}
 FIGURES = {
     "tokens_per_second": "output, tok/s",
     "first_token_ms": "first token, p50, ms",
@@ -51,7 +53,7 @@ FIGURES = {
 class Server(EngineProcess):
     """A server in a process of its own, asked as an engine is."""
 
-    def __init__(self, command: list[str], args: argparse.Namespace) -> None:
+    def __init__(self, command: list[str], args: argparse.Namespace, ready: str) -> None:
         self.args, self.turns = args, 0
         port = free_port()
         counts = dict.fromkeys(("OMP_NUM_THREADS", "OPSIN_NUM_THREADS"), str(args.threads))
@@ -62,16 +64,20 @@ class Server(EngineProcess):
                 stdout=log, stderr=log, env=os.environ | counts,
             )  # fmt: skip
         self.url = f"http://127.0.0.1:{port}"
-        self.loaded = {"load_s": self.wait()}
+        try:
+            self.loaded = {"load_s": self.wait(ready)}
+        except BaseException:
+            self.process.terminate()
+            raise
 
-    def wait(self) -> float:
-        """Seconds until the server says that it is ready."""
+    def wait(self, ready: str) -> float:
+        """Seconds until the server answers this path well, which says that it is ready."""
         start = time.monotonic()
         while time.monotonic() - start < START_SECONDS:
             if self.process.poll() is not None:
                 raise SystemExit(f"a server ended:\n{self.log.read_text()[-3000:]}")
             try:
-                if httpx.get(f"{self.url}/health", trust_env=False).status_code == 200:
+                if httpx.get(f"{self.url}{ready}", trust_env=False).status_code == 200:
                     return time.monotonic() - start
             except httpx.HTTPError:
                 pass  # it does not listen yet
@@ -156,19 +162,25 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Ask both servers in turn; medians and ratios."""
-    servers = {name: Server(command, args) for name, command in commands(args).items()}
-    seen: dict[str, dict[str, list[float]]] = {name: {} for name in servers}
-    for server in servers.values():
-        server.ask(ROW)  # the first time warms up
-    for turn in range(args.rounds):
-        order = list(servers) if turn % 2 == 0 else list(reversed(servers))
-        print(f"turn {turn + 1} of {args.rounds}", file=sys.stderr, flush=True)
-        for name, figures in quietest(args, {name: servers[name] for name in order}, ROW):
-            for figure, value in figures.items():
-                seen[name].setdefault(figure, []).append(value)
-    for server in servers.values():
-        server.close()
+    """Ask both servers in turn; what each round found, summed up."""
+    seen: dict[str, dict[str, list[float]]] = {}
+    with ExitStack() as opened:
+        servers: dict[str, EngineProcess] = {}
+        for name, command in commands(args).items():
+            servers[name] = Server(command, args, READY[name])
+            opened.callback(servers[name].close)
+            servers[name].ask(ROW)  # the first time warms up
+        for turn in range(args.rounds):
+            order = list(servers) if turn % 2 == 0 else list(reversed(servers))
+            print(f"turn {turn + 1} of {args.rounds}", file=sys.stderr, flush=True)
+            for name, figures in quietest(args, {name: servers[name] for name in order}, ROW):
+                for figure, value in figures.items():
+                    seen.setdefault(name, {}).setdefault(figure, []).append(value)
+    return summary(args, {name: seen[name] for name in servers})
+
+
+def summary(args: argparse.Namespace, seen: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    """Medians of each server, and the median of the rounds' ratios (ours over the rival's)."""
     out: dict[str, Any] = {"bench": "serving", "load_average": os.getloadavg()}
     keys = ("shape", "quant", "streams", "tokens", "threads", "rounds")
     out |= {key: getattr(args, key) for key in keys}
@@ -178,10 +190,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             ours, theirs = (own[figure] for own in seen.values())
             ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
             entry["ratio"] = round(statistics.median(ratios), 3)
-            entry["lowest_ratio"], entry["highest_ratio"] = (
-                round(min(ratios), 3),
-                round(max(ratios), 3),
-            )
+            entry["lowest_ratio"] = round(min(ratios), 3)
+            entry["highest_ratio"] = round(max(ratios), 3)
         out[figure] = entry
         if figure in FIGURES:
             shown = "  ".join(f"{name} {value:9.3f}" for name, value in entry.items())

@@ -51,7 +51,8 @@ def load(args: argparse.Namespace) -> Any:
             args.folder, export=True, quantization_config=bits, compile=False
         )
         model.save_pretrained(exported)
-    return OVModelForVisualCausalLM.from_pretrained(exported, device="CPU")
+    threads = {"INFERENCE_NUM_THREADS": str(args.threads)}
+    return OVModelForVisualCausalLM.from_pretrained(exported, device="CPU", ov_config=threads)
 
 
 class Transformers:
@@ -59,7 +60,8 @@ class Transformers:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.model = load(args)
-        options = {} if args.runtime == "openvino" else {"backend": "pil"}
+        # The newer of the two has the backends' names, the older one a flag for the faster.
+        options = {"use_fast": True} if args.runtime == "openvino" else {"backend": "pil"}
         self.processor = transformers.AutoImageProcessor.from_pretrained(args.folder, **options)
         self.picture = Image.frombytes("RGB", SIZE, args.picture.read_bytes())
         self.image_tokens = args.image_tokens

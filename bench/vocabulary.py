@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 SPECIAL = {
-    "qwen3_vl": {151652: "<|vision_start|>", 151653: "<|vision_end|>", 151655: "<|image_pad|>"},
+    "qwen3_vl": {
+        151652: "<|vision_start|>",
+        151653: "<|vision_end|>",
+        151655: "<|image_pad|>",
+        151656: "<|video_pad|>",
+    },
     "idefics3": {
         49152: "<fake_token_around_image>",
         49153: "<global-img>",
