@@ -13,6 +13,8 @@ constexpr int kMostRows = 128;   // of a panel, in any build
 constexpr int kFewRowsQ8 = 8;    // up to here results wait for one another, see few()
 constexpr int kFewRowsQ4 = 6;    // more rows were measured to be slower that way
 constexpr int kFewRowsBf16 = 4;
+constexpr int kWaitingRows = 8;  // up to here a product waits for memory, not for arithmetic
+constexpr int64_t kChunkBytes = 128 << 10;
 constexpr int kPrivateRows = 4;  // up to here each thread prepares the activations for itself
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
@@ -251,11 +253,24 @@ int64_t product_thread_bytes(const Matrix* m) {
          tile_scratch_bytes(m) + gathered_bytes(m);
 }
 
+namespace {
+
+// A small matrix goes in fewer chunks: each begins a stream of memory and is handed out at a cost.
+int product_chunks(const Product& p, int blocks, int threads) {
+  const int most = chunks_for(blocks, threads, 1);
+  if (threads == 1 || p.linear.rows > kWaitingRows) return most;
+  const int64_t each = p.linear.matrix->bytes / (threads * kChunkBytes);
+  const int wanted = threads * static_cast<int>(each < 2 ? 2 : each);
+  return wanted < most ? wanted : most;
+}
+
+}  // namespace
+
 void product(Team& team, const Product& p, uint8_t* shared, uint8_t* own) {
   const Matrix* m = p.linear.matrix;
   const int rows = p.linear.rows;
   const int blocks = p.linear.gated ? m->blocks / 2 : m->blocks;
-  const int chunks = chunks_for(blocks, team.size(), 1);
+  const int chunks = product_chunks(p, blocks, team.size());
   float* row = reinterpret_cast<float*>(own + activation_bytes(m, kPrivateRows));
   uint8_t* scratch = own + activation_bytes(m, kPrivateRows) + aligned(m->padded_k * 8);
   const bool alone = rows <= kPrivateRows;
