@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from opsin.checkpoint.safetensors import StoredTensor
 from opsin.checkpoint.weights import Rename, target_of
+from opsin.decoder.attention import Attention
 from opsin.decoder.decoder import Decoder
 from opsin.kernels.cpu.library import Library
 from opsin.kernels.cpu.matrix import PackedMatrix
@@ -18,7 +19,7 @@ from opsin.kernels.packed import Packed, PlainMatrix
 from opsin.nn.experts import ExpertLinear
 from opsin.nn.linear import Adapter, Embedding, Linear
 from opsin.nn.packing import ModulePacker
-from opsin.quant.formats import Format, Kind, quantised, quantised_by_rows
+from opsin.quant.formats import GROUP, Format, Kind, quantised, quantised_by_rows
 from opsin.quant.mlx import AffineTensor
 from opsin.towers.mobilenet_v5 import MobileNetV5
 
@@ -38,32 +39,37 @@ def native_formats(decoder: Decoder) -> Formats:
 def quantised_formats(decoder: Decoder, towers: nn.Module, bits: int) -> Formats:
     """What is quantised for so many bits while loading.
 
-    Decoder layers and experts take `bits`, but the first and the last layer, the tables of
-    embeddings, the head and the towers take 8: they are the most sensitive. Towers, whose time is
-    all arithmetic, have one scale a row, so that whole numbers are added over all columns.
+    Decoder layers and experts take `bits`, but the first and the last layer, what makes queries,
+    keys and values, the tables of a layer's own inputs and the towers take 8: they are the most
+    sensitive for what they weigh. The embeddings and the head, a large part of a small model, take
+    `bits` in groups of 32. Towers, whose time is all arithmetic, have one scale a row, so that
+    whole numbers are added over all columns.
     Everything else stays as it is: norms, routers, convolutions, adapters, tables of positions, the
     first layer over a picture's patches, and outputs of fewer than 64 features.
     """
     narrow: Kind = "q4" if bits == 4 else "q8"
-    wanted: list[tuple[nn.Module, Kind]] = []
+    wanted: list[tuple[nn.Module, Kind, int]] = []
     for i, layer in enumerate(decoder.layers):
         inner = 0 < i < len(decoder.layers) - 1
-        wanted += [(module, narrow if inner else "q8") for module in _matrices(layer)]
-    tables: list[nn.Module] = [decoder.embedding]
+        wide = {block.qkv for block in layer.modules() if isinstance(block, Attention)}
+        for module in _matrices(layer):
+            wanted.append((module, narrow if inner and module not in wide else "q8", GROUP))
+    table_group = 32 if narrow == "q4" else GROUP
+    wanted.append((decoder.embedding, narrow, table_group))
     if decoder.head is not None:
-        tables.append(decoder.head)
+        wanted.append((decoder.head, narrow, table_group))
     if decoder.layer_inputs is not None:
-        tables += [decoder.layer_inputs.table, decoder.layer_inputs.project]
-    wanted += [(module, "q8") for module in tables]
+        own = decoder.layer_inputs
+        wanted += [(module, "q8", GROUP) for module in (own.table, own.project)]
     formats: Formats = {}
     for module in _matrices(towers):
         weight = module.get_parameter("weight")
         if weight.shape[-2] >= LEAST_ROWS:
             formats[module] = quantised_by_rows(weight.shape[-1])
-    for module, kind in wanted:
+    for module, kind, group in wanted:
         weight = module.get_parameter("weight")
         if weight.shape[-2] >= LEAST_ROWS:
-            formats[module] = quantised(kind, weight.shape[-1])
+            formats[module] = quantised(kind, weight.shape[-1], group)
     return formats
 
 

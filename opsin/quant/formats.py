@@ -37,9 +37,12 @@ class Format:
         return (8 if self.kind == "q8" else 4) + own
 
 
-def quantised(kind: Kind, columns: int) -> Format:
-    """The format of a matrix of so many columns: where they are no whole groups, 8 bits by rows."""
-    group = next((group for group in (GROUP, 32) if columns % group == 0), 0)
+def quantised(kind: Kind, columns: int, most: int = GROUP) -> Format:
+    """The format of a matrix of so many columns, in groups of `most` of them or 32.
+
+    Where they are no whole groups, it is 8 bits by rows.
+    """
+    group = next((group for group in (most, 32) if columns % group == 0), 0)
     return Format(kind if group else "q8", group, rotated=group > 0)
 
 

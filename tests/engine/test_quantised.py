@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import opsin
 from opsin.engine import model as loading
@@ -17,6 +19,7 @@ from opsin.errors import InputError
 from opsin.kernels import cpu
 from opsin.kernels.packed import PlainMatrix
 from opsin.nn.linear import Linear
+from opsin.quant.formats import Format
 from tests.families.checkpoints import write_checkpoint
 from tests.families.ours import answers, tokens
 from tests.families.pictures import picture
@@ -108,6 +111,26 @@ def test_without_native_kernels_plain_torch_gives_the_same(
 def test_what_cannot_be_quantised_is_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(InputError, match="3 bits"):
         opsin.load(folders[DENSE], device="cpu", quantize=3)
+
+
+@pytest.mark.parametrize(("bits", "narrow"), [(8, ("q8", 64)), (4, ("q4", 64))])
+def test_what_is_sensitive_keeps_eight_bits(
+    folders: dict[str, Path], bits: int, narrow: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "quantised", lambda kind, columns, most: Format(kind, most))
+    decoder = loading.build(folders[DENSE]).decoder
+    decoder.layers.extend(copy.deepcopy(decoder.layers))
+    formats = packing.quantised_formats(decoder, nn.Module(), bits)
+    kept = {module: (form.kind, form.group) for module, form in formats.items()}
+    layers = list(decoder.layers)
+    for i, layer in enumerate(layers):
+        inner = 0 < i < len(layers) - 1
+        assert kept[layer.attention.qkv] == ("q8", 64)
+        for module in (layer.attention.out, layer.mlp.gate_up, layer.mlp.down):
+            assert kept[module] == (narrow if inner else ("q8", 64))
+    assert decoder.head is not None
+    tables = ("q4", 32) if bits == 4 else ("q8", 64)
+    assert kept[decoder.embedding] == kept[decoder.head] == tables
 
 
 def test_a_summary_says_what_is_kept_how(folders: dict[str, Path]) -> None:
