@@ -35,11 +35,15 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class PackedSink:
-    """The rows of a tensor of `shape`, piece after piece, into packed matrices."""
+    """The rows of a tensor of `shape`, piece after piece, into packed matrices.
+
+    filled: they hold their values already; in_place: they may read them where they lie.
+    """
 
     shape: tuple[int, ...]
     pieces: Sequence[Piece]
     filled: bool = False
+    in_place: bool = False
 
     def read(self, tensor: StoredTensor, files: MappedFiles) -> bool:
         """Take rows where they lie or straight from the file, or codes as they are."""
@@ -62,6 +66,8 @@ class PackedSink:
 
     def _map(self, tensor: StoredTensor, files: MappedFiles) -> bool:
         """Let the matrices read a tensor in place; False if any of them cannot."""
+        if not self.in_place:
+            return False
         if not all(piece.matrix.can_map(tensor.dtype, piece.row) for piece in self.pieces):
             return False
         memory = files.of(tensor)
@@ -100,7 +106,8 @@ class ModulePacker:
 
     `formats` says how each module's weight is kept; `interleaved` are those whose two outputs
     alternate by sixteen rows; `new` makes an empty matrix; `nothing` is an empty tensor of the
-    model's dtype, on its device; `kept` are the modules' matrices that hold their values already.
+    model's dtype, on its device; `kept` are the modules' matrices that hold their values already;
+    `in_place` says whether matrices may read their values where the checkpoint's files have them.
     """
 
     def __init__(
@@ -111,9 +118,11 @@ class ModulePacker:
         *,
         interleaved: frozenset[nn.Module] = frozenset(),
         kept: Mapping[nn.Module, Sequence[Packed]] | None = None,
+        in_place: bool = False,
     ) -> None:
         self.formats = formats
         self.kept = kept or {}
+        self.in_place = in_place
         self.interleaved = interleaved
         self.new = new
         self.nothing = nothing
@@ -134,7 +143,7 @@ class ModulePacker:
             if index:
                 first, rows = sum(module.splits[: index[0]]), module.splits[index[0]]
             pieces = [Piece(matrix, first, rows)]
-            return PackedSink((rows, matrix.k), pieces, module in self.kept)
+            return PackedSink((rows, matrix.k), pieces, module in self.kept, self.in_place)
         assert isinstance(module, Linear)
         return self._linear(module, form, index)
 
@@ -156,7 +165,7 @@ class ModulePacker:
             start, rows = (sum(splits[: index[0]]), splits[index[0]]) if index else (0, rows)
             pieces = [Piece(matrix, start, rows)]
         rows = sum(piece.rows for piece in pieces)
-        return PackedSink((rows, matrix.k), pieces, module in self.kept)
+        return PackedSink((rows, matrix.k), pieces, module in self.kept, self.in_place)
 
     def _experts(self, module: ExpertLinear, form: Format, index: tuple[int, ...]) -> Sink:
         if not module.packed:
@@ -166,9 +175,9 @@ class ModulePacker:
         filled = module in self.kept
         if len(index) > 1:
             pieces = [Piece(module.packed[index[1]], start, rows)]
-            return PackedSink((rows, columns), pieces, filled)
+            return PackedSink((rows, columns), pieces, filled, self.in_place)
         pieces = [Piece(matrix, start, rows) for matrix in module.packed]
-        return PackedSink((len(pieces), rows, columns), pieces, filled)
+        return PackedSink((len(pieces), rows, columns), pieces, filled, self.in_place)
 
     def finish(self) -> None:
         """Hand the biases over too, when every tensor is in place."""

@@ -53,8 +53,9 @@ class ViTConfig:
     windowed: frozenset[int] = frozenset()
 
 
-# Most patches that go through the layers together, one run at least; on a CPU more gain nothing.
-GROUP_PATCHES, CPU_GROUP_PATCHES = 4096, 1024
+# Most patches that go through the layers together, one run at least: fewer take less memory. What
+# is packed gains nothing from more; other matrices are laid out anew for each product on a CPU.
+GROUP_PATCHES, PACKED_GROUP_PATCHES = 3072, 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,8 +248,9 @@ class VisionTransformer(nn.Module):
     @property
     def group_patches(self) -> int:
         """Most patches that go through the layers together, where runs are no longer."""
-        on_cpu = self.patch.weight.device.type == "cpu"
-        return CPU_GROUP_PATCHES if on_cpu else GROUP_PATCHES
+        matrices = [m for m in self.layers[:1].modules() if isinstance(m, Linear)]
+        packed = any(matrix.packed is not None for matrix in matrices)
+        return PACKED_GROUP_PATCHES if packed else GROUP_PATCHES
 
     def _groups(
         self, layout: VisionLayout, num_patches: int

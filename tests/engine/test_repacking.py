@@ -117,6 +117,24 @@ def test_what_is_mapped_is_what_was_packed(
     assert seen[0] == seen[1] == seen[2]
 
 
+def test_what_is_read_in_place_answers_as_what_was_copied(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path)
+    seen = []
+    for least in (1 << 40, 0):
+        monkeypatch.setattr(packing, "IN_PLACE_LEAST", least)
+        model, processor = opsin.load(folder, device="cpu", dtype="bfloat16")
+        in_place = [each.is_in_place for each in matrices(model).values()]
+        assert any(in_place) == (least == 0)
+        prompt = processor.prepare("What is it?", images=[picture(1, 90, 70)])
+        with Engine(model, processor, EngineLimits(memory=1 << 24, block_size=8)) as engine:
+            events = answers(engine, [prompt], count=16, logprobs=1)[0]
+        seen.append((tokens(events), [event.logprobs for event in events]))
+    assert seen[0] == seen[1]
+
+
 def test_a_mapped_model_reads_none_of_what_was_packed(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,7 +47,7 @@ def test_tiles_in_parts_give_what_all_at_once_do(
     seen: list[int] = []
     run = tower._run
     monkeypatch.setattr(tower, "_run", lambda p, *rest: (seen.append(len(p)), run(p, *rest))[1])
-    monkeypatch.setattr(vit, "CPU_GROUP_PATCHES", 40)  # two and a half tiles
+    monkeypatch.setattr(vit, "GROUP_PATCHES", 40)  # two and a half tiles
     parts = tile_features(tower, tiles, 2, merge=2, counts=counts)
     assert seen == [32, 32, 32, 16]
     torch.testing.assert_close(parts, whole)

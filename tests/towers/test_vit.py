@@ -33,7 +33,7 @@ def test_groups_of_pictures_give_what_all_at_once_do(
     seen: list[int] = []
     run = tower._run
     monkeypatch.setattr(tower, "_run", lambda p, *rest: (seen.append(len(p)), run(p, *rest))[1])
-    monkeypatch.setattr(vit, "CPU_GROUP_PATCHES", limit)
+    monkeypatch.setattr(vit, "GROUP_PATCHES", limit)
     features, taps = tower(patches, layout, (0, 2))
     assert sum(seen) == sum(LENGTHS)
     assert all(count <= limit or count in LENGTHS for count in seen)

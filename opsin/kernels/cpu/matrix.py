@@ -123,6 +123,11 @@ class PackedMatrix:
         return self._kept is not None
 
     @property
+    def is_in_place(self) -> bool:
+        """Whether rows of it are read where a checkpoint's file holds them."""
+        return bool(self._mapped)
+
+    @property
     def region_bytes(self) -> int:
         """Bytes of the region that a view of the same matrix needs: products read past the end."""
         return self.nbytes + SLACK
