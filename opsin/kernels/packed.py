@@ -30,12 +30,8 @@ class Packed(Protocol):
         """Put weight (rows, k) at `row`; spread 2 leaves every other sixteen rows for its pair."""
         ...
 
-    def can_map(self, dtype: torch.dtype, row: int) -> bool:
-        """Whether rows of a type that begin at `row` can be read where they lie."""
-        ...
-
-    def map(self, weight: Tensor, row: int = 0, *, spread: int = 1) -> None:
-        """Read weight (rows, k) where it lies from now on, as `fill` would place it."""
+    def map(self, weight: Tensor, row: int = 0, *, spread: int = 1) -> bool:
+        """Read weight (rows, k) where it lies, as `fill` would place it; False if it cannot."""
         ...
 
     def fill_file(
@@ -93,13 +89,9 @@ class PlainMatrix:
         """Quantise weight (rows, k) and put it at `row`."""
         self._put(*quantise(weight, self.format), row, spread)
 
-    def can_map(self, dtype: torch.dtype, row: int) -> bool:
+    def map(self, weight: Tensor, row: int = 0, *, spread: int = 1) -> bool:
         """It takes values only."""
         return False
-
-    def map(self, weight: Tensor, row: int = 0, *, spread: int = 1) -> None:
-        """It takes values only."""
-        raise NotImplementedError
 
     def fill_file(
         self, file: int, offset: int, rows: int, dtype: torch.dtype, row: int, spread: int

@@ -65,18 +65,14 @@ class PackedSink:
         return True
 
     def _map(self, tensor: StoredTensor, files: MappedFiles) -> bool:
-        """Let the matrices read a tensor in place; False if any of them cannot."""
-        if not self.in_place:
-            return False
-        if not all(piece.matrix.can_map(tensor.dtype, piece.row) for piece in self.pieces):
+        """Let matrices of the tensor's type read it in place; False if that cannot be."""
+        kinds = {piece.matrix.format.kind for piece in self.pieces}
+        if not self.in_place or tensor.dtype != torch.bfloat16 or kinds != {"bf16"}:
             return False
         memory = files.of(tensor)
         if memory is None:
             return False
-        rows, at = memory.reshape(-1, self.shape[-1]), 0
-        for piece in self.pieces:
-            piece.matrix.map(rows[at : at + piece.rows], piece.row, spread=piece.spread)
-            at += piece.rows
+        self._put(memory, in_place=True)
         return True
 
     def _take_codes(self, tensor: AffineTensor) -> bool:
@@ -94,10 +90,14 @@ class PackedSink:
 
     def fill(self, values: Tensor) -> None:
         """Take values of the sink's shape."""
-        rows = values.reshape(-1, self.shape[-1])
-        at = 0
+        self._put(values, in_place=False)
+
+    def _put(self, values: Tensor, *, in_place: bool) -> None:
+        rows, at = values.reshape(-1, self.shape[-1]), 0
         for piece in self.pieces:
-            piece.matrix.fill(rows[at : at + piece.rows], piece.row, spread=piece.spread)
+            part = rows[at : at + piece.rows]
+            if not (in_place and piece.matrix.map(part, piece.row, spread=piece.spread)):
+                piece.matrix.fill(part, piece.row, spread=piece.spread)
             at += piece.rows
 
 

@@ -148,27 +148,23 @@ class PackedMatrix:
         )  # fmt: skip
         self.library.check(code, "fill")
 
-    def can_map(self, dtype: torch.dtype, row: int) -> bool:
-        """Whether rows of a type that begin at `row` can be read where they lie."""
-        return (
-            self.format.kind == "bf16"
-            and dtype == torch.bfloat16
-            and self.k % COLUMNS == 0
-            and row % ROWS == 0
-        )
+    def map(self, weight: Tensor, row: int = 0, *, spread: int = 1) -> bool:
+        """Read weight (rows, k) where it lies from now on, as `fill` would place it; False if not.
 
-    def map(self, weight: Tensor, row: int = 0, *, spread: int = 1) -> None:
-        """Read weight (rows, k) where it lies from now on, as `fill` would place it.
-
-        Its rows lie one after another; the last rows % 16 are copied. See `can_map`.
+        A bf16 matrix whose k is a multiple of 32 can read bfloat16 rows that lie one after another
+        so, from a `row` that is a multiple of 16; the last rows % 16 are copied.
         """
         if weight.shape[1] != self.k or not weight.is_contiguous():
             raise ValueError(f"rows must have {self.k} columns and lie one after another")
+        whole = self.k % COLUMNS == 0 and row % ROWS == 0
+        if self.format.kind != "bf16" or weight.dtype != torch.bfloat16 or not whole:
+            return False
         code = self.library.handle.opsin_matrix_map(
             self.handle, row, weight.shape[0], spread, pointer(weight)
         )
         self.library.check(code, "map")
         self._mapped.append(weight)
+        return True
 
     def fill_file(
         self, file: int, offset: int, rows: int, dtype: torch.dtype, row: int = 0, spread: int = 1

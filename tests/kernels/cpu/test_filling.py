@@ -109,8 +109,7 @@ def test_rows_read_where_they_lie_are_the_same_matrix(
     weight = file[3:].view(rows, 192)  # as in a checkpoint, on no line of the cache
     copied, mapped = (PackedMatrix(native, "bf16", 96, 192) for _ in range(2))
     copied.fill(weight, first, spread=spread)
-    assert mapped.can_map(torch.bfloat16, first)
-    mapped.map(weight, first, spread=spread)
+    assert mapped.map(weight, first, spread=spread)
     assert torch.equal(whole(mapped), whole(copied))
     for count in (1, 3, 16, 40, 70):
         x = torch.randn(count, 192)
@@ -129,11 +128,11 @@ def test_rows_read_where_they_lie_are_the_same_matrix(
 
 
 def test_what_cannot_be_read_in_place_is_known(best: Library):
-    assert not PackedMatrix(best, "bf16", 32, 40).can_map(torch.bfloat16, 0)
+    assert not PackedMatrix(best, "bf16", 32, 40).map(torch.zeros(32, 40).bfloat16())
     matrix = PackedMatrix(best, "bf16", 32, 64)
-    assert not matrix.can_map(torch.bfloat16, 8)
-    assert not matrix.can_map(torch.float16, 0)
-    assert not PackedMatrix(best, "q8", 32, 64).can_map(torch.bfloat16, 0)
+    assert not matrix.map(torch.zeros(16, 64).bfloat16(), 8)
+    assert not matrix.map(torch.zeros(16, 64).half())
+    assert not PackedMatrix(best, "q8", 32, 64).map(torch.zeros(32, 64).bfloat16())
     with pytest.raises(ValueError, match="one after another"):
         matrix.map(torch.zeros(16, 128).bfloat16()[:, :64])
     with pytest.raises(EngineError, match="map"):

@@ -127,15 +127,25 @@ void emit(const OpsinLinear& l, int block, int row, int count, const float* tile
   kernels()->emit(&e);
 }
 
+// A thread's own: sums of one block, of the block beside it, and what kernels ask for.
+struct Buffers {
+  float* tile;
+  float* second;
+  uint8_t* scratch;
+};
+
+Buffers buffers(uint8_t* own) {
+  float* tile = reinterpret_cast<float*>(own);
+  return {tile, tile + kMostRows * 16, own + 2 * kMostRows * 16 * 4};
+}
+
 // A few rows times blocks [from, until), or pairs of them: the sums of many blocks first, then what
 // becomes of them. Results go to lines that the weights have pushed out of the caches, and to fetch
 // such a line amid the weights breaks their stream.
 void few(const Product& p, const Activations& x, int from, int until, uint8_t* own) {
   const OpsinLinear& l = p.linear;
   const Kernels* k = kernels();
-  float* tile = reinterpret_cast<float*>(own);
-  float* second = tile + kMostRows * 16;
-  uint8_t* scratch = own + 2 * kMostRows * 16 * 4;
+  const auto [tile, second, scratch] = buffers(own);
   const int count = l.rows, step = l.gated ? 2 : 1, size = count * 16, most = kMostRows / count;
   for (int first = from; first < until; first += most) {
     const int blocks = until - first < most ? until - first : most;
@@ -182,9 +192,7 @@ int64_t gathered_bytes(const Matrix* m) {
 void multiply(const Product& p, const Activations& x, int from, int until, uint8_t* own) {
   const OpsinLinear& l = p.linear;
   const Kernels* k = kernels();
-  float* tile = reinterpret_cast<float*>(own);
-  float* second = tile + kMostRows * 16;
-  uint8_t* scratch = own + 2 * kMostRows * 16 * 4;
+  const auto [tile, second, scratch] = buffers(own);
   const int step = l.gated ? 2 : 1;
   const int panel = l.matrix->kind == kBf16 ? k->panel_bf16 : k->panel;
   const int64_t run = run_of(l.matrix, step);
