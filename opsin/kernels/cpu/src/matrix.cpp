@@ -4,6 +4,7 @@
 #include <cstring>
 #include <mutex>
 #include <sys/mman.h>
+#include <unistd.h>
 #include <vector>
 
 #include "runtime.h"
@@ -12,7 +13,7 @@ namespace opsin {
 
 namespace {
 
-constexpr int64_t kHuge = 2 << 20, kPage = 4096;
+constexpr int64_t kHuge = 2 << 20, kLeastPage = 4096;
 constexpr int64_t kRun = 256 << 20;
 
 // Room for the prefetches and tile loads that run past the end.
@@ -49,8 +50,16 @@ struct Run {
 std::mutex runs_lock;
 std::vector<Run> runs;
 
+// The system's own page: 16 or 64 KiB on some ARM machines. Pages of a matrix that goes must not
+// be those of its neighbour.
+int64_t page_bytes() {
+  const int64_t page = sysconf(_SC_PAGESIZE);
+  return page > kLeastPage ? page : kLeastPage;
+}
+
 uint8_t* map_bytes(int64_t bytes, int64_t* capacity) {
-  const int64_t size = (bytes + kSlack + kPage - 1) / kPage * kPage;
+  static const int64_t page = page_bytes();
+  const int64_t size = (bytes + kSlack + page - 1) / page * page;
   *capacity = size;
   std::lock_guard<std::mutex> lock(runs_lock);
   if (runs.empty() || runs.back().size - runs.back().used < size) {
