@@ -37,6 +37,8 @@ OPSIN_INLINE F fma(F a, F b, F c) {
   for (int i = 0; i < 16; i += 4) {
     vst1q_f32(r.v + i, vfmaq_f32(vld1q_f32(c.v + i), vld1q_f32(a.v + i), vld1q_f32(b.v + i)));
   }
+#elif defined(__aarch64__)
+  OPSIN_LANES r.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);  // one rounding, as NEON's
 #else
   OPSIN_LANES r.v[i] = a.v[i] * b.v[i] + c.v[i];
 #endif
