@@ -42,14 +42,22 @@ struct Matrix {
 };
 
 // Activations of a product, ready for one kind of matrix; the memory holds whole panels of rows.
+//
+// data: rows (padded_k), bfloat16 or int8 codes; but
+//   bfloat16 where kernels are `paired`: panels (padded_k / 2, panel_rows, 2);
+//   codes that are not `tiled`: panels (padded_k / 4, rows of this panel, 4), so that what meets
+//   the same weights lies together.
+// scale, sum: of codes, panels (groups, rows of this panel), or (groups, panel_rows) if tiled;
+//   sum is scale * sum of codes. The last panel may have fewer rows than the others.
 struct Activations {
-  const uint8_t* data;  // (rows, padded_k) int8 or bfloat16; bfloat16 where kernels are `paired`:
-                        // panels (padded_k / 2, panel_rows, 2)
-  int64_t stride;       // bytes between rows: an odd number of cache lines, so that the rows of a
-                        // tile do not fall on the same few sets of the cache; or between panels
-  const float* scale;  // (rows, groups)
-  const float* sum;    // (rows, groups): scale * sum of codes
+  const uint8_t* data;
+  int64_t stride;      // bytes between panels; between rows where there are none, or codes are
+                       // tiled: an odd number of cache lines, so that the rows of a tile do not
+                       // fall on the same few sets of the cache
+  const float* scale;
+  const float* sum;
   int panel_rows;      // 1: there are no panels
+  bool tiled;
 };
 
 // Rows of a paged cache at 8 or 4 bits, the same for keys and values; bits 0: there are none.
@@ -120,6 +128,8 @@ struct Kernels {
   void (*matmul_begin)(const Matrix* m, int rows);  // per thread, before tiles
   void (*matmul_end)();
   int panel, panel_bf16;  // rows handed to one tile call at most
+  int code_rows;   // rows of codes in a panel of activations
+  int tiled_from;  // rows from which codes are multiplied in tiles, 0: never
   void (*rms_norm)(const float* x, const float* weight, float eps, int dim, float* out);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int dim,
                      float* out);

@@ -21,10 +21,11 @@ OPSIN_INLINE F load_scale(const uint8_t* p, bool f16) {
 
 constexpr int kAhead = 2048;  // bytes between a weight's use and its prefetch
 
-// Integer sums of one group of four-bit codes. With few rows the two halves of a byte have sums of
-// their own, so that one does not wait for the other; whole numbers add up to the same.
+// Integer sums of one group of four-bit codes with MT rows of activations. With few rows the two
+// halves of a byte have sums of their own, so that one does not wait for the other; whole numbers
+// add up to the same.
 template <int MT, int STEPS>
-OPSIN_INLINE void group_q4(const uint8_t* w, const int8_t* x, int64_t stride, int steps, I* sum) {
+OPSIN_INLINE void group_q4(const uint8_t* w, const int8_t* x, int steps, I* sum) {
   constexpr int kChains = MT <= 4 ? 2 : 1;
   I other[MT];
   for (int t = 0; t < MT; t++) sum[t] = other[t] = izero();
@@ -36,10 +37,10 @@ OPSIN_INLINE void group_q4(const uint8_t* w, const int8_t* x, int64_t stride, in
     V low = low_nibbles(v), high = high_nibbles(v);
 #pragma GCC unroll 8
     for (int t = 0; t < MT; t++) {
-      const int8_t* at = x + t * stride + 8 * j;
+      const int8_t* at = x + 8 * MT * j + 4 * t;
       sum[t] = dot_u4_at(sum[t], low, at);
       I* second = kChains == 2 ? &other[t] : &sum[t];
-      *second = dot_u4_at(*second, high, at + 4);
+      *second = dot_u4_at(*second, high, at + 4 * MT);
     }
   }
   if (kChains == 2) {
@@ -48,7 +49,7 @@ OPSIN_INLINE void group_q4(const uint8_t* w, const int8_t* x, int64_t stride, in
 }
 
 template <int MT, int STEPS>
-OPSIN_INLINE void group_q8(const uint8_t* w, const int8_t* x, int64_t stride, int steps, I* sum) {
+OPSIN_INLINE void group_q8(const uint8_t* w, const int8_t* x, int steps, I* sum) {
   constexpr int kChains = MT <= 2 ? 2 : 1;
   I other[MT];
   for (int t = 0; t < MT; t++) sum[t] = other[t] = izero();
@@ -60,10 +61,10 @@ OPSIN_INLINE void group_q8(const uint8_t* w, const int8_t* x, int64_t stride, in
     V first = vload(w + 128 * j), second = vload(w + 128 * j + 64);
 #pragma GCC unroll 8
     for (int t = 0; t < MT; t++) {
-      const int8_t* at = x + t * stride + 8 * j;
+      const int8_t* at = x + 8 * MT * j + 4 * t;
       sum[t] = dot_u8_at(sum[t], first, at);
       I* chain = kChains == 2 ? &other[t] : &sum[t];
-      *chain = dot_u8_at(*chain, second, at + 4);
+      *chain = dot_u8_at(*chain, second, at + 4 * MT);
     }
   }
   if (kChains == 2) {
@@ -71,91 +72,94 @@ OPSIN_INLINE void group_q8(const uint8_t* w, const int8_t* x, int64_t stride, in
   }
 }
 
+// A panel of MT rows: codes (padded_k / 4, MT, 4), scales and sums (groups, MT).
+struct Panel {
+  const int8_t* codes;
+  const float *scale, *sum;
+};
+
 template <int MT, bool FOUR, bool F16, int STEPS>
-static void tile_affine(const Matrix* m, const uint8_t* w, const Activations* x, int row,
-                        float* out) {
+static void tile_affine(const Matrix* m, const uint8_t* w, const Panel& x, float* out) {
   F acc[MT];
   for (int t = 0; t < MT; t++) acc[t] = set1(0.0f);
-  const int8_t* codes = (const int8_t*)x->data + row * x->stride;
-  const float* xs = x->scale + (int64_t)row * m->groups;
-  const float* xb = x->sum + (int64_t)row * m->groups;
+  const int8_t* codes = x.codes;
+  const float *xs = x.scale, *xb = x.sum;
   const int groups = m->groups, group = STEPS ? STEPS * 8 : m->group;
   for (int g = 0; g < groups; g++) {
     prefetch(w + kAhead);
     const F scale = load_scale(w, F16), bias = load_scale(w + 32, F16);
     I sum[MT];
     if (FOUR) {
-      group_q4<MT, STEPS>(w + 64, codes, x->stride, group / 8, sum);
+      group_q4<MT, STEPS>(w + 64, codes, group / 8, sum);
     } else {
-      group_q8<MT, STEPS>(w + 64, codes, x->stride, group / 8, sum);
+      group_q8<MT, STEPS>(w + 64, codes, group / 8, sum);
     }
     w += 64 + group * (FOUR ? 8 : 16);
-    codes += group;
+    codes += group * MT;
 #pragma GCC unroll 8
     for (int t = 0; t < MT; t++) {
-      acc[t] = fma(from_int(sum[t]), mul(scale, set1(xs[t * groups + g])), acc[t]);
-      acc[t] = fma(bias, set1(xb[t * groups + g]), acc[t]);
+      acc[t] = fma(from_int(sum[t]), mul(scale, set1(xs[t])), acc[t]);
+      acc[t] = fma(bias, set1(xb[t]), acc[t]);
     }
+    xs += MT;
+    xb += MT;
   }
   for (int t = 0; t < MT; t++) store(out + 16 * t, acc[t]);
 }
 
 template <int MT, bool FOUR, bool F16>
-static void tile_grouped(const Matrix* m, const uint8_t* w, const Activations* x, int row,
-                         float* out) {
+static void tile_grouped(const Matrix* m, const uint8_t* w, const Panel& x, float* out) {
   if (m->group == 64) {
-    tile_affine<MT, FOUR, F16, 8>(m, w, x, row, out);
+    tile_affine<MT, FOUR, F16, 8>(m, w, x, out);
   } else {
-    tile_affine<MT, FOUR, F16, 0>(m, w, x, row, out);
+    tile_affine<MT, FOUR, F16, 0>(m, w, x, out);
   }
 }
 
 template <int MT>
-static void tile_rows(const Matrix* m, const uint8_t* w, const Activations* x, int row,
-                      float* out) {
+static void tile_rows(const Matrix* m, const uint8_t* w, const Panel& x, float* out) {
   if (m->kind == opsin::kQ8) {
     if (m->scale_f16) {
-      tile_grouped<MT, false, true>(m, w, x, row, out);
+      tile_grouped<MT, false, true>(m, w, x, out);
     } else {
-      tile_grouped<MT, false, false>(m, w, x, row, out);
+      tile_grouped<MT, false, false>(m, w, x, out);
     }
   } else if (m->scale_f16) {
-    tile_grouped<MT, true, true>(m, w, x, row, out);
+    tile_grouped<MT, true, true>(m, w, x, out);
   } else {
-    tile_grouped<MT, true, false>(m, w, x, row, out);
+    tile_grouped<MT, true, false>(m, w, x, out);
   }
 }
 
 #if defined(__AVX512F__)
-constexpr int kTile = 8;
+constexpr int kCodeRows = 8;
 #elif defined(__AVX2__)
-constexpr int kTile = 4;
+constexpr int kCodeRows = 4;
 #else
-constexpr int kTile = 2;
+constexpr int kCodeRows = 2;
 #endif
 
 static void vector_tile(const Matrix* m, int b, const Activations* x, int row, int count,
                         float* out) {
   const uint8_t* w = m->data + b * m->block_bytes;
-  int done = 0;
-  for (; done + kTile <= count; done += kTile) {
-    tile_rows<kTile>(m, w, x, row + done, out + 16 * done);
-  }
-  out += 16 * done;
-  row += done;
-  switch (count - done) {
+  for (int done = 0; done < count; done += kCodeRows, out += 16 * kCodeRows) {
+    const int64_t first = row + done, panel = first / kCodeRows;
+    const Panel p = {(const int8_t*)x->data + panel * x->stride, x->scale + first * m->groups,
+                     x->sum + first * m->groups};
+    switch (count - done < kCodeRows ? count - done : kCodeRows) {
 #if defined(__AVX512F__)
-    case 7: tile_rows<7>(m, w, x, row, out); break;
-    case 6: tile_rows<6>(m, w, x, row, out); break;
-    case 5: tile_rows<5>(m, w, x, row, out); break;
-    case 4: tile_rows<4>(m, w, x, row, out); break;
+      case 8: tile_rows<8>(m, w, p, out); break;
+      case 7: tile_rows<7>(m, w, p, out); break;
+      case 6: tile_rows<6>(m, w, p, out); break;
+      case 5: tile_rows<5>(m, w, p, out); break;
 #endif
 #if defined(__AVX2__)
-    case 3: tile_rows<3>(m, w, x, row, out); break;
-    case 2: tile_rows<2>(m, w, x, row, out); break;
+      case 4: tile_rows<4>(m, w, p, out); break;
+      case 3: tile_rows<3>(m, w, p, out); break;
 #endif
-    case 1: tile_rows<1>(m, w, x, row, out); break;
-    default: break;
+      case 2: tile_rows<2>(m, w, p, out); break;
+      default: tile_rows<1>(m, w, p, out); break;
+    }
   }
 }
 
@@ -177,7 +181,7 @@ struct AmxPass {
   const uint8_t *header, *codes;
   uint8_t* scratch;
   const int8_t* rows;
-  const float *scale, *sum;
+  const float *scale[2], *sum[2];  // of eight rows each
   int64_t group_bytes, step, stride;
   int groups, group, depth, steps;
   bool ahead;     // fetch codes ahead of their use
@@ -230,9 +234,9 @@ OPSIN_INLINE void scale_group(const AmxPass& p, int g, F* acc) {
   const F bias = load_scale(p.header + g * p.group_bytes + 32, F16);
 #pragma GCC unroll 16
   for (int t = 0; t < 16; t++) {
-    const int at = t * p.groups + g;
-    acc[t] = fma(from_int(iload(sums + 16 * t)), mul(scale, set1(p.scale[at])), acc[t]);
-    acc[t] = fma(bias, set1(p.sum[at]), acc[t]);
+    const int at = kCodeRows * g + t % kCodeRows, half = t / kCodeRows;
+    acc[t] = fma(from_int(iload(sums + 16 * t)), mul(scale, set1(p.scale[half][at])), acc[t]);
+    acc[t] = fma(bias, set1(p.sum[half][at]), acc[t]);
   }
 }
 
@@ -277,8 +281,11 @@ static void amx_quantized(const Matrix* m, int b, const Activations* x, int row,
   for (int done = 0; done < count; done += 16) {
     p.ahead = !four && done == 0;
     p.rows = (const int8_t*)x->data + (row + done) * x->stride;
-    p.scale = x->scale + (int64_t)(row + done) * m->groups;
-    p.sum = x->sum + (int64_t)(row + done) * m->groups;
+    for (int half = 0; half < 2; half++) {
+      const int64_t first = (int64_t)(row + done + kCodeRows * half) * m->groups;
+      p.scale[half] = x->scale + first;
+      p.sum[half] = x->sum + first;
+    }
     if (m->scale_f16) {
       amx_rows<true>(p, out + 16 * done);
     } else {
@@ -356,14 +363,14 @@ static bool pair(const Matrix* m, int b, const Activations* x, int row, int coun
 }
 
 constexpr int kPanel = 128, kPanelBf16 = 64;
-constexpr int kAmxRows = 9;  // from here on tiles beat vectors
+constexpr int kTiledFrom = 9;  // rows from which tiles beat vectors
 // A group of one scale a row may be any multiple of 64; else 32, 64 or 128.
 
 static void tile(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
                  uint8_t* scratch) {
   if (m->kind == opsin::kBf16) {
     tile_bf16(m, b, x, row, count, out);
-  } else if (count >= kAmxRows) {
+  } else if (x->tiled) {
     amx_quantized(m, b, x, row, count, out, scratch);
   } else {
     vector_tile(m, b, x, row, count, out);
@@ -380,7 +387,7 @@ static void matmul_end() { _tile_release(); }
 
 #else
 
-constexpr int kPanel = 64, kPanelBf16 = 64;
+constexpr int kPanel = 64, kPanelBf16 = 64, kTiledFrom = 0;
 
 static void tile(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
                  uint8_t*) {

@@ -15,7 +15,8 @@ constexpr int kFewRowsQ4 = 6;    // more rows were measured to be slower that wa
 constexpr int kFewRowsBf16 = 4;
 constexpr int kWaitingRows = 8;  // up to here a product waits for memory, not for arithmetic
 constexpr int64_t kChunkBytes = 128 << 10;
-constexpr int kPrivateRows = 4;  // up to here each thread prepares the activations for itself
+// Up to here each thread prepares the activations for itself.
+constexpr int kPrivateRows = 8, kPrivateRowsBf16 = 4;
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
@@ -32,20 +33,54 @@ struct Prepared {
   float* scale;
   float* sum;
   int panel_rows;  // as in Activations
+  bool tiled;
 };
 
 Prepared lay_out(const Matrix* m, int rows, uint8_t* at) {
   const int64_t padded = padded_rows(rows);
-  const bool paired = m->kind == kBf16 && kernels()->paired;
+  const Kernels* k = kernels();
+  const int most = m->kind != kBf16 ? k->code_rows : k->paired ? kRows : 1;
   Prepared p;
   p.data = at;
-  p.panel_rows = !paired ? 1 : rows < kRows ? rows : kRows;
-  p.stride = paired ? static_cast<int64_t>(p.panel_rows) * m->padded_k * 2 : row_bytes(m);
+  p.tiled = m->kind != kBf16 && k->tiled_from && rows >= k->tiled_from;
+  p.panel_rows = rows < most ? rows : most;
+  p.stride = row_bytes(m);
+  if (m->kind == kBf16 && k->paired) {
+    p.stride = static_cast<int64_t>(p.panel_rows) * m->padded_k * 2;
+  } else if (m->kind != kBf16 && !p.tiled) {
+    p.stride *= p.panel_rows;
+  }
   at += padded * row_bytes(m);
   p.scale = reinterpret_cast<float*>(at);
   at += aligned(padded * m->groups * 4);
   p.sum = reinterpret_cast<float*>(at);
   return p;
+}
+
+// Row r, floats in `row`, as codes to where the kernels read them; `row` holds two rows of floats.
+void place_codes(const Matrix* m, const Prepared& to, int r, int rows, const float* x, float* row) {
+  const Kernels* k = kernels();
+  const int first = r / to.panel_rows * to.panel_rows, t = r - first;
+  const int left = rows - first;
+  const int wide = to.tiled || left > to.panel_rows ? to.panel_rows : left;
+  float* scale = to.scale + static_cast<int64_t>(first) * m->groups;
+  float* sum = to.sum + static_cast<int64_t>(first) * m->groups;
+  uint8_t* panel = to.data + first / to.panel_rows * to.stride;
+  if (wide == 1 && !to.tiled) {
+    k->quantize(x, m->k, m->padded_k, m->group, reinterpret_cast<int8_t*>(panel), scale, sum);
+    return;
+  }
+  float* scales = row + m->padded_k;
+  uint8_t* codes = reinterpret_cast<uint8_t*>(scales + 2 * m->groups);
+  if (to.tiled) codes = to.data + r * to.stride;
+  k->quantize(x, m->k, m->padded_k, m->group, reinterpret_cast<int8_t*>(codes), scales,
+              scales + m->groups);
+  for (int g = 0; g < m->groups; g++) {
+    scale[g * wide + t] = scales[g];
+    sum[g * wide + t] = scales[m->groups + g];
+  }
+  if (to.tiled) return;
+  for (int c = 0; c < m->padded_k; c += 4) std::memcpy(panel + c * wide + 4 * t, codes + c, 4);
 }
 
 // Row r as bfloat16, to where the kernels read it; `narrow` holds a row.
@@ -95,10 +130,7 @@ void prepare(const Product& p, const Prepared& to, int from, int until, float* r
         k->rotate(x, m->k, m->rotated, row);
         x = row;
       }
-      k->quantize(x, m->k, m->padded_k, m->group,
-                  reinterpret_cast<int8_t*>(to.data + r * to.stride),
-                  to.scale + static_cast<int64_t>(r) * m->groups,
-                  to.sum + static_cast<int64_t>(r) * m->groups);
+      place_codes(m, to, r, p.linear.rows, x, row);
     }
   }
 }
@@ -281,19 +313,23 @@ void product(Team& team, const Product& p, uint8_t* shared, uint8_t* own) {
   const int chunks = product_chunks(p, blocks, team.size());
   float* row = reinterpret_cast<float*>(own + activation_bytes(m, kPrivateRows));
   uint8_t* scratch = own + activation_bytes(m, kPrivateRows) + aligned(m->padded_k * 8);
-  const bool alone = rows <= kPrivateRows;
+  const bool alone = rows <= (m->kind == kBf16 ? kPrivateRowsBf16 : kPrivateRows);
   const Prepared prepared = lay_out(m, rows, alone ? own : shared);
   bool ready = !alone;
   if (!alone) {
-    const int pieces = chunks_for(rows, team.size(), 4);
+    // A panel of codes is one thread's: two that write to the same lines wait for each other.
+    const int unit = m->kind == kBf16 ? 1 : prepared.panel_rows;
+    const int units = (rows + unit - 1) / unit;
+    const int pieces = chunks_for(units, team.size(), unit == 1 ? 4 : 1);
     team.phase(pieces, [&](int c) {
-      const int64_t n = rows;
-      prepare(p, prepared, static_cast<int>(n * c / pieces), static_cast<int>(n * (c + 1) / pieces),
+      const int64_t n = units;
+      const int until = static_cast<int>(n * (c + 1) / pieces) * unit;
+      prepare(p, prepared, static_cast<int>(n * c / pieces) * unit, until < rows ? until : rows,
               row);
     });
   }
   const Activations x = {prepared.data, prepared.stride, prepared.scale, prepared.sum,
-                         prepared.panel_rows};
+                         prepared.panel_rows, prepared.tiled};
   team.phase(chunks, [&](int c) {
     if (!ready) {
       prepare(p, prepared, 0, rows, row);
