@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         prepare_inputs,
         stream_generate,
     )
+    from opsin.api_quantize import Written, quantize
     from opsin.engine.loop import Engine
     from opsin.errors import OpsinError
     from opsin.prompt.formats import MessageFormat
@@ -30,6 +31,7 @@ __all__ = [
     "MessageFormat",
     "OpsinError",
     "SamplingParams",
+    "Written",
     "apply_chat_template",
     "batch_generate",
     "generate",
@@ -37,6 +39,7 @@ __all__ = [
     "get_message_json",
     "load",
     "prepare_inputs",
+    "quantize",
     "stream_generate",
 ]
 
@@ -45,6 +48,8 @@ _HOMES = {
     "MessageFormat": "opsin.prompt.formats",
     "OpsinError": "opsin.errors",
     "SamplingParams": "opsin.types",
+    "Written": "opsin.api_quantize",
+    "quantize": "opsin.api_quantize",
 }
 
 

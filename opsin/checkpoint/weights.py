@@ -265,7 +265,8 @@ def _as_stored(tensor: StoredTensor, target: Target, out: Tensor) -> Tensor:
     if colours_last and math.prod(shape) == out.numel():
         out = out.unflatten(1, (3, *shape[1:-1])).movedim(1, -1)
     # Any other convolution of MLX's: what goes in stands last.
-    if out.ndim == 4 and shape != tuple(out.shape) and shape == tuple(out.movedim(1, -1).shape):
+    turnable = out.ndim in (3, 4) and shape != tuple(out.shape)
+    if turnable and shape == tuple(out.movedim(1, -1).shape):
         out = out.movedim(1, -1)
     _check_shape(tensor, target.name, out)
     return out

@@ -26,6 +26,10 @@ COMMANDS = {
     "ocr": Listed("ocr", "Read pictures and PDF files: Markdown, JSON or HTML."),
     "chat": Listed("chat", "Talk with a model in the terminal."),
     "transcribe": Listed("transcribe", "Write down what a sound says."),
+    "quantize": Listed("quantize", "Write a checkpoint with quantised weights, or without."),
+    "convert": Listed(
+        "quantize", "Write a checkpoint with quantised weights, or without.", hidden=True
+    ),
     "ui": Listed("ui", "Show the chat page in a browser."),
     "models": Listed(
         "models", "List families and cached models; inspect a checkpoint.", several=True

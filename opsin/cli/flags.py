@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
@@ -178,19 +180,27 @@ def load_with_progress(name: str, **options: Any) -> tuple[LoadedModel, Processo
 
     if name == "bundled":
         typer.echo(BUNDLED_NOTE.format(suggestion=SUGGESTION), err=True)
+    with byte_progress("Loading") as tick:
+        return load(name, on_progress=tick, **options)
+
+
+@contextmanager
+def byte_progress(label: str) -> Iterator[Callable[[int, int], None] | None]:
+    """What shows on stderr how many bytes of how many are done; None off a terminal."""
     if not sys.stderr.isatty():
-        return load(name, **options)
+        yield None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-    columns = (TextColumn("Loading"), BarColumn(), DownloadColumn(binary_units=False))
+    columns = (TextColumn(label), BarColumn(), DownloadColumn(binary_units=False))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("weights", total=None)
 
         def on_progress(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        return load(name, on_progress=on_progress, **options)
+        yield on_progress
 
 
 def note_window(max_kv_size: int | None) -> None:

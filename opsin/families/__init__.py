@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from opsin.errors import UnknownFamily
 from opsin.families.index import ALIASES, BY_ARCHITECTURE, BY_TOWER, MODULES
+from opsin.families.mlx_names import NAMES
 
 if TYPE_CHECKING:
     from opsin.families.base import Family
@@ -51,7 +52,12 @@ def load(config: dict[str, Any], processor_config: dict[str, Any]) -> Family:
     tower = vision.get("cls") or vision.get("model_type", "")
     for architecture in config.get("architectures") or ():
         model_type = BY_ARCHITECTURE.get(architecture, model_type)
-    return find(BY_TOWER.get((model_type, tower), model_type))(config, processor_config)
+    name = BY_TOWER.get((model_type, tower), model_type)
+    family = find(name)(config, processor_config)
+    family.mlx_names = NAMES.get(MODULES[ALIASES.get(name, name)])
+    if family.mlx_names is not None:
+        family.rename = (*family.mlx_names.reading(), *family.rename)
+    return family
 
 
 def bundled_templates() -> list[str]:

@@ -20,6 +20,7 @@ from opsin.checkpoint.weights import Rename
 from opsin.decoder.config import DecoderConfig
 from opsin.decoder.decoder import Decoder
 from opsin.errors import CheckpointError, InputError
+from opsin.families.mlx_names import MLXNames
 from opsin.families.speaking import Speaker
 from opsin.kernels import Kernels
 from opsin.media.sampling import Chooser, Video
@@ -185,6 +186,7 @@ class Family:
                      special; a tokenizer whose files lack them gets them, in this order
     decoder_start    the tokens that the decoder starts from where an encoder reads the prompt;
                      none where the decoder reads it
+    mlx_names        what mlx-vlm calls its weights; None where that is not known
     """
 
     modalities: ClassVar[tuple[str, ...]] = ("image",)
@@ -209,6 +211,7 @@ class Family:
     no_repeat_ngram: tuple[int, int | None, tuple[str, ...]] | None = None
     answer_tokens: tuple[str, ...] = ()
     decoder_start: tuple[int, ...] = ()
+    mlx_names: MLXNames | None = None
 
     def __init__(self, config: dict[str, Any], processor_config: dict[str, Any]) -> None:
         self.config = config

@@ -52,8 +52,8 @@ class Llama4(Family):
     rename = (
         (r"\.feed_forward\.", ".mlp."),
         (r"\.mlp\.router\.weight$", ".mlp.router.weight"),
-        (r"\.mlp\.experts\.gate_up_proj$", ".mlp.gate_up.weight^T"),
-        (r"\.mlp\.experts\.down_proj$", ".mlp.down.weight^T"),
+        (r"\.mlp\.experts\.(gate_up|down)_proj$", r".mlp.\1.weight^T"),
+        (r"\.mlp\.experts\.(gate_up|down)_proj\.weight$", r".mlp.\1.weight"),
         (r"\.mlp\.shared_expert\.gate_proj\.weight$", ".mlp.shared.gate_up.weight[0]"),
         (r"\.mlp\.shared_expert\.up_proj\.weight$", ".mlp.shared.gate_up.weight[1]"),
         (r"\.mlp\.shared_expert\.down_proj\.", ".mlp.shared.down."),

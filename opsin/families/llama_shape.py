@@ -50,6 +50,7 @@ EXPERT_RENAME: tuple[Rename, ...] = (
     (r"\.mlp\.experts\.(\d+)\.down_proj\.weight$", r".mlp.down.weight[0,\1]"),
     (r"\.mlp\.experts\.gate_up_proj$", ".mlp.gate_up.weight^T?"),
     (r"\.mlp\.experts\.down_proj$", ".mlp.down.weight^T?"),
+    (r"\.mlp\.experts\.(gate_up|down)_proj\.weight$", r".mlp.\1.weight"),
     (r"\.mlp\.switch_mlp\.gate_proj\.weight$", ".mlp.gate_up.weight[0]"),
     (r"\.mlp\.switch_mlp\.up_proj\.weight$", ".mlp.gate_up.weight[1]"),
     (r"\.mlp\.switch_mlp\.down_proj\.weight$", ".mlp.down.weight"),

@@ -1,0 +1,210 @@
+"""The names that MLX-layout checkpoints have for the weights of a family, and the ways back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from opsin.errors import InputError
+
+if TYPE_CHECKING:
+    from opsin.checkpoint.weights import Rename
+
+_FUSED = re.compile(r"^(?P<stem>.*\.experts)\.gate_up_proj(\.weight)?$")
+_EXPERT = re.compile(r"^(?P<stem>.*\.experts)\.((?P<number>\d+)\.)?(?P<name>\w+_proj)(\.weight)?$")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a tensor is called in MLX's layout.
+
+    names: one, or two for the halves of its rows. number: which expert it is of those stacked
+    under the name.
+    """
+
+    names: tuple[str, ...]
+    number: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MLXNames:
+    """How mlx-vlm calls the weights of a family.
+
+    prefixes: (as published or saved, as mlx-vlm has it or None for what it leaves out); the first
+    that a name begins with counts. experts: where all experts' tensors stand that are published
+    under `.experts`. offset: the norms that are stored with one added. moved: what has its second
+    axis last beside the convolutions over pictures. head: what the embedding table is stored as
+    once more where it is the head, because mlx-vlm always has one of its own.
+    """
+
+    prefixes: tuple[tuple[str, str | None], ...]
+    experts: tuple[str, str] = (".experts", ".switch_mlp")
+    offset: str = r"(?!)"
+    moved: str = r"(?!)"
+    head: str | None = None
+
+    def place(self, name: str) -> Place:
+        """Where a published tensor goes; no names where it is left out.
+
+        Raises InputError for a name that fits no prefix.
+        """
+        named = self._renamed(name)
+        if named is None:
+            return Place(())
+        if match := _FUSED.match(named):
+            stem = self._experts(match["stem"])
+            return Place((f"{stem}.gate_proj.weight", f"{stem}.up_proj.weight"))
+        if match := _EXPERT.match(named):
+            name = f"{self._experts(match['stem'])}.{match['name']}.weight"
+            number = match["number"]
+            return Place((name,), None if number is None else int(number))
+        return Place((named,))
+
+    def _renamed(self, name: str) -> str | None:
+        for published, converted in self.prefixes:
+            if name.startswith(published):
+                return None if converted is None else converted + name.removeprefix(published)
+        raise InputError(
+            "The checkpoint cannot be written in MLX's layout",
+            why=f"tensor {name} has no name there",
+            remedy="Use --layout hf, which keeps the names",
+            param="layout",
+        )
+
+    def _experts(self, stem: str) -> str:
+        published, converted = self.experts
+        return stem.removesuffix(published) + converted
+
+    def reading(self) -> tuple[Rename, ...]:
+        """Rules from mlx-vlm's names back to published ones, where it has others."""
+        same = tuple(was for was, name in self.prefixes if was == name)
+        back: dict[str, str] = {}
+        for published, converted in self.prefixes:
+            if converted and not converted.startswith(same):
+                back.setdefault(converted, published)
+        pairs = sorted(back.items(), key=lambda pair: -len(pair[0]))
+        return tuple((f"^{re.escape(converted)}", name) for converted, name in pairs)
+
+
+# The text model alone in `language_model`, as Transformers saves it and as most are published.
+TEXT = (
+    ("language_model.", "language_model."),
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+)
+PROJECTOR = (
+    ("multi_modal_projector.", "multi_modal_projector."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+)
+QWEN = MLXNames(
+    (
+        ("visual.", "vision_tower."),
+        ("model.visual.", "vision_tower."),
+        *TEXT[1:],
+        ("model.", "language_model.model."),
+    )
+)
+QWEN_LINEAR = MLXNames(
+    (("mtp.", None), *QWEN.prefixes),
+    offset=r"\.(input_layernorm|post_attention_layernorm|[qk]_norm|model\.norm)\.weight$",
+    moved=r"\.linear_attn\.conv1d\.weight$",
+)
+IDEFICS = MLXNames(
+    (
+        ("model.vision_model.", "vision_model."),
+        ("model.text_model.", "language_model."),
+        ("model.connector.", "connector."),
+        ("lm_head.", "language_model.lm_head."),
+    ),
+    head="language_model.lm_head.weight",
+)
+CLIP = (
+    ("vision_tower.", "vision_tower."),
+    ("model.vision_tower.vision_model.", "vision_tower.vision_model."),
+    ("model.vision_tower.", "vision_tower.vision_model."),
+)
+LLAVA = MLXNames(
+    (
+        *CLIP,
+        *PROJECTOR,
+        *TEXT,
+        ("image_newline", "image_newline"),
+        ("model.image_newline", "image_newline"),
+    )
+)
+GEMMA3 = replace(LLAVA, head="language_model.lm_head.weight")
+PIXTRAL = MLXNames(
+    (
+        ("vision_tower.", "vision_tower.vision_model."),
+        ("model.vision_tower.", "vision_tower.vision_model."),
+        *PROJECTOR,
+        *TEXT,
+    )
+)
+MLLAMA = MLXNames(
+    (
+        ("vision_model.", "vision_tower."),
+        ("model.vision_model.", "vision_tower."),
+        *PROJECTOR,
+        *TEXT,
+    )
+)
+GEMMA4 = MLXNames(
+    (
+        ("model.language_model.", "language_model.model."),
+        ("model.", ""),
+        ("lm_head.", "language_model.lm_head."),
+    ),
+    experts=("", ".switch_glu"),
+    moved=r"\.depthwise_conv1d\.weight$",
+)
+INTERN = MLXNames(
+    (
+        ("vision_model.", "vision_model."),
+        ("language_model.", "language_model."),
+        ("mlp1.", "mlp1."),
+    )
+)
+MINICPM = MLXNames(
+    (
+        ("vpm.", "vision_tower."),
+        ("llm.", "language_model."),
+        ("apm.", "audio_tower."),
+        ("tts.", None),
+        ("resampler.", "resampler."),
+        ("audio_projection_layer.", "audio_projection_layer."),
+    ),
+    moved=r"^audio_tower\.conv\d\.weight$",
+)
+DOTS = MLXNames(
+    (
+        ("vision_tower.", "vision_tower."),
+        ("model.", "language_model.model."),
+        ("lm_head.", "language_model.model.lm_head."),
+    )
+)
+
+# By the name of the family's file; the others are not written in MLX's layout.
+NAMES: Mapping[str, MLXNames] = {
+    "dots_ocr": DOTS,
+    "gemma3": GEMMA3,
+    "gemma4": GEMMA4,
+    "idefics2": IDEFICS,
+    "idefics3": IDEFICS,
+    "internvl_chat": INTERN,
+    "llava": LLAVA,
+    "llava_next": LLAVA,
+    "minicpmo": MINICPM,
+    "mistral3": PIXTRAL,
+    "mllama": MLLAMA,
+    "paligemma": LLAVA,
+    "qwen2_5_vl": QWEN,
+    "qwen2_vl": QWEN,
+    "qwen3_5": QWEN_LINEAR,
+    "qwen3_5_moe": QWEN_LINEAR,
+    "qwen3_vl": QWEN,
+    "qwen3_vl_moe": QWEN,
+    "smolvlm": IDEFICS,
+}
