@@ -9,6 +9,7 @@ import math
 import mmap
 import os
 import struct
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -100,14 +101,29 @@ def _bad(path: Path, why: str) -> CheckpointError:
     )
 
 
+class OpenFile:
+    """A file that stays open, to be read by its `number`, for as long as this lives."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.number)
+
+
 class MappedFiles:
     """Files mapped once each, for the tensors that are used where they lie.
 
-    What is written to them stays in this process.
+    What is written to them stays in this process. `opened` are those whose tensors are read later.
     """
 
     def __init__(self) -> None:
         self.files: dict[Path, mmap.mmap | None] = {}
+        self.opened: dict[Path, OpenFile] = {}
+
+    def opened_for(self, tensor: StoredTensor) -> OpenFile:
+        """The file that holds a tensor, for it to be read when it is needed."""
+        if tensor.path not in self.opened:
+            self.opened[tensor.path] = OpenFile(tensor.path)
+        return self.opened[tensor.path]
 
     def of(self, tensor: StoredTensor) -> Tensor | None:
         """A tensor's own bytes, each page read when it is first used if the system has not yet.

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import mmap
 import os
+import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+
+_LIBRARY = re.compile(r"\.so(\.\d+)*$")  # and what follows is its version
 
 
 def physical_memory() -> int:
@@ -49,7 +52,7 @@ def give_back_freed() -> None:
 
 
 def give_back_startup() -> None:
-    """As `give_back_freed`, and torch's code, most of which only its start-up ran.
+    """As `give_back_freed`, and the code of libraries, most of which only their start-up ran.
 
     The files stay in the system's cache, so that what still runs is back at once.
     """
@@ -58,7 +61,7 @@ def give_back_startup() -> None:
     if libc is None:
         return
     with suppress(OSError):  # a system that does not show a process its pages
-        for start, size in _unwritten_code(Path(torch.__file__).parent / "lib"):
+        for start, size in _unwritten_code():
             libc.madvise(start, size, mmap.MADV_DONTNEED)
 
 
@@ -78,14 +81,18 @@ def _libc() -> ctypes.CDLL | None:
     return libc
 
 
-def _unwritten_code(folder: Path) -> Iterator[tuple[int, int]]:
-    """Address and size of the code mapped from libraries in a folder, unless it was written to."""
+def _unwritten_code() -> Iterator[tuple[int, int]]:
+    """Address and size of what is mapped to be read only from libraries, unless it was written to.
+
+    That is their code and constants.
+    """
     maps = Path("/proc/self/maps").read_text().splitlines()
     with Path("/proc/self/pagemap").open("rb", buffering=0) as pages:
         for line in maps:
-            if f" {folder}{os.sep}" not in line or line.split(maxsplit=2)[1] != "r-xp":
+            place, access, _, _, _, *path = line.split(maxsplit=5)
+            if not path or access not in ("r-xp", "r--p") or not _LIBRARY.search(path[0]):
                 continue
-            start, end = (int(address, 16) for address in line.split()[0].split("-"))
+            start, end = (int(address, 16) for address in place.split("-"))
             if not _has_own_pages(pages, start // mmap.PAGESIZE, end // mmap.PAGESIZE):
                 yield start, end - start
 

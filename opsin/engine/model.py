@@ -23,6 +23,8 @@ from opsin.engine.memory import give_back_startup
 from opsin.engine.packing import (
     Formats,
     Recipe,
+    joined_matrices,
+    late_matrices,
     native_formats,
     packer_of,
     quantised_formats,
@@ -157,6 +159,7 @@ def load_model(
     config.json says, InputError for what cannot be meant.
     """
     check_bits(quantize)
+    give_back_startup()  # before the weights, so that the two are never in memory together
     place = pick_device(device)
     config = read_config(folder)
     family = families.load(config, read_processor_config(folder))
@@ -283,7 +286,9 @@ def pick_recipe(
     if native is None and formats and nothing.device.type == "cpu":
         library = native_library()
     alternating = frozenset[nn.Module]() if native is None else gate_up_layers(model.decoder)
-    return Recipe(formats, library, nothing, alternating)
+    late = late_matrices(model.towers) if nothing.device.type == "cpu" else frozenset()
+    joined = joined_matrices(late, formats) if nothing.dtype == torch.bfloat16 else frozenset()
+    return Recipe(formats, library, nothing, alternating, late, joined)
 
 
 def cache_of(

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from opsin.checkpoint.safetensors import StoredTensor
-from opsin.checkpoint.weights import Rename, target_of
+from opsin.checkpoint.weights import MAP_BYTES, Rename, target_of
 from opsin.decoder.attention import Attention
 from opsin.decoder.decoder import Decoder
 from opsin.kernels.cpu.library import Library
 from opsin.kernels.cpu.matrix import PackedMatrix
-from opsin.kernels.packed import Packed, PlainMatrix
+from opsin.kernels.packed import DenseMatrix, Packed, PlainMatrix
 from opsin.nn.experts import ExpertLinear
+from opsin.nn.late import LateMatrix
 from opsin.nn.linear import Adapter, Embedding, Linear
 from opsin.nn.packing import ModulePacker
 from opsin.quant.formats import GROUP, Format, Kind, quantised, quantised_by_rows
@@ -142,29 +143,54 @@ class Recipe:
 
     formats: which, and how each is kept; library: what packs them, plain torch where it is None;
     nothing: an empty tensor of the model's dtype on its device; interleaved: the modules whose gate
-    and up rows alternate as the native stack reads them.
+    and up rows alternate as the native stack reads them; late: those whose values are read at their
+    first use, if they are packed; joined: those that are not, but whose rows are brought together
+    from several tensors then.
     """
 
     formats: Formats
     library: Library | None
     nothing: Tensor
     interleaved: frozenset[nn.Module] = frozenset()
+    late: frozenset[nn.Module] = frozenset()
+    joined: frozenset[nn.Module] = frozenset()
+
+
+def late_matrices(towers: nn.Module) -> frozenset[nn.Module]:
+    """A tower's matrices on a CPU: with text alone none of them is used."""
+    return frozenset(module for module in _matrices(towers) if isinstance(module, Linear))
+
+
+def joined_matrices(late: Iterable[nn.Module], formats: Formats) -> frozenset[nn.Module]:
+    """Of late matrices those that are not packed, are large, and stand in more than one tensor."""
+    return frozenset(
+        module
+        for module in late
+        if isinstance(module, Linear)
+        and module not in formats
+        and len(module.splits) > 1
+        and module.weight.numel() * BF16.bits / 8 >= MAP_BYTES
+    )
 
 
 def packer_of(recipe: Recipe, kept: Mapping[nn.Module, Sequence[Packed]]) -> ModulePacker:
     """What packs the matrices of a recipe, but for those `kept`, which hold their values."""
 
-    def new(form: Format, rows: int, columns: int) -> Packed:
+    def new(module: nn.Module, form: Format, rows: int, columns: int) -> Packed:
+        if isinstance(module, Linear) and module in recipe.joined:
+            return LateMatrix(DenseMatrix(module.kernels, rows, columns, recipe.nothing.dtype))
         if recipe.library is None:
             return PlainMatrix(form, rows, columns, recipe.nothing.device)
-        return PackedMatrix.empty(recipe.library, form, rows, columns)
+        matrix = PackedMatrix.empty(recipe.library, form, rows, columns)
+        return LateMatrix(matrix) if module in recipe.late else matrix
 
     plain = [m.get_parameter("weight") for m, form in recipe.formats.items() if form == BF16]
     return ModulePacker(
-        recipe.formats,
+        recipe.formats | dict.fromkeys(recipe.joined, BF16),
         new,
         recipe.nothing,
         interleaved=recipe.interleaved,
         kept=kept,
         in_place=sum(2 * weight.numel() for weight in plain) >= IN_PLACE_LEAST,
+        joined=recipe.joined,
     )

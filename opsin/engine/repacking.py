@@ -20,7 +20,9 @@ from opsin.errors import CheckpointError, EngineError
 from opsin.kernels import cpu
 from opsin.kernels.cpu.library import Library
 from opsin.kernels.cpu.matrix import SLACK, PackedMatrix, Region
+from opsin.kernels.packed import Packed
 from opsin.nn.experts import ExpertLinear
+from opsin.nn.late import LateMatrix
 from opsin.nn.linear import Embedding, Linear
 from opsin.quant.formats import Format
 
@@ -139,10 +141,12 @@ class RepackedCache:
 
     def write(self) -> None:
         """Keep the matrices that the model was given, or say in a line why that cannot be."""
-        parts = [(slot.name, _matrix(slot).memory()) for slot in self.slots]
         try:
-            if self.unasked and not self._is_cheap(sum(len(part) for _, part in parts)):
+            if self.unasked and not self._is_cheap(
+                sum(_packed(slot).nbytes for slot in self.slots)
+            ):
                 return
+            parts = [(slot.name, _matrix(slot).memory()) for slot in self.slots]
             size = repacked.write(self.path, self.key, str(self.source), self.recipe, parts)
         except OSError as error:
             level = logging.INFO if self.unasked else logging.WARNING
@@ -180,16 +184,22 @@ def _slots(model: nn.Module, formats: Formats) -> Iterator[_Slot]:
             yield _Slot(each, module, formats[module], rows, columns)
 
 
-def _matrix(slot: _Slot) -> PackedMatrix:
-    """The matrix that a slot's module was given."""
+def _packed(slot: _Slot) -> Packed:
+    """What a slot's module was given, which may wait for its values."""
     module = slot.module
     if isinstance(module, ExpertLinear):
-        found = module.packed[int(slot.name.rpartition(".")[2])]
-        assert isinstance(found, PackedMatrix), "only native matrices are kept"
-        return found
+        return module.packed[int(slot.name.rpartition(".")[2])]
     assert isinstance(module, Linear | Embedding), "nothing else is packed"
-    assert isinstance(module.packed, PackedMatrix), "only native matrices are kept"
+    assert module.packed is not None, "every slot's module is packed"
     return module.packed
+
+
+def _matrix(slot: _Slot) -> PackedMatrix:
+    """The matrix that a slot's module was given, with its values."""
+    packed = _packed(slot)
+    found = packed.now() if isinstance(packed, LateMatrix) else packed
+    assert isinstance(found, PackedMatrix), "only native matrices are kept"
+    return found
 
 
 def _digest(*parts: object) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from opsin.errors import EngineError
 from opsin.kernels.interface import Activation, Kernels
 from opsin.quant.affine import dequantise, quantise, unpack_codes
 from opsin.quant.formats import Format
@@ -64,6 +67,88 @@ class Packed(Protocol):
     def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows as an embedding: (count, k)."""
         ...
+
+
+class DenseMatrix:
+    """A weight as it is, of one type, on the CPU.
+
+    It has no memory before it is filled, and then pages of its own: among what products need for a
+    moment, it would keep the C library from giving that back.
+    """
+
+    def __init__(self, kernels: Kernels, n: int, k: int, dtype: torch.dtype) -> None:
+        self.kernels = kernels
+        self.format = Format("bf16")
+        self.n = n
+        self.k = k
+        self.weight = torch.empty(0, dtype=dtype)
+        self.bias: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return self.n * self.k * self.weight.dtype.itemsize
+
+    def fill(self, weight: Tensor, row: int = 0, *, spread: int = 1) -> None:
+        """Put weight (rows, k) at `row`."""
+        self._place(row, weight.shape[0], spread).copy_(weight)
+
+    def map(self, weight: Tensor, row: int = 0, *, spread: int = 1) -> bool:
+        """It takes values only."""
+        return False
+
+    def fill_file(
+        self, file: int, offset: int, rows: int, dtype: torch.dtype, row: int, spread: int
+    ) -> bool:
+        """Put rows from an open file, where they lie one after another; True."""
+        place = self._place(row, rows, spread)
+        values = place if dtype == place.dtype else torch.empty(rows, self.k, dtype=dtype)
+        bytes_left = values.view(-1).view(torch.uint8).numpy().data
+        while bytes_left:
+            count = os.preadv(file, [bytes_left], offset)
+            if not count:
+                raise EngineError("a matrix cannot be read", why="its file ends inside it")
+            bytes_left, offset = bytes_left[count:], offset + count
+        if values is not place:
+            place.copy_(values)
+        return True
+
+    def fill_affine(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        biases: Tensor,
+        bits: int,
+        row: int = 0,
+        *,
+        spread: int = 1,
+    ) -> None:
+        """Put the values that MLX codes stand for."""
+        whole = dequantise(unpack_codes(codes, bits, self.k), scales, biases)
+        self.fill(whole, row, spread=spread)
+
+    def fill_bias(self, bias: Tensor, row: int = 0, *, spread: int = 1) -> None:
+        """Put the bias (rows,) that products add."""
+        if self.bias is None:
+            self.bias = torch.zeros(self.n, dtype=bias.dtype)
+        self.bias[row : row + bias.numel()] = bias
+
+    def multiply(self, x: Tensor, *, activation: Activation | None = None) -> Tensor:
+        """activation(x (rows, k) times the transpose, plus the bias): (rows, n) in x's dtype."""
+        return self.kernels.linear(x, self.weight, self.bias, activation)
+
+    def rows(self, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows as an embedding: (count, k)."""
+        return self.weight[indices].to(dtype)
+
+    def _place(self, row: int, rows: int, spread: int) -> Tensor:
+        """The rows to fill, with memory."""
+        assert spread == 1, "only native kernels read gate and up rows that alternate"
+        if not self.weight.numel():
+            dtype, pages = self.weight.dtype, mmap.mmap(-1, max(1, self.nbytes))
+            count = self.n * self.k
+            self.weight = torch.frombuffer(pages, dtype=dtype, count=count).view(self.n, self.k)
+        return self.weight[row : row + rows]
 
 
 class PlainMatrix:

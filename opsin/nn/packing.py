@@ -12,6 +12,7 @@ from opsin.checkpoint.safetensors import MappedFiles, StoredTensor
 from opsin.checkpoint.weights import Sink
 from opsin.kernels.packed import Packed
 from opsin.nn.experts import ExpertLinear
+from opsin.nn.late import LateMatrix
 from opsin.nn.linear import Embedding, Linear
 from opsin.quant.formats import Format
 from opsin.quant.mlx import AffineTensor
@@ -19,8 +20,8 @@ from opsin.quant.mlx import AffineTensor
 ROWS = 16  # rows of one packed block
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# (format, rows, columns) to an empty matrix
-NewMatrix = Callable[[Format, int, int], Packed]
+# (module, format, rows, columns) to an empty matrix
+NewMatrix = Callable[[nn.Module, Format, int, int], Packed]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +47,14 @@ class PackedSink:
     in_place: bool = False
 
     def read(self, tensor: StoredTensor, files: MappedFiles) -> bool:
-        """Take rows where they lie or straight from the file, or codes as they are."""
+        """Take rows where they lie or straight from the file, now or later, or codes as they
+        are.
+        """
         if isinstance(tensor, AffineTensor):
             return self._take_codes(tensor)
         if type(tensor) is not StoredTensor or tensor.dtype not in DTYPES:
             return False
-        if self._map(tensor, files):
+        if self._wait(tensor, files) or self._map(tensor, files):
             return True
         with tensor.path.open("rb", buffering=0) as file:
             at = tensor.start
@@ -62,6 +65,17 @@ class PackedSink:
                 if not taken:
                     return False
                 at += piece.rows * self.shape[-1] * tensor.dtype.itemsize
+        return True
+
+    def _wait(self, tensor: StoredTensor, files: MappedFiles) -> bool:
+        """Let matrices that wait for their first use read the tensor then; False if they do not."""
+        at = tensor.start
+        for piece in self.pieces:
+            if not isinstance(piece.matrix, LateMatrix):
+                return False
+            file = files.opened_for(tensor)
+            piece.matrix.wait_for(file, at, piece.rows, tensor.dtype, piece.row, piece.spread)
+            at += piece.rows * self.shape[-1] * tensor.dtype.itemsize
         return True
 
     def _map(self, tensor: StoredTensor, files: MappedFiles) -> bool:
@@ -107,7 +121,8 @@ class ModulePacker:
     `formats` says how each module's weight is kept; `interleaved` are those whose two outputs
     alternate by sixteen rows; `new` makes an empty matrix; `nothing` is an empty tensor of the
     model's dtype, on its device; `kept` are the modules' matrices that hold their values already;
-    `in_place` says whether matrices may read their values where the checkpoint's files have them.
+    `in_place` says whether matrices may read their values where the checkpoint's files have them;
+    the `joined` are packed only where their rows come from several tensors.
     """
 
     def __init__(
@@ -119,7 +134,9 @@ class ModulePacker:
         interleaved: frozenset[nn.Module] = frozenset(),
         kept: Mapping[nn.Module, Sequence[Packed]] | None = None,
         in_place: bool = False,
+        joined: frozenset[nn.Module] = frozenset(),
     ) -> None:
+        self.joined = joined
         self.formats = formats
         self.kept = kept or {}
         self.in_place = in_place
@@ -132,7 +149,7 @@ class ModulePacker:
     ) -> Sink | None:
         """What takes the part `index` of a module's weight; None for what stays as it is."""
         form = self.formats.get(module)
-        if form is None or name != "weight":
+        if form is None or name != "weight" or (module in self.joined and not index):
             return None
         if isinstance(module, ExpertLinear):
             return self._experts(module, form, index)
@@ -152,7 +169,7 @@ class ModulePacker:
         if module in self.kept:
             return self.kept[module]
         shape = module.get_parameter("weight").shape[-2:]
-        return [self.new(form, *shape) for _ in range(count)]
+        return [self.new(module, form, *shape) for _ in range(count)]
 
     def _linear(self, module: Linear, form: Format, index: tuple[int, ...]) -> Sink:
         matrix, splits = module.packed or self._matrices(module, form, 1)[0], module.splits

@@ -28,6 +28,7 @@ from opsin.errors import CheckpointError
 from opsin.kernels import cpu
 from opsin.kernels.cpu import PackedMatrix, matrix
 from opsin.nn.experts import ExpertLinear
+from opsin.nn.late import LateMatrix
 from opsin.nn.linear import Embedding, Linear
 from tests.families.checkpoints import write_checkpoint
 from tests.families.ours import answers, tokens
@@ -77,7 +78,8 @@ def matrices(model: Model) -> dict[str, PackedMatrix]:
         if isinstance(module, ExpertLinear):
             found |= {f"{name}.{i}": each for i, each in enumerate(module.packed)}
         elif isinstance(module, Linear | Embedding) and module.packed is not None:
-            found[name] = module.packed
+            packed = module.packed
+            found[name] = packed.now() if isinstance(packed, LateMatrix) else packed
     return found
 
 
