@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -68,11 +69,49 @@ class Step:
     long: Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class NativeStep:
+    """What of `Step` and `AttentionBatch` the native stack reads, integers as plain ones.
+
+    `positions` is a list where all axes of a token have the same.
+    """
+
+    embeds: Tensor
+    positions: Tensor | list[int]
+    query_start: list[int]
+    context_lens: list[int]
+    block_tables: list[list[int]]
+    slot_mapping: list[int]
+    logit_rows: list[int]
+    visible_until: Tensor | None = None
+    kept: tuple[int, int] | None = None
+    layer_adds: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    long: Tensor | None = None
+
+
 class NativeLayers(Protocol):
     """All layers, final norm and head in one call."""
 
     def run(self, step: Step, cache: PagedCache, angles: RotaryAngles) -> Tensor:
         """What `Decoder.forward` returns."""
+        ...
+
+    def embed(self, token_ids: list[int]) -> Tensor:
+        """Embeddings (tokens, hidden), float32."""
+        ...
+
+    def likeliest(self, logits: Tensor) -> list[int]:
+        """The largest of each row of logits (rows, vocab)."""
+        ...
+
+    def compute(
+        self,
+        step: NativeStep,
+        cache: PagedCache,
+        angles: RotaryAngles,
+        when_ready: Callable[[], None] = ...,
+    ) -> Tensor:
+        """The same, of plain integers; `when_ready` is called as Python is about to be left."""
         ...
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from array import array
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,14 +19,15 @@ from opsin.decoder.config import (
     MLPConfig,
     ParallelLayerConfig,
 )
-from opsin.decoder.decoder import Decoder, Layer, Step
+from opsin.decoder.decoder import Decoder, Layer, NativeStep, Step
+from opsin.decoder.layout import HOLE
 from opsin.decoder.mlp import GatedMLP
 from opsin.kernels.cpu.library import Library
 from opsin.kernels.cpu.matrix import PackedMatrix
-from opsin.kernels.cpu.stack import LayerSpec, LayerStack, NormWeights, StackStep
+from opsin.kernels.cpu.stack import Floats, LayerSpec, LayerStack, NormWeights, StackStep
 from opsin.nn.linear import Embedding, Linear
 from opsin.nn.norm import LayerNorm, RMSNorm
-from opsin.nn.rope import RopeConfig, RotaryAngles
+from opsin.nn.rope import RotaryAngles
 
 # What a config may state for the native stack to cover it; every other field is at its default.
 DECODER_FIELDS = frozenset(
@@ -58,6 +61,7 @@ ATTENTION_FIELDS = frozenset(
     )
 )
 ROWS = 16  # rows of one packed block
+LOOKED_UP = 8192  # positions whose angles are kept: a few MB
 
 
 def why_not(config: DecoderConfig) -> str:
@@ -102,6 +106,9 @@ class NativeStack:
     def __init__(self, library: Library, decoder: Decoder) -> None:
         config = decoder.config
         self.ropes = sorted(config.rope_configs, key=repr)
+        self.axes = 1 + max((axis for config in self.ropes for axis in config.axes), default=0)
+        self.turns: list[tuple[memoryview, memoryview]] = []  # of each rope, see turned
+        self.embedding = decoder.embedding
         self.cache: PagedCache | None = None
         self.lock = threading.Lock()  # several engines may share a model
         head = decoder.embedding if decoder.head is None else decoder.head
@@ -147,46 +154,117 @@ class NativeStack:
             residual_scale=layer.residual_scale,
         )
 
+    def embed(self, token_ids: list[int]) -> Tensor:
+        """Embeddings (tokens, hidden), float32."""
+        table = self.embedding
+        if not isinstance(table.packed, PackedMatrix):
+            embeds: Tensor = table(torch.tensor(token_ids))
+            return embeds.float()
+        rows = table.packed.rows(token_ids, torch.float32)
+        return rows if table.scale == 1.0 else rows.mul_(table.scale)
+
+    def likeliest(self, logits: Tensor) -> list[int]:
+        """The largest of each row of logits (rows, vocab)."""
+        return self.stack.library.likeliest(logits)
+
     def run(self, step: Step, cache: PagedCache, angles: RotaryAngles) -> Tensor:
         """One step; the logits of `step.logit_rows`, (rows, vocab), float32."""
         batch = step.batch
         assert batch.unseen is None
-        starts, contexts = batch.query_start, batch.context_lens
+        return self.compute(
+            NativeStep(
+                embeds=step.embeds,
+                positions=step.positions,
+                query_start=batch.query_start,
+                context_lens=batch.context_lens,
+                block_tables=batch.block_tables.tolist(),
+                slot_mapping=batch.slot_mapping.tolist(),
+                logit_rows=step.logit_rows.tolist(),
+                visible_until=batch.visible_until,
+                kept=batch.kept,
+                layer_adds=step.layer_adds,
+                long=step.long,
+            ),
+            cache,
+            angles,
+        )
+
+    def compute(
+        self,
+        step: NativeStep,
+        cache: PagedCache,
+        angles: RotaryAngles,
+        when_ready: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """The same, of plain integers; `when_ready` is called as Python is about to be left."""
+        starts, contexts = step.query_start, step.context_lens
         places = [
             position
             for start, end, context in zip(starts, starts[1:], contexts, strict=False)
             for position in range(context - (end - start), context)
         ]
-        # One tensor cut in pieces: each call of torch finds its code fallen out of the caches.
-        facts = torch.tensor([*starts, *contexts, *places], dtype=torch.int32)
-        query_start, num_keys, positions = facts.split((len(starts), len(contexts), len(places)))
-        until = positions + 1 if batch.visible_until is None else batch.visible_until
-        tables: dict[RopeConfig, tuple[Tensor, Tensor]] = angles.at(step.positions, step.long)
-        tables_of = batch.block_tables
-        if not cache.form.packed:
-            # A block that is gone is masked, but its values must be numbers: the sequence's own.
-            tables_of = torch.where(tables_of < 0, tables_of[:, :1], tables_of)
+        seen = [place + 1 for place in places]
         native_step = StackStep(
             hidden=step.embeds.float().contiguous(),
-            query_start=query_start,
-            num_keys=num_keys,
-            block_tables=tables_of,
-            block_size=batch.block_size,
-            slots=batch.slot_mapping,
-            positions=positions,
-            visible_until=until,
-            rope=[tables[config] for config in self.ropes],
+            query_start=starts,
+            num_keys=contexts,
+            block_tables=[_readable(table, cache) for table in step.block_tables],
+            block_size=cache.block_size,
+            slots=step.slot_mapping,
+            positions=places,
+            visible_until=seen if step.visible_until is None else step.visible_until.tolist(),
+            rope=self.turned(step.positions, angles, step.long),
             logit_rows=step.logit_rows,
             adds=step.layer_adds,
             early_blocks=cache.layout.early_blocks,
             early_size=cache.layout.early_size,
-            kept=batch.kept,
+            kept=step.kept,
         )
         with self.lock:
             if self.cache is not cache:
                 self.stack.bind(cache.keys, cache.values)
                 self.cache = cache
-            return self.stack.run(native_step)
+            return self.stack.run(native_step, when_ready)
+
+    def turned(
+        self, positions: Tensor | list[int], angles: RotaryAngles, long: Tensor | None = None
+    ) -> list[tuple[Floats, Floats]]:
+        """Cos and sin of each rope, (tokens, dim / 2), float32. Those of generated tokens are
+        looked up: after the layers torch's code has fallen out of the processor's caches.
+        """
+        if isinstance(positions, list):
+            if long is None and max(positions) < LOOKED_UP:
+                if not self.turns:
+                    self.turns = self._turns(angles)
+                return [(_rows(cos, positions), _rows(sin, positions)) for cos, sin in self.turns]
+            positions = torch.tensor(positions).expand(self.axes, -1)
+        found = angles.at(positions, long)
+        return [(found[each][0].contiguous(), found[each][1].contiguous()) for each in self.ropes]
+
+    def _turns(self, angles: RotaryAngles) -> list[tuple[memoryview, memoryview]]:
+        found = angles.at(torch.arange(LOOKED_UP).expand(self.axes, -1))
+        return [(_bytes(found[each][0]), _bytes(found[each][1])) for each in self.ropes]
+
+
+def _bytes(table: Tensor) -> memoryview:
+    return table.contiguous().numpy().data.cast("B")
+
+
+def _rows(table: memoryview, rows: list[int]) -> array[float]:
+    """Rows of a table (LOOKED_UP, dim) of float32, one after another."""
+    out, size = array("f"), len(table) // LOOKED_UP
+    for row in rows:
+        out.frombytes(table[row * size : (row + 1) * size])
+    return out
+
+
+def _readable(table: list[int], cache: PagedCache) -> list[int]:
+    """A block table to read by. A block that is gone is masked, but where it is not quantised its
+    values must be numbers: the sequence's own.
+    """
+    if cache.form.packed or HOLE not in table:
+        return table
+    return [table[0] if block == HOLE else block for block in table]
 
 
 def _matrix(module: Linear | Embedding) -> PackedMatrix:

@@ -104,10 +104,13 @@ class MediaEncoder:
         self.on_cpu = runner.model.device.type == "cpu"
         self.sequences: list[Sequence] = []  # whose media are being encoded
 
-    def ready(self, step: list[Scheduled]) -> list[Scheduled]:
+    def ready(
+        self, step: list[Scheduled], before_slice: Callable[[], None] = lambda: None
+    ) -> list[Scheduled]:
         """Those of a step whose media are encoded, after a slice of encoding the others'.
 
-        Raises what a tower raises; `sequences` are then those that it fails.
+        `before_slice` is called before that takes its time. Raises what a tower raises; `sequences`
+        are then those that it fails.
         """
         if not self.on_cpu:
             return step
@@ -119,6 +122,7 @@ class MediaEncoder:
                 sequence.started = sequence.started or now  # its wait in the queue is over
             self.sliced.start(lambda: self._encode(lacking))
         if self.sliced.busy:
+            before_slice()
             self.sliced.advance(SLICE_SECONDS)
         return [s for s in step if s not in lacking or not self.runner.lacks_media(s)]
 

@@ -168,6 +168,7 @@ class Engine:
             self.speculator = Speculator(self.max_context, config.long_after)
         self.steps = 0
         self._requests: dict[int, _Request] = {}
+        self._said: list[tuple[_Request, Event]] = []  # events that wait for the next step
         self._held: dict[int, _Rows] = {}  # logits that wait for their grammar
         self._grammars = ThreadPoolExecutor(1, "opsin-guide")
         self._guiding: Future[None] | None = None
@@ -321,6 +322,7 @@ class Engine:
             self._loop()
         finally:  # whatever ended the thread, nobody waits for an answer that will not come
             self.encoder.close()
+            self._tell()
             with self._wake:
                 self._closing = True
                 abandoned = [*self._requests.values(), *self._inbox]
@@ -331,6 +333,8 @@ class Engine:
 
     def _loop(self) -> None:
         while True:
+            if not self._can_step():
+                self._tell()
             with self._wake:
                 while not (self._inbox or self._cancelled or self._closing or self._can_step()):
                     self._wake.wait()
@@ -371,6 +375,8 @@ class Engine:
             step = self._encoded(step)
             if step:
                 self._step(step)
+            else:
+                self._tell()
             self._guide_on()
         except STEP_ERRORS as error:
             failed = {s.sequence.request_id for s in step} or set(self._requests)
@@ -380,7 +386,7 @@ class Engine:
     def _encoded(self, step: list[Scheduled]) -> list[Scheduled]:
         """A step without the requests whose media are being encoded, or could not be."""
         try:
-            ready = self.encoder.ready(step)
+            ready = self.encoder.ready(step, self._tell)
         except STEP_ERRORS as error:
             for sequence in list(self.encoder.sequences):
                 self._finish(self._requests[sequence.request_id], "error", error)
@@ -395,13 +401,13 @@ class Engine:
             if scheduled.sequence.started == 0.0:
                 scheduled.sequence.started = now
         misses = self.runner.encoded.misses
-        logits = self.runner.run(step)
+        logits = self.runner.run(step, self._tell)
         if self.runner.encoded.misses == misses:  # else a tower's time is among the step's
             tokens = sum(scheduled.end - scheduled.start for scheduled in step)
             self.scheduler.pace.observe(tokens, time.perf_counter() - now)
         self.scheduler.computed(step)
         self.steps += 1
-        greedy = likeliest(logits)
+        greedy = self.runner.likeliest(logits)
         if self.speculator is not None and self.runner.encoded.misses == misses:
             self.speculator.observe(step, time.perf_counter() - now)
         sampling = [s for s in step if s.samples]
@@ -491,7 +497,7 @@ class Engine:
         if reason is not None:
             self._finish(request, reason)
         elif event is not None:
-            request.on_event(event)
+            self._said.append((request, event))
 
     def _finish(
         self, request: _Request, reason: FinishReason, error: Exception | None = None
@@ -506,7 +512,17 @@ class Engine:
             failure = EngineError("The request failed inside the engine", why=type(error).__name__)
             failure.__cause__ = error
             error = failure
-        request.on_event(request.output.last(reason, error))
+        self._said.append((request, request.output.last(reason, error)))
+
+    def _tell(self) -> None:
+        """Hand out the events so far.
+
+        Called right before the decoder computes, outside Python: whoever reads them would else
+        hold up this thread.
+        """
+        said, self._said = self._said, []
+        for request, event in said:
+            request.on_event(event)
 
     @property
     def alive(self) -> bool:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from opsin.decoder.cache import PagedCache, sequence_slots
-from opsin.decoder.decoder import Step
+from opsin.decoder.decoder import NativeLayers, NativeStep, Step
 from opsin.decoder.layout import HOLE, KeptTokens
 from opsin.engine.media_cache import EncodedCache
 from opsin.engine.memory import give_back_freed
@@ -18,7 +20,7 @@ from opsin.engine.model import Model
 from opsin.engine.scheduler import Scheduled
 from opsin.engine.sequence import Sequence
 from opsin.engine.source import encode_prompts, source_step
-from opsin.engine.speaking import embedded, scored, speaks
+from opsin.engine.speaking import embedded, likeliest, scored, speaks
 from opsin.families.base import Encoded, MediaInput
 from opsin.kernels import AttentionBatch
 
@@ -40,20 +42,39 @@ class Runner:
         self.kept = kept
         self.encoded = EncodedCache(media_cache_bytes)
 
-    @torch.inference_mode()
-    def run(self, step: list[Scheduled]) -> Tensor | list[Tensor]:
+    def run(
+        self, step: list[Scheduled], when_ready: Callable[[], None] = lambda: None
+    ) -> Tensor | list[Tensor]:
         """Compute a step; logits (rows, vocab) float32 of the scheduled that sample, in order: of
         each the row of its last token, then those of its drafts.
 
-        A list of rows where a request has tokens of its own.
+        A list of rows where a request has tokens of its own. `when_ready` is called right before
+        the decoder runs.
         """
         self.encode_media(step)
+        decoder = self.model.decoder
+        if decoder.native is None:
+            return self._run(step, when_ready)
+        assert decoder.angles is not None
+        ready = self._native_step(step, decoder.native)
+        return decoder.native.compute(ready, self.cache, decoder.angles, when_ready)
+
+    @torch.inference_mode()
+    def _run(self, step: list[Scheduled], when_ready: Callable[[], None]) -> Tensor | list[Tensor]:
         encode_prompts(self.model, step)
-        decoder, ready = self.model.decoder, self._step(step)
+        ready = self._step(step)
+        when_ready()
         if not speaks(step):
-            logits: Tensor = decoder(ready, self.cache)
+            logits: Tensor = self.model.decoder(ready, self.cache)
             return logits
-        return scored(decoder, self.cache, ready, step)
+        return scored(self.model.decoder, self.cache, ready, step)
+
+    def likeliest(self, logits: Tensor | list[Tensor]) -> list[int]:
+        """The largest of each row of logits."""
+        native = self.model.decoder.native
+        if native is not None and isinstance(logits, Tensor):
+            return native.likeliest(logits)
+        return likeliest(logits)
 
     def lacks_media(self, scheduled: Scheduled) -> bool:
         """Whether media are not encoded yet that a sequence's next tokens need."""
@@ -61,6 +82,11 @@ class Runner:
 
     def encode_media(self, step: list[Scheduled]) -> None:
         """Run the towers over the media whose tokens this step meets first, by kind."""
+        if any(map(_lacking, step)):
+            self._encode_media(step)
+
+    @torch.inference_mode()
+    def _encode_media(self, step: list[Scheduled]) -> None:
         pending: dict[str, list[tuple[Sequence, int]]] = defaultdict(list)
         for scheduled in step:
             for i in _lacking(scheduled):
@@ -101,6 +127,28 @@ class Runner:
         give_back_freed()
         return encoded
 
+    def _native_step(self, step: list[Scheduled], native: NativeLayers) -> NativeStep:
+        """A step for a native stack, which knows no speakers and nothing that layers share."""
+        embeds = native.embed([token for s in step for token in s.token_ids])
+        until = None
+        if any(_in_span(scheduled) for scheduled in step):
+            _, until = _visible(step, embeds.device)
+            assert all(_unseen(scheduled, embeds.device) is None for scheduled in step)
+        ends = _ends(step)
+        return NativeStep(
+            embeds=embeds,
+            positions=_generated_positions(step) or _step_positions(step),
+            query_start=ends,
+            context_lens=[s.end for s in step],
+            block_tables=[s.sequence.block_table for s in step],
+            slot_mapping=self._slot_mapping(step),
+            logit_rows=_logit_rows(step, ends),
+            visible_until=until,
+            kept=None if self.kept is None else (self.kept.first, self.kept.last),
+            layer_adds=self._inject(step, embeds),
+            long=_long(step, ends, embeds.device),
+        )
+
     def _step(self, step: list[Scheduled]) -> Step:
         device = self.model.device
         token_ids = [t for s in step for t in s.token_ids]
@@ -109,20 +157,12 @@ class Runner:
         decoder = self.model.decoder
         embeds = embedded(decoder, step, ids) if speaks(step) else decoder.embed(ids)
         layer_adds = self._inject(step, embeds)
-        ends = [0]
-        for scheduled in step:
-            ends.append(ends[-1] + scheduled.end - scheduled.start)
-        rows = [
-            row
-            for end, s in zip(ends[1:], step, strict=True)
-            if s.samples
-            for row in range(end - 1 - len(s.drafts), end)
-        ]
+        ends = _ends(step)
         return Step(
             embeds=embeds,
             positions=positions,
             batch=self._batch(step, ends),
-            logit_rows=torch.tensor(rows, dtype=torch.long, device=device),
+            logit_rows=torch.tensor(_logit_rows(step, ends), dtype=torch.long, device=device),
             layer_adds=layer_adds,
             expert_groups=_expert_groups(step, device),
             adapters=_adapters(step, ends, device),
@@ -161,15 +201,9 @@ class Runner:
         layout = self.cache.layout
         device = self.model.device
         held = [s.sequence.block_table for s in step]
-        mapping = [
-            layout.slot(table, position)
-            for table, s in zip(held, step, strict=True)
-            for position in range(s.start, s.end)
-        ]
-        listed = [] if self.model.decoder.native is not None else step  # it reads block tables
         slots = [
             sequence_slots(table, s.end, layout, device)
-            for table, s in zip(held, listed, strict=False)
+            for table, s in zip(held, step, strict=True)
         ]
         width = max(map(len, held))
         tables = [table + [HOLE] * (width - len(table)) for table in held]
@@ -179,7 +213,7 @@ class Runner:
             apart = [_unseen(scheduled, device) for scheduled in step]
             unseen = apart if any(each is not None for each in apart) else None
         return AttentionBatch(
-            slot_mapping=torch.tensor(mapping, device=device),
+            slot_mapping=torch.tensor(self._slot_mapping(step), device=device),
             query_start=ends,
             context_lens=[s.end for s in step],
             slots=[each.early for each in slots],
@@ -194,12 +228,36 @@ class Runner:
             unseen=unseen,
         )
 
+    def _slot_mapping(self, step: list[Scheduled]) -> list[int]:
+        """The cache slot of each token."""
+        slot = self.cache.layout.slot
+        return [
+            slot(scheduled.sequence.block_table, position)
+            for scheduled in step
+            for position in range(scheduled.start, scheduled.end)
+        ]
+
     def _state_slots(self, step: list[Scheduled]) -> Tensor | None:
         """Each sequence's state slot, emptied if the sequence starts here; None without states."""
         if not self.model.decoder.config.has_states:
             return None
         self.cache.clear_states([s.sequence.state_slot for s in step if s.start == 0])
         return torch.tensor([s.sequence.state_slot for s in step], device=self.model.device)
+
+
+def _ends(step: list[Scheduled]) -> list[int]:
+    """Where each request's tokens begin among all, and where the last one's end."""
+    return list(accumulate((s.end - s.start for s in step), initial=0))
+
+
+def _logit_rows(step: list[Scheduled], ends: list[int]) -> list[int]:
+    """The tokens whose logits are wanted: of those that sample, the last one and its drafts."""
+    return [
+        row
+        for end, s in zip(ends[1:], step, strict=True)
+        if s.samples
+        for row in range(end - 1 - len(s.drafts), end)
+    ]
 
 
 def _expert_groups(step: list[Scheduled], device: torch.device) -> Tensor | None:
@@ -262,15 +320,22 @@ def _is_needed(item: MediaInput, scheduled: Scheduled) -> bool:
 
 def _step_positions(step: list[Scheduled]) -> Tensor:
     """Rope positions of a step's tokens, (axes, tokens)."""
-    if any(scheduled.start < scheduled.sequence.num_prompt for scheduled in step):
+    counted = _generated_positions(step)
+    if not counted:
         return torch.cat([_positions(scheduled) for scheduled in step], dim=1)
-    counted = [
+    axes = step[0].sequence.prompt.positions.shape[0]
+    return torch.tensor(counted).expand(axes, -1)
+
+
+def _generated_positions(step: list[Scheduled]) -> list[int]:
+    """Rope positions of a step's tokens where all are generated, the same for every axis."""
+    if any(scheduled.start < scheduled.sequence.num_prompt for scheduled in step):
+        return []
+    return [
         position + scheduled.sequence.prompt.next_position - scheduled.sequence.num_prompt
         for scheduled in step
         for position in range(scheduled.start, scheduled.end)
     ]
-    axes = step[0].sequence.prompt.positions.shape[0]
-    return torch.tensor(counted).expand(axes, -1)
 
 
 def _positions(scheduled: Scheduled) -> Tensor:

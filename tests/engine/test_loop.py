@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 import opsin
 from opsin.engine.loop import Engine, EngineLimits
+from opsin.engine.scheduler import Scheduled
 from opsin.errors import EngineError, InputError, QueueFull
 from opsin.families.base import Prompt
 from opsin.types import Event, SamplingParams
@@ -108,6 +109,26 @@ def test_a_whole_answer_that_is_cancelled_still_has_its_event(engine: Engine) ->
     stream.cancel()
     (event,) = stream
     assert event.finish_reason == "cancelled"
+
+
+def test_what_was_said_goes_out_right_before_the_next_step_computes(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inbox, seen = Inbox(), []
+    run = engine.runner.run
+
+    def watched(step: list[Scheduled], when_ready: Callable[[], None]) -> Any:
+        def ready() -> None:
+            before = len(inbox.tokens)
+            when_ready()
+            seen.append((before, len(inbox.tokens)))
+
+        return run(step, ready)
+
+    monkeypatch.setattr(engine.runner, "run", watched)
+    engine.submit(words(engine), SHORT, inbox)
+    assert inbox.reason() == "length"
+    assert seen == [(0, 0), (0, 1), (1, 2), (2, 3)]
 
 
 def test_a_full_queue_refuses_and_serves_again_later(engine: Engine) -> None:

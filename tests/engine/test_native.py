@@ -10,7 +10,7 @@ import torch
 
 import opsin
 from opsin.decoder.config import AttentionConfig, DecoderConfig, LayerConfig, MLPConfig
-from opsin.decoder.native import why_not
+from opsin.decoder.native import LOOKED_UP, NativeStack, why_not
 from opsin.engine import model as loading
 from opsin.engine.loop import Engine, EngineLimits
 from opsin.engine.model import Model
@@ -58,6 +58,21 @@ def test_the_weights_are_packed_and_their_tensors_gone(loaded: tuple[Model, Any]
     left = sum(p.numel() for name, p in model.decoder.named_parameters() if "norm" not in name)
     assert left == (0 if model.decoder.head is None else model.decoder.embedding.weight.numel())
     assert model.num_parameters > left
+
+
+def test_angles_looked_up_are_those_computed(loaded: tuple[Model, Any]) -> None:
+    decoder = loaded[0].decoder
+    assert isinstance(decoder.native, NativeStack)
+    assert decoder.angles is not None
+    places = [LOOKED_UP - 1, 0, 77, 77]
+    made = decoder.native.turned(places, decoder.angles)
+    table = decoder.angles.at(torch.tensor(places).expand(3, -1))
+    for got, config in zip(made, decoder.native.ropes, strict=True):
+        assert [list(part) for part in got] == [each.flatten().tolist() for each in table[config]]
+    beyond = decoder.native.turned([LOOKED_UP, 5], decoder.angles)
+    table = decoder.angles.at(torch.tensor([LOOKED_UP, 5]).expand(3, -1))
+    for got, config in zip(beyond, decoder.native.ropes, strict=True):
+        assert all(map(torch.equal, got, table[config]))
 
 
 def test_logprobs_are_those_of_plain_torch(

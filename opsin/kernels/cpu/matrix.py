@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -237,14 +239,14 @@ class PackedMatrix:
         self.library.check(self.library.handle.opsin_linear(ctypes.byref(call)), "linear")
         return out
 
-    def rows(self, indices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def rows(self, indices: Tensor | Sequence[int], dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Rows as an embedding: (count, k)."""
         if dtype == torch.float16:
             return self.rows(indices, torch.float32).to(dtype)
-        indices = indices.to(torch.int64).contiguous()
-        out = torch.empty(indices.numel(), self.k, dtype=dtype)
+        wanted = array("q", indices.tolist() if isinstance(indices, Tensor) else indices)
+        out = torch.empty(len(wanted), self.k, dtype=dtype)
         code = self.library.handle.opsin_matrix_rows(
-            self.handle, pointer(indices), indices.numel(), abi.DTYPES[dtype], pointer(out)
+            self.handle, wanted.buffer_info()[0], len(wanted), abi.DTYPES[dtype], pointer(out)
         )
         self.library.check(code, "rows")
         return out

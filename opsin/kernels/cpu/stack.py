@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +16,8 @@ from opsin.kernels.cpu import abi
 from opsin.kernels.cpu.library import Library, pointer
 from opsin.kernels.cpu.matrix import PackedMatrix
 from opsin.kernels.packed_rows import CacheRows, PackedRows
+
+Floats: TypeAlias = Tensor | array  # float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,29 +67,62 @@ class StackStep:
     """The tokens of one step, sequence after sequence.
 
     hidden (tokens, dim) float32, replaced by the last layer's output; query_start (sequences + 1);
-    num_keys (sequences,) once this step's keys are written; block_tables (sequences, blocks); slots
-    (tokens,) cache slots to write; positions (tokens,) within the sequence; visible_until (tokens,)
-    one past the last key seen; rope: cos and sin of each table, (tokens, rotary_dim / 2) float32;
-    adds: layer to (rows, values), values added to those rows after it; logit_rows: rows whose
-    logits are wanted. With quantised caches, a sequence's first early_blocks blocks hold early_size
-    plain rows each, a slot below zero is slot -1 - slot of the quantised ones, and a block below
-    zero is one that is gone. kept (first, last): the keys that a token sees, see `AttentionBatch`.
+    num_keys (sequences,) once this step's keys are written; block_tables: the blocks of each
+    sequence; slots (tokens,) cache slots to write; positions (tokens,) within the sequence;
+    visible_until (tokens,) one past the last key seen; rope: cos and sin of each table, (tokens,
+    rotary_dim / 2) float32; adds: layer to (rows, values), values added to those rows after it;
+    logit_rows: rows whose logits are wanted. With quantised caches, a sequence's first early_blocks
+    blocks hold early_size plain rows each, a slot below zero is slot -1 - slot of the quantised
+    ones, and a block below zero is one that is gone. kept (first, last): the keys that a token
+    sees, see `AttentionBatch`.
+
+    Integers are plain ones: to make a tensor of each takes longer than a small model's layer.
     """
 
     hidden: Tensor
-    query_start: Tensor
-    num_keys: Tensor
-    block_tables: Tensor
+    query_start: Sequence[int]
+    num_keys: Sequence[int]
+    block_tables: Sequence[Sequence[int]]
     block_size: int
-    slots: Tensor
-    positions: Tensor
-    visible_until: Tensor
-    rope: Sequence[tuple[Tensor, Tensor]]
-    logit_rows: Tensor
+    slots: Sequence[int]
+    positions: Sequence[int]
+    visible_until: Sequence[int]
+    rope: Sequence[tuple[Floats, Floats]]
+    logit_rows: Sequence[int]
     adds: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     early_blocks: int = 0
     early_size: int = 1
     kept: tuple[int, int] | None = None
+
+    def packed_ints(self) -> tuple[array[int], list[int], int]:
+        """query_start, num_keys, positions, visible_until, logit_rows and block_tables (sequences,
+        width) in one array; where each begins in it; width.
+        """
+        ints, starts = array("i"), []
+        for values in (
+            self.query_start,
+            self.num_keys,
+            self.positions,
+            self.visible_until,
+            self.logit_rows,
+        ):
+            starts.append(len(ints))
+            ints.extend(values)
+        starts.append(len(ints))
+        width = max(map(len, self.block_tables))
+        for table in self.block_tables:
+            ints.extend(table)
+            ints.extend(repeat(0, width - len(table)))
+        return ints, starts, width
+
+
+def floats_at(values: Floats) -> int:
+    """Where contiguous float32 values lie."""
+    if isinstance(values, array):
+        return values.buffer_info()[0]
+    if values.dtype != torch.float32 or not values.is_contiguous():
+        raise ValueError("angles must be contiguous float32")
+    return values.data_ptr()
 
 
 class LayerStack:
@@ -143,27 +181,19 @@ class LayerStack:
         layer.kv_bits, layer.kv_groups = cache.bits, cache.scales.shape[2]
         return cache.codes.data_ptr(), cache.scales.data_ptr()
 
-    def run(self, step: StackStep) -> Tensor:
-        """Run all layers over the step; logits (logit_rows, vocabulary) float32."""
+    def run(self, step: StackStep, when_ready: Callable[[], None] = lambda: None) -> Tensor:
+        """Run all layers over the step; logits (logit_rows, vocabulary) float32.
+
+        `when_ready` is called right before the layers.
+        """
         hidden = step.hidden
         if hidden.dtype != torch.float32 or not hidden.is_contiguous():
             raise ValueError("hidden must be contiguous float32")
-        sequences, blocks = step.block_tables.shape
-        ints = [
-            x.to(torch.int32).contiguous()
-            for x in (
-                step.query_start,
-                step.num_keys,
-                step.block_tables,
-                step.positions,
-                step.visible_until,
-                step.logit_rows,
-            )
-        ]
-        slots = step.slots.to(torch.int64).contiguous()
-        rope = [(cos.float().contiguous(), sin.float().contiguous()) for cos, sin in step.rope]
-        tables = ctypes.c_void_p * max(1, len(rope))
-        cos, sin = (tables(*(pair[i].data_ptr() for pair in rope)) for i in (0, 1))
+        ints, starts, blocks = step.packed_ints()
+        where = [ints.buffer_info()[0] + start * ints.itemsize for start in starts]
+        slots = array("q", step.slots)
+        tables = ctypes.c_void_p * max(1, len(step.rope))
+        cos, sin = (tables(*(floats_at(pair[i]) for pair in step.rope)) for i in (0, 1))
         added = [
             (layer, rows.to(torch.int64).contiguous(), values.float().contiguous())
             for layer, (rows, values) in step.adds.items()
@@ -171,19 +201,21 @@ class LayerStack:
         adds = (abi.RowAdd * max(1, len(added)))(
             *(abi.RowAdd(pointer(r), pointer(v), layer, len(r)) for layer, r, v in added)
         )
-        rows = ints[5].numel() if self.head is not None else 0
+        rows = len(step.logit_rows) if self.head is not None else 0
         logits = torch.empty(rows, self.head.n if self.head is not None else 0)
         call = abi.Step(
-            hidden=pointer(hidden), query_start=pointer(ints[0]), num_keys=pointer(ints[1]),
-            block_tables=pointer(ints[2]), positions=pointer(ints[3]),
-            visible_until=pointer(ints[4]), logit_rows=pointer(ints[5]), slots=pointer(slots),
+            hidden=pointer(hidden), query_start=where[0], num_keys=where[1], positions=where[2],
+            visible_until=where[3], logit_rows=where[4], block_tables=where[5],
+            slots=slots.buffer_info()[0],
             cos=ctypes.addressof(cos), sin=ctypes.addressof(sin), adds=ctypes.addressof(adds),
-            logits=pointer(logits), tokens=hidden.shape[0], sequences=sequences, max_blocks=blocks,
+            logits=pointer(logits), tokens=hidden.shape[0], sequences=len(step.num_keys),
+            max_blocks=blocks,
             block_size=step.block_size, first_layer=0, last_layer=len(self.specs),
             num_logits=rows, num_adds=len(added), early_blocks=step.early_blocks,
             early_size=step.early_size, kept_first=step.kept[0] if step.kept else 0,
             kept_last=step.kept[1] if step.kept else 0,
         )  # fmt: skip
+        when_ready()
         code = self.library.handle.opsin_step(ctypes.byref(self._stack), ctypes.byref(call))
         self.library.check(code, "step")
         return logits

@@ -161,10 +161,10 @@ class Session:
         angles = self.decoder.angles.at(position[None])
         return self.stack.run(
             StackStep(
-                hidden=embeds.clone(), query_start=torch.tensor(starts),
-                num_keys=torch.tensor(contexts), block_tables=tables, block_size=BLOCK,
-                slots=slots, positions=position, visible_until=position + 1,
-                rope=list(angles.values()), logit_rows=rows, adds=adds or {},
+                hidden=embeds.clone(), query_start=starts, num_keys=contexts,
+                block_tables=tables.tolist(), block_size=BLOCK, slots=slots.tolist(),
+                positions=position.tolist(), visible_until=(position + 1).tolist(),
+                rope=list(angles.values()), logit_rows=rows.tolist(), adds=adds or {},
             )
         )  # fmt: skip
 
