@@ -32,14 +32,16 @@ def command_page() -> str:
     from opsin.cli import COMMANDS, made
 
     head = "# The command line\n\n`opsin COMMAND -h` prints the same.\n"
-    hidden = [name for name, listed in COMMANDS.items() if listed.hidden]
+    shown = {listed.module: name for name, listed in COMMANDS.items() if not listed.hidden}
+    hidden = {name: shown[listed.module] for name, listed in COMMANDS.items() if listed.hidden}
     parts = [
         section
         for name, listed in COMMANDS.items()
         if not listed.hidden
         for section in command_sections(f"opsin {name}", made(name))
     ]
-    aliases = f"\n`opsin {hidden[0]}` is another name of `opsin generate`.\n"
+    also = (f"`opsin {name}` is another name of `opsin {own}`." for name, own in hidden.items())
+    aliases = f"\n{' '.join(also)}\n"
     return "\n".join([NOTE, head + aliases, *parts])
 
 

@@ -121,7 +121,8 @@ IDEFICS = MLXNames(
     head="language_model.lm_head.weight",
 )
 CLIP = (
-    ("vision_tower.", "vision_tower."),
+    ("vision_tower.vision_model.", "vision_tower.vision_model."),
+    ("vision_tower.", "vision_tower.vision_model."),
     ("model.vision_tower.vision_model.", "vision_tower.vision_model."),
     ("model.vision_tower.", "vision_tower.vision_model."),
 )
