@@ -403,7 +403,7 @@ class Engine:
         misses = self.runner.encoded.misses
         logits = self.runner.run(step, self._tell)
         if self.runner.encoded.misses == misses:  # else a tower's time is among the step's
-            tokens = sum(scheduled.end - scheduled.start for scheduled in step)
+            tokens = sum(s.known_end - s.start - 1 for s in step)  # of prompts alone
             self.scheduler.pace.observe(tokens, time.perf_counter() - now)
         self.scheduler.computed(step)
         self.steps += 1

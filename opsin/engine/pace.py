@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 ALONE_SECONDS = 1.0  # a step of prompts only: what arrives meanwhile waits for its end
-SHARED_SECONDS = 0.25  # a step in which other requests generate
+SHARED_SECONDS = 0.25  # a step in which other requests generate, no fewer than prompts wait
+CROWD_SECONDS = 4.0  # the longest such step, where many more prompts wait
 FIRST_TOKENS = 256  # of such a step, before any was timed
 LEAST_TOKENS = 128  # below this a step's fixed costs would outweigh its work
 COUNTED_TOKENS = 32  # fewer say more of a step's fixed costs than of its speed
@@ -27,9 +28,15 @@ class Pace:
         known = self.tokens_per_second
         self.tokens_per_second = measured if known is None else max(measured, 0.8 * known)
 
-    def budget(self, *, shared: bool) -> int:
-        """Prompt tokens of the next step; `shared` if other requests generate in it."""
+    def budget(self, generating: int, prompts: int) -> int:
+        """Prompt tokens of the next step, in which some requests generate and prompts wait.
+
+        A longer step holds up the ones, and soon lets the others generate along with them: all
+        together they take far less time.
+        """
         if self.tokens_per_second is None:
-            return min(self.most, FIRST_TOKENS) if shared else self.most
-        seconds = SHARED_SECONDS if shared else ALONE_SECONDS
+            return min(self.most, FIRST_TOKENS) if generating else self.most
+        seconds = ALONE_SECONDS
+        if generating:
+            seconds = min(CROWD_SECONDS, SHARED_SECONDS * max(1.0, prompts / generating))
         return min(self.most, max(LEAST_TOKENS, int(self.tokens_per_second * seconds)))

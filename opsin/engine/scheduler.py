@@ -121,9 +121,10 @@ class Scheduler:
         for sequence in generating:
             left -= self._continue(sequence, left, step)
         left -= self._add_drafts(step, drafts or {}, left)
-        left = min(left, self.pace.budget(shared=bool(generating)))
-        media = 1 if generating else None
         prompts = [s for s in active if _wanted(s) > 1]
+        asked = len(prompts) + sum(1 for _ in self._startable())
+        left = min(left, self.pace.budget(len(generating), asked))
+        media = 1 if generating else None
         for i, sequence in enumerate(prompts):
             grant = _share(left, chain(prompts[i + 1 :], self._startable()))
             left -= self._continue(sequence, grant, step, media)

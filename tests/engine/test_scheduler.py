@@ -275,19 +275,19 @@ def test_a_long_prompt_takes_what_short_ones_leave_and_at_least_half() -> None:
 
 def test_prompts_are_bounded_by_the_time_that_they_take() -> None:
     pace = Pace(2048)
-    assert pace.budget(shared=False) == 2048
-    assert pace.budget(shared=True) == 256
+    assert pace.budget(0, 1) == 2048
+    assert pace.budget(1, 1) == 256
     pace.observe(8, 1.0)  # too few to say anything
     assert pace.tokens_per_second is None
     pace.observe(1000, 1.0)
-    assert (pace.budget(shared=False), pace.budget(shared=True)) == (1000, 250)
+    assert (pace.budget(0, 1), pace.budget(1, 1)) == (1000, 250)
     pace.observe(1000, 100.0)  # a disturbed step does not spoil what is known
-    assert pace.budget(shared=False) == 800
+    assert pace.budget(0, 1) == 800
     pace.observe(10_000, 1.0)
-    assert (pace.budget(shared=False), pace.budget(shared=True)) == (2048, 2048)
+    assert (pace.budget(0, 1), pace.budget(1, 1)) == (2048, 2048)
     for _ in range(60):
         pace.observe(100, 10.0)
-    assert pace.budget(shared=True) == 128
+    assert pace.budget(1, 1) == 128
     plan = scheduler(blocks=2000, size=16, tokens=2048)
     plan.pace.observe(100, 0.1)
     plan.add(sequence(0, 3))
@@ -296,6 +296,20 @@ def test_prompts_are_bounded_by_the_time_that_they_take() -> None:
     assert run_step(plan) == [(0, 3, 4), (1, 0, 250)]
     plan.finish(plan.running[0])
     assert run_step(plan) == [(1, 250, 1250)]
+
+
+def test_many_prompts_that_wait_hold_up_a_few_requests_for_longer() -> None:
+    pace = Pace(2048)
+    pace.observe(100, 1.0)
+    shares = [(1, 1), (4, 2), (1, 8), (4, 8), (1, 15), (1, 60)]
+    assert [pace.budget(*share) for share in shares] == [128, 128, 200, 128, 375, 400]
+    plan = scheduler(blocks=2000, size=16, seqs=16, tokens=2048)
+    plan.pace.observe(1000, 1.0)
+    plan.add(sequence(0, 3))
+    run_step(plan)
+    for number in range(1, 5):
+        plan.add(sequence(number, 100))
+    assert run_step(plan) == [(0, 3, 4), *((number, 0, 100) for number in range(1, 5))]
 
 
 def test_one_picture_a_step_while_others_generate() -> None:
