@@ -22,6 +22,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -39,6 +40,7 @@ from vocabulary import write_tokenizer
 from opsin.cli import bench_serve
 
 START_SECONDS = 600.0
+STOP_SECONDS = 30.0
 ROW = "streams"
 READY = {"opsin": "/ready", "llama-server": "/health"}
 FIGURES = {
@@ -67,7 +69,7 @@ class Server(EngineProcess):
         try:
             self.loaded = {"load_s": self.wait(ready)}
         except BaseException:
-            self.process.terminate()
+            self.close()
             raise
 
     def wait(self, ready: str) -> float:
@@ -119,7 +121,11 @@ class Server(EngineProcess):
     def close(self) -> None:
         """Stop the server."""
         self.process.terminate()
-        self.process.wait()
+        try:
+            self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
         self.log.unlink()
 
 
@@ -199,8 +205,14 @@ def summary(args: argparse.Namespace, seen: dict[str, dict[str, list[float]]]) -
     return out
 
 
+def end_well() -> None:
+    """When told to end (SIGTERM), leave as an error does: the servers are stopped on the way."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 def main() -> None:
     """Command line."""
+    end_well()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
