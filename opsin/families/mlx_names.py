@@ -36,7 +36,8 @@ class MLXNames:
     that a name begins with counts. experts: where all experts' tensors stand that are published
     under `.experts`. offset: the norms that are stored with one added. moved: what has its second
     axis last beside the convolutions over pictures. head: what the embedding table is stored as
-    once more where it is the head, because mlx-vlm always has one of its own.
+    once more where it is the head, because mlx-vlm always has one of its own. also: rules for names
+    that it alone has.
     """
 
     prefixes: tuple[tuple[str, str | None], ...]
@@ -44,6 +45,7 @@ class MLXNames:
     offset: str = r"(?!)"
     moved: str = r"(?!)"
     head: str | None = None
+    also: tuple[Rename, ...] = ()
 
     def place(self, name: str) -> Place:
         """Where a published tensor goes; no names where it is left out.
@@ -85,7 +87,8 @@ class MLXNames:
             if converted and not converted.startswith(same):
                 back.setdefault(converted, published)
         pairs = sorted(back.items(), key=lambda pair: -len(pair[0]))
-        return tuple((f"^{re.escape(converted)}", name) for converted, name in pairs)
+        rules = tuple((f"^{re.escape(converted)}", name) for converted, name in pairs)
+        return (*rules, *self.also)
 
 
 # The text model alone in `language_model`, as Transformers saves it and as most are published.
@@ -186,21 +189,63 @@ DOTS = MLXNames(
         ("lm_head.", "language_model.model.lm_head."),
     )
 )
+LLAMA4 = MLXNames(
+    (
+        ("vision_model.", "vision_model."),
+        *PROJECTOR,
+        *TEXT,
+    ),
+    experts=("", ""),
+    also=(
+        (r"\.feed_forward\.experts\.gate_proj\.weight$", ".mlp.gate_up.weight[0]"),
+        (r"\.feed_forward\.experts\.up_proj\.weight$", ".mlp.gate_up.weight[1]"),
+    ),
+)
+MOLMO = MLXNames(
+    (
+        ("model.vision_backbone.", "vision_tower."),
+        ("model.transformer.", "language_model.model."),
+    )
+)
+PHI3 = MLXNames((("model.", "model."), ("lm_head.", "lm_head.")))
+PHI4 = MLXNames(
+    (
+        ("model.vision_tower.", "vision_tower."),
+        ("model.mm_projector.0.", "mm_projector.linear_1."),
+        ("model.mm_projector.2.", "mm_projector.linear_2."),
+        *TEXT[2:],
+        ("model.", "language_model.model."),
+    )
+)
+DEEPSEEK_V2 = MLXNames(
+    (
+        ("vision.", "vision.vision_tower."),
+        ("language.", "language_model."),
+        ("projector.", "projector."),
+        ("image_newline", "image_newline"),
+        ("view_seperator", "view_separator"),
+    )
+)
 
 # By the name of the family's file; the others are not written in MLX's layout.
 NAMES: Mapping[str, MLXNames] = {
+    "deepseek_vl_v2": DEEPSEEK_V2,
     "dots_ocr": DOTS,
     "gemma3": GEMMA3,
     "gemma4": GEMMA4,
     "idefics2": IDEFICS,
     "idefics3": IDEFICS,
     "internvl_chat": INTERN,
+    "llama4": LLAMA4,
     "llava": LLAVA,
     "llava_next": LLAVA,
     "minicpmo": MINICPM,
     "mistral3": PIXTRAL,
     "mllama": MLLAMA,
+    "molmo": MOLMO,
     "paligemma": LLAVA,
+    "phi3_v": PHI3,
+    "phi4_siglip": PHI4,
     "qwen2_5_vl": QWEN,
     "qwen2_vl": QWEN,
     "qwen3_5": QWEN_LINEAR,

@@ -29,11 +29,15 @@ WIDE = INNER | {
     "projection_dim",
     "resampler_n_heads",
 }
+# Families whose widths are wide enough, or depend on each other in other ways.
+AS_THEY_ARE = {"deepseek_vl_v2", "molmo", "phi3_v", "phi4-siglip"}
 
 
 def widened(name: str) -> Case:
     """The case of a name with every width four times as large, inner ones in whole groups."""
     case = next(case for case in CASES if case.name == name)
+    if case.family in AS_THEY_ARE:
+        return case
     config = _wide(case.config)
     if case.family == "llama4":  # its encoder's widths depend on each other in other ways
         config["vision_config"] = case.config["vision_config"]
