@@ -110,28 +110,40 @@ static void activate(int kind, const float* gate, const float* up, int n, float*
   }
 }
 
+// One row of one block, `columns` of it.
+OPSIN_INLINE void emit_run(const opsin::Emit& e, F a, int64_t at, int columns) {
+  if (e.accumulate) {
+    float* out = (float*)e.out + at;
+    store_run(out, columns, fma(a, set1(e.scale), load_run(out, columns, 0.0f)));
+    return;
+  }
+  a = mul(a, set1(e.scale));
+  if (!e.bf16) {
+    store_run((float*)e.out + at, columns, a);
+  } else if (columns == 16) {
+    store_bf16((uint16_t*)e.out + at, a);
+  } else {
+    uint16_t half[16];
+    store_bf16(half, a);
+    __builtin_memcpy((uint16_t*)e.out + at, half, 2 * columns);
+  }
+}
+
+// Row by row, so that what is written at once lies together.
 template <int KIND>
 static void emit_rows(const opsin::Emit* from) {
-  const opsin::Emit local = *from, *e = &local;  // which no row that is written can change
-  const F scale = set1(e->scale);
-  const F bias = e->bias ? load(e->bias) : set1(0.0f);
-  const F second_bias = e->second_bias ? load(e->second_bias) : set1(0.0f);
-  for (int r = 0; r < e->count; r++) {
-    F a = add(load(e->tile + 16 * r), bias);
-    if (KIND >= 0) a = activation(KIND, a);
-    if (e->second) a = mul(a, add(load(e->second + 16 * r), second_bias));
-    const int64_t at = r * e->stride;
-    if (e->accumulate) {
-      float* out = (float*)e->out + at;
-      store_run(out, e->columns, fma(a, scale, load_run(out, e->columns, 0.0f)));
-    } else if (!e->bf16) {
-      store_run((float*)e->out + at, e->columns, mul(a, scale));
-    } else if (e->columns == 16) {
-      store_bf16((uint16_t*)e->out + at, mul(a, scale));
-    } else {
-      uint16_t half[16];
-      store_bf16(half, mul(a, scale));
-      __builtin_memcpy((uint16_t*)e->out + at, half, 2 * e->columns);
+  const opsin::Emit e = *from;  // which no row that is written can change
+  for (int r = 0; r < e.count; r++) {
+    for (int b = 0; b < e.blocks; b++) {
+      const int64_t slot = (int64_t)(b * e.slot_rows + r) * 16;
+      const int left = e.columns - 16 * b;
+      F a = add(load(e.tile + slot), e.bias ? load(e.bias + b * e.bias_step) : set1(0.0f));
+      if (KIND >= 0) a = activation(KIND, a);
+      if (e.second) {
+        const F bias = e.second_bias ? load(e.second_bias + b * e.bias_step) : set1(0.0f);
+        a = mul(a, add(load(e.second + slot), bias));
+      }
+      emit_run(e, a, r * e.stride + 16 * b, left < 16 ? left : 16);
     }
   }
 }

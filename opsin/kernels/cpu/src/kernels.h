@@ -43,17 +43,14 @@ struct Matrix {
 
 // Activations of a product, ready for one kind of matrix; the memory holds whole panels of rows.
 //
-// data: rows (padded_k), bfloat16 or int8 codes; but
-//   bfloat16 where kernels are `paired`: panels (padded_k / 2, panel_rows, 2);
-//   codes that are not `tiled`: panels (padded_k / 4, rows of this panel, 4), so that what meets
-//   the same weights lies together.
-// scale, sum: of codes, panels (groups, rows of this panel), or (groups, panel_rows) if tiled;
-//   sum is scale * sum of codes. The last panel may have fewer rows than the others.
+// bfloat16: rows (padded_k); where kernels are `paired` panels (padded_k / 2, panel_rows, 2).
+// Codes: panels (padded_k / 4, rows of this panel, 4), so that what meets the same weights lies
+// together; or `tiled` panels of sixteen rows (padded_k / 64, 16, 64).
+// Scales of codes, and sums (scale * sum of codes): panels (groups, rows of this panel), or
+// (groups, panel_rows) if tiled. The last panel may have fewer rows than the others.
 struct Activations {
   const uint8_t* data;
-  int64_t stride;      // bytes between panels; between rows where there are none, or codes are
-                       // tiled: an odd number of cache lines, so that the rows of a tile do not
-                       // fall on the same few sets of the cache
+  int64_t stride;      // bytes between panels, or between rows where there are none
   const float* scale;
   const float* sum;
   int panel_rows;      // 1: there are no panels
@@ -96,15 +93,18 @@ struct AttentionUnit {
   uint8_t* scratch;
 };
 
-// What becomes of one block's results: out = act(tile + bias) [* (second + second bias)] * scale.
+// What becomes of the results of neighbouring blocks:
+// out = act(tile + bias) [* (second + second bias)] * scale.
 struct Emit {
-  const float* tile;        // (count, 16)
+  const float* tile;        // (blocks, slot_rows, 16), `count` rows of each
   const float* second;      // of the up rows, or null
-  const float* bias;        // (16) or null
+  const float* bias;        // (16) of the first block, or null
   const float* second_bias;
-  void* out;                // first element of the block's first row
+  void* out;                // first element of the first block's first row
   int64_t stride;           // elements between rows
-  int32_t count, columns;   // rows, and columns that exist
+  int32_t blocks, slot_rows, count;
+  int32_t bias_step;        // floats between the biases of two blocks
+  int32_t columns;          // that exist, in all blocks
   int32_t activation;       // -1: none
   int32_t bf16;             // out is bfloat16, else float32
   int32_t accumulate;       // out += result (float32)

@@ -165,6 +165,9 @@ static void vector_tile(const Matrix* m, int b, const Activations* x, int row, i
 
 #if defined(__AMX_INT8__)
 
+// Where codes of a column lie in a panel of sixteen rows: a tile is one run of memory.
+OPSIN_INLINE int64_t tile_offset(int column) { return (int64_t)column / 64 * 1024 + column % 64; }
+
 // Four-bit codes of a group as bytes.
 OPSIN_INLINE void unpack_group(const uint8_t* p, int group, uint8_t* out) {
   for (int j = 0; j < group / 8; j++) {
@@ -175,14 +178,15 @@ OPSIN_INLINE void unpack_group(const uint8_t* p, int group, uint8_t* out) {
   }
 }
 
-// One pass of sixteen rows over a block: where its groups lie. With `scratch`, four-bit codes are
-// unpacked there, eight groups in turn; else `codes` are bytes, `step` from group to group.
+// One pass of sixteen rows over groups of a block: where they lie. With `scratch`, four-bit codes
+// are unpacked there on the way, eight groups in turn; else `codes` are bytes, `step` from group to
+// group.
 struct AmxPass {
   const uint8_t *header, *codes;
   uint8_t* scratch;
   const int8_t* rows;
   const float *scale[2], *sum[2];  // of eight rows each
-  int64_t group_bytes, step, stride;
+  int64_t group_bytes, step;
   int groups, group, depth, steps;
   bool ahead;     // fetch codes ahead of their use
   int32_t* sums;  // (4, 16, 16)
@@ -198,7 +202,7 @@ template <int TILE>
 OPSIN_INLINE void multiply_group(const AmxPass& p, int g) {
   if (g >= p.groups) return;
   const uint8_t* w = p.scratch ? p.scratch + (g & 7) * p.step : p.codes + g * p.step;
-  const int8_t* a = p.rows + (int64_t)g * p.group;
+  const int8_t* a = p.rows + tile_offset(g * p.group);
   if (p.ahead) {  // bytes come straight from memory, the first time they are read
     for (int i = 0; i <= p.group / 4; i++) prefetch(w - 64 + 2 * kAhead + 64 * i);
   }
@@ -206,7 +210,7 @@ OPSIN_INLINE void multiply_group(const AmxPass& p, int g) {
   _tile_zero(tile);                                         \
   for (int s = 0; s < p.steps; s++) {                       \
     TILE_LOAD(4, w + (int64_t)s * p.depth * 64, 64);        \
-    TILE_LOAD(5, a + s * p.depth * 4, p.stride);            \
+    TILE_LOAD(5, a + tile_offset(s * p.depth * 4), 64);     \
     _tile_dpbsud(tile, 5, 4);                               \
   }                                                         \
   TILE_STORE(tile, p.sums + 256 * (tile), 64);
@@ -241,11 +245,11 @@ OPSIN_INLINE void scale_group(const AmxPass& p, int g, F* acc) {
 }
 
 template <bool F16>
-static void amx_rows(const AmxPass& pass, float* out) {
+static void amx_rows(const AmxPass& pass, bool first, float* out) {
   const AmxPass p = pass;
   F acc[16];
 #pragma GCC unroll 16
-  for (int t = 0; t < 16; t++) acc[t] = set1(0.0f);
+  for (int t = 0; t < 16; t++) acc[t] = first ? set1(0.0f) : load(out + 16 * t);
   for (int g = 0; g < 4; g++) unpack_ahead(p, g);
   multiply_group<0>(p, 0);
   multiply_group<1>(p, 1);
@@ -259,37 +263,49 @@ static void amx_rows(const AmxPass& pass, float* out) {
   for (int t = 0; t < 16; t++) store(out + 16 * t, acc[t]);
 }
 
+// Sixteen rows from `row` on over the groups of a pass, `from` of the block on, added to out.
+static void amx_pass(const Matrix* m, const Activations* x, int64_t row, int from, AmxPass* p,
+                     float* out) {
+  p->rows = (const int8_t*)x->data + row / 16 * x->stride + tile_offset(from * m->group);
+  for (int half = 0; half < 2; half++) {
+    const int64_t at = (row + kCodeRows * half) * m->groups + kCodeRows * from;
+    p->scale[half] = x->scale + at;
+    p->sum[half] = x->sum + at;
+  }
+  if (m->scale_f16) {
+    amx_rows<true>(*p, from == 0, out);
+  } else {
+    amx_rows<false>(*p, from == 0, out);
+  }
+}
+
+constexpr int kNearColumns = 1024;  // whose weights, as bytes, stay in the first cache beside rows
+
 static void amx_quantized(const Matrix* m, int b, const Activations* x, int row, int count,
                           float* out, uint8_t* scratch) {
   alignas(64) int32_t sums[4 * 256];
-  const bool four = m->kind == opsin::kQ4, once = four && count > 16;
+  const bool four = m->kind == opsin::kQ4, once = count <= 16;
+  const uint8_t* block = m->data + b * m->block_bytes;
+  const int near = m->group < kNearColumns ? kNearColumns / m->group : 1;
+  const int run = once ? m->groups : near;
   AmxPass p;
-  p.header = m->data + b * m->block_bytes;
-  p.codes = once ? scratch : p.header + 64;
-  p.scratch = four && !once ? scratch : nullptr;
+  p.scratch = four && once ? scratch : nullptr;
   p.group_bytes = m->group_bytes;
   p.step = four ? (int64_t)m->group * 16 : m->group_bytes;
-  p.stride = x->stride;
-  p.groups = m->groups;
   p.group = m->group;
   p.depth = m->group < 64 ? m->group / 4 : 16;
   p.steps = m->group / (4 * p.depth);
   p.sums = sums;
-  for (int g = 0; once && g < m->groups; g++) {
-    unpack_group(p.header + g * m->group_bytes + 64, m->group, scratch + g * p.step);
-  }
-  for (int done = 0; done < count; done += 16) {
-    p.ahead = !four && done == 0;
-    p.rows = (const int8_t*)x->data + (row + done) * x->stride;
-    for (int half = 0; half < 2; half++) {
-      const int64_t first = (int64_t)(row + done + kCodeRows * half) * m->groups;
-      p.scale[half] = x->scale + first;
-      p.sum[half] = x->sum + first;
+  for (int from = 0; from < m->groups; from += run) {
+    p.groups = m->groups - from < run ? m->groups - from : run;
+    p.header = block + from * m->group_bytes;
+    p.codes = four ? scratch : p.header + 64;
+    for (int g = 0; four && !once && g < p.groups; g++) {
+      unpack_group(p.header + g * m->group_bytes + 64, m->group, scratch + g * p.step);
     }
-    if (m->scale_f16) {
-      amx_rows<true>(p, out + 16 * done);
-    } else {
-      amx_rows<false>(p, out + 16 * done);
+    for (int done = 0; done < count; done += 16) {
+      p.ahead = !four && done == 0;
+      amx_pass(m, x, row + done, from, &p, out + 16 * done);
     }
   }
 }
@@ -300,7 +316,8 @@ static void amx_quantized(const Matrix* m, int b, const Activations* x, int row,
 constexpr int kRunSteps = 12;  // of 64 columns
 
 OPSIN_INLINE void pair_steps(const uint8_t* w, const uint8_t* next, const uint8_t* rows,
-                             int64_t stride, bool first, int steps, float* out, float* second) {
+                             const uint8_t* below, bool first, int steps, float* out,
+                             float* second) {
   if (first) {
     _tile_zero(0);
     _tile_zero(1);
@@ -314,11 +331,11 @@ OPSIN_INLINE void pair_steps(const uint8_t* w, const uint8_t* next, const uint8_
   }
   for (int s = 0; s < steps; s++) {
     TILE_LOAD(4, w + 1024 * s, 64);
-    TILE_LOAD(6, rows + 64 * s, stride);
+    TILE_LOAD(6, rows + 1024 * s, 64);
     _tile_dpbsud(0, 6, 4);
     TILE_LOAD(5, next + 1024 * s, 64);
     _tile_dpbsud(1, 6, 5);
-    TILE_LOAD(7, rows + 64 * s + 16 * stride, stride);
+    TILE_LOAD(7, below + 1024 * s, 64);
     _tile_dpbsud(2, 7, 4);
     _tile_dpbsud(3, 7, 5);
   }
@@ -352,9 +369,9 @@ static bool pair(const Matrix* m, int b, const Activations* x, int row, int coun
   for (int from = 0; from < steps; from += kRunSteps) {
     const int run = steps - from < kRunSteps ? steps - from : kRunSteps;
     for (int done = 0; done < count; done += 32) {
-      pair_steps(w + 64 + 1024 * from, next + 64 + 1024 * from,
-                 x->data + (row + done) * x->stride + 64 * from, x->stride, from == 0, run,
-                 out + 16 * done, second + 16 * done);
+      const uint8_t* rows = x->data + (row + done) / 16 * x->stride + 1024 * from;
+      pair_steps(w + 64 + 1024 * from, next + 64 + 1024 * from, rows, rows + x->stride, from == 0,
+                 run, out + 16 * done, second + 16 * done);
     }
   }
   scale_rows(m, w, x, row, count, out);

@@ -127,10 +127,8 @@ Matrix* describe(int kind, int n, int k, int group, int scale_dtype, int rotated
 
 }  // namespace
 
-int64_t tile_scratch_bytes(const Matrix* m) {  // a block of four-bit codes as bytes, for tiles
-  const int64_t eight = static_cast<int64_t>(m->group) * kRows * 8;  // or eight groups in turn
-  const int64_t block = static_cast<int64_t>(m->padded_k) * kRows;
-  return m->kind != kQ4 ? 0 : block > eight ? block : eight;
+int64_t tile_scratch_bytes(const Matrix* m) {  // eight groups of four-bit codes as bytes
+  return m->kind == kQ4 ? static_cast<int64_t>(m->group) * kRows * 8 : 0;
 }
 
 int64_t attention_scratch_bytes(int head_dim, int value_dim) {

@@ -9,10 +9,8 @@ namespace {
 
 constexpr int64_t kAlign = 64;
 constexpr int64_t kNear = 512 << 10;
-constexpr int kMostRows = 128;   // of a panel, in any build
-constexpr int kFewRowsQ8 = 8;    // up to here results wait for one another, see few()
-constexpr int kFewRowsQ4 = 6;    // more rows were measured to be slower that way
-constexpr int kFewRowsBf16 = 4;
+constexpr int kHeldRows = 2048;    // of sums of blocks, before their results are written,
+constexpr int kHeldFewRows = 128;  // where they are sums of a few rows
 constexpr int kWaitingRows = 8;  // up to here a product waits for memory, not for arithmetic
 constexpr int64_t kChunkBytes = 128 << 10;
 // Up to here each thread prepares the activations for itself.
@@ -47,7 +45,9 @@ Prepared lay_out(const Matrix* m, int rows, uint8_t* at) {
   p.stride = row_bytes(m);
   if (m->kind == kBf16 && k->paired) {
     p.stride = static_cast<int64_t>(p.panel_rows) * m->padded_k * 2;
-  } else if (m->kind != kBf16 && !p.tiled) {
+  } else if (p.tiled) {
+    p.stride = (m->padded_k + 63) / 64 * 1024;
+  } else if (m->kind != kBf16) {
     p.stride *= p.panel_rows;
   }
   at += padded * row_bytes(m);
@@ -72,15 +72,20 @@ void place_codes(const Matrix* m, const Prepared& to, int r, int rows, const flo
   }
   float* scales = row + m->padded_k;
   uint8_t* codes = reinterpret_cast<uint8_t*>(scales + 2 * m->groups);
-  if (to.tiled) codes = to.data + r * to.stride;
   k->quantize(x, m->k, m->padded_k, m->group, reinterpret_cast<int8_t*>(codes), scales,
               scales + m->groups);
   for (int g = 0; g < m->groups; g++) {
     scale[g * wide + t] = scales[g];
     sum[g * wide + t] = scales[m->groups + g];
   }
-  if (to.tiled) return;
-  for (int c = 0; c < m->padded_k; c += 4) std::memcpy(panel + c * wide + 4 * t, codes + c, 4);
+  if (to.tiled) {
+    uint8_t* tile = to.data + r / kRows * to.stride + r % kRows * 64;
+    for (int c = 0; c < m->padded_k; c += 64) {
+      std::memcpy(tile + c * kRows, codes + c, m->padded_k - c < 64 ? m->padded_k - c : 64);
+    }
+  } else {
+    for (int c = 0; c < m->padded_k; c += 4) std::memcpy(panel + c * wide + 4 * t, codes + c, 4);
+  }
 }
 
 // Row r as bfloat16, to where the kernels read it; `narrow` holds a row.
@@ -135,31 +140,7 @@ void prepare(const Product& p, const Prepared& to, int from, int until, float* r
   }
 }
 
-// The results of one block of sixteen columns (two blocks when gated) to where they belong.
-void emit(const OpsinLinear& l, int block, int row, int count, const float* tile,
-          const float* second) {
-  const Matrix* m = l.matrix;
-  const int column = (l.gated ? block / 2 : block) * 16;
-  const int left = (l.gated ? m->n / 2 : m->n) - column;
-  const int64_t at = row * l.out_stride + column;
-  Emit e;
-  e.tile = tile;
-  e.second = l.gated ? second : nullptr;
-  e.bias = m->bias ? m->bias + block * 16 : nullptr;
-  e.second_bias = m->bias && l.gated ? m->bias + block * 16 + 16 : nullptr;
-  e.bf16 = l.out_dtype == OPSIN_BF16;
-  e.out = e.bf16 ? static_cast<void*>(static_cast<uint16_t*>(l.out) + at)
-                 : static_cast<void*>(static_cast<float*>(l.out) + at);
-  e.stride = l.out_stride;
-  e.count = count;
-  e.columns = left < 16 ? left : 16;
-  e.activation = l.activation;
-  e.accumulate = l.accumulate;
-  e.scale = l.scale;
-  kernels()->emit(&e);
-}
-
-// A thread's own: sums of one block, of the block beside it, and what kernels ask for.
+// A thread's own: sums of blocks, of those beside them, and what kernels ask for.
 struct Buffers {
   float* tile;
   float* second;
@@ -168,27 +149,63 @@ struct Buffers {
 
 Buffers buffers(uint8_t* own) {
   float* tile = reinterpret_cast<float*>(own);
-  return {tile, tile + kMostRows * 16, own + 2 * kMostRows * 16 * 4};
+  return {tile, tile + kHeldRows / 2 * 16, own + kHeldRows * 16 * 4};
 }
 
-// A few rows times blocks [from, until), or pairs of them: the sums of many blocks first, then what
-// becomes of them. Results go to lines that the weights have pushed out of the caches, and to fetch
-// such a line amid the weights breaks their stream.
-void few(const Product& p, const Activations& x, int from, int until, uint8_t* own) {
-  const OpsinLinear& l = p.linear;
+// Rows that a block's sums take up: kernels for many write whole tiles of them.
+int slot_rows(int count) {
+  return count <= 8 ? count : count <= 16 ? 16 : (count + 31) / 32 * 32;
+}
+
+// How many blocks (pairs, when gated) are summed before any result is written. Results go to lines
+// that the weights have pushed out of the caches: to fetch such a line amid the weights breaks
+// their stream, and rows are far apart, so that many blocks' results of one row are written at once.
+int held_blocks(const OpsinLinear& l, int count) {
+  const int held = count <= kRows ? kHeldFewRows : l.gated ? kHeldRows / 2 : kHeldRows;
+  return held / slot_rows(count);
+}
+
+// The results of `blocks` blocks of sixteen columns (pairs of them, when gated) from `first` on, to
+// where they belong.
+void emit(const OpsinLinear& l, int first, int blocks, int row, int count, const Buffers& from) {
+  const Matrix* m = l.matrix;
+  const int64_t at = row * l.out_stride + first * 16;
+  const int step = l.gated ? 2 : 1;
+  Emit e;
+  e.tile = from.tile;
+  e.second = l.gated ? from.second : nullptr;
+  e.bias = m->bias ? m->bias + first * step * 16 : nullptr;
+  e.second_bias = m->bias && l.gated ? m->bias + first * step * 16 + 16 : nullptr;
+  e.bias_step = step * 16;
+  e.bf16 = l.out_dtype == OPSIN_BF16;
+  e.out = e.bf16 ? static_cast<void*>(static_cast<uint16_t*>(l.out) + at)
+                 : static_cast<void*>(static_cast<float*>(l.out) + at);
+  e.stride = l.out_stride;
+  e.blocks = blocks;
+  e.slot_rows = slot_rows(count);
+  e.count = count;
+  e.columns = (l.gated ? m->n / 2 : m->n) - first * 16;
+  e.activation = l.activation;
+  e.accumulate = l.accumulate;
+  e.scale = l.scale;
+  kernels()->emit(&e);
+}
+
+// The sums of `blocks` blocks (or pairs) of m from `first` on, with `count` rows from `row` on.
+void sums(const Matrix* m, bool gated, int first, int blocks, const Activations& x, int row,
+          int count, const Buffers& to) {
   const Kernels* k = kernels();
-  const auto [tile, second, scratch] = buffers(own);
-  const int count = l.rows, step = l.gated ? 2 : 1, size = count * 16, most = kMostRows / count;
-  for (int first = from; first < until; first += most) {
-    const int blocks = until - first < most ? until - first : most;
-    for (int i = 0; i < blocks; i++) {
-      const int block = (first + i) * step;
-      k->tile(l.matrix, block, &x, 0, count, tile + i * size, scratch);
-      if (l.gated) k->tile(l.matrix, block + 1, &x, 0, count, second + i * size, scratch);
+  const int size = slot_rows(count) * 16;
+  for (int i = 0; i < blocks; i++) {
+    const int block = gated ? (first + i) * 2 : first + i;
+    float* tile = to.tile + i * size;
+    float* second = gated ? to.second + i * size : tile + size;
+    if ((gated || i + 1 < blocks) && k->pair(m, block, &x, row, count, tile, second)) {
+      if (!gated) i++;
+      continue;
     }
-    for (int i = 0; i < blocks; i++) {
-      emit(l, (first + i) * step, 0, count, tile + i * size, second + i * size);
-    }
+    k->tile(m, block, &x, row, count, tile, to.scratch);
+    if (gated) k->tile(m, block + 1, &x, row, count, second, to.scratch);
   }
 }
 
@@ -224,40 +241,28 @@ int64_t gathered_bytes(const Matrix* m) {
 void multiply(const Product& p, const Activations& x, int from, int until, uint8_t* own) {
   const OpsinLinear& l = p.linear;
   const Kernels* k = kernels();
-  const auto [tile, second, scratch] = buffers(own);
+  const Buffers held = buffers(own);
   const int step = l.gated ? 2 : 1;
   const int panel = l.matrix->kind == kBf16 ? k->panel_bf16 : k->panel;
   const int64_t run = run_of(l.matrix, step);
   Matrix tiled;
   k->matmul_begin(l.matrix, l.rows);
-  const int kind = l.matrix->kind;
-  const int few_rows = kind == kQ4 ? kFewRowsQ4 : kind == kQ8 ? kFewRowsQ8 : kFewRowsBf16;
-  if (l.rows <= few_rows) {
-    few(p, x, from, until, own);
-    k->matmul_end();
-    return;
-  }
   for (int64_t first = from; first < until; first += run) {
     const int last = static_cast<int>(first + run < until ? first + run : until);
     const Matrix* m = l.matrix;
-    int before = 0;  // blocks that m leaves out in front
+    int before = 0;  // blocks (or pairs) that m leaves out in front
     if (in_tiles(m) && l.rows > panel) {
-      before = static_cast<int>(first) * step;
-      tiled = gathered(m, before, last * step, scratch);
+      before = static_cast<int>(first);
+      tiled = gathered(m, before * step, last * step, held.scratch);
       m = &tiled;
     }
     for (int row = 0; row < l.rows; row += panel) {
       const int count = l.rows - row < panel ? l.rows - row : panel;
-      for (int block = static_cast<int>(first) * step; block < last * step; block += step) {
-        const bool two = block + 1 < last * step;
-        if (two && k->pair(m, block - before, &x, row, count, tile, second)) {
-          emit(l, block, row, count, tile, second);
-          if (!l.gated) emit(l, ++block, row, count, second, nullptr);
-          continue;
-        }
-        k->tile(m, block - before, &x, row, count, tile, scratch);
-        if (l.gated) k->tile(m, block - before + 1, &x, row, count, second, scratch);
-        emit(l, block, row, count, tile, second);
+      const int most = held_blocks(l, count);
+      for (int at = static_cast<int>(first); at < last; at += most) {
+        const int blocks = last - at < most ? last - at : most;
+        sums(m, l.gated, at - before, blocks, x, row, count, held);
+        emit(l, at, blocks, row, count, held);
       }
     }
   }
@@ -289,7 +294,7 @@ int64_t activation_bytes(const Matrix* m, int rows) {
 }
 
 int64_t product_thread_bytes(const Matrix* m) {
-  return activation_bytes(m, kPrivateRows) + aligned(m->padded_k * 8) + 2 * kMostRows * 16 * 4 +
+  return activation_bytes(m, kPrivateRows) + aligned(m->padded_k * 8) + kHeldRows * 16 * 4 +
          tile_scratch_bytes(m) + gathered_bytes(m);
 }
 
