@@ -77,23 +77,16 @@ def quantize(
     files = weights.weight_files(folder)
     stored = list(weights.all_tensors(files))
     converted = stored_metadata(files[0]).get("format") == "mlx"
+    stated = None
     if dequantize:
         if (bits, group_size, recipe, layout, skip_vision) != (4, 64, "uniform", "mlx", False):
-            raise InputError(
-                "What is dequantised takes no bits, group size, recipe, layout or skipped encoders",
-                remedy="Leave them out",
-                param="dequantize",
-            )
+            raise _lost_options()
         outputs = _dequantised(stored, config)
-        stated = None
     else:
         _refuse_quantised(config)
         chosen = _Choice(build(folder), bits, group_size, recipe, skip_vision)
         refuse_lost_adapters(folder, chosen.model.family, chosen.model.decoder)
-        renames = layout == "mlx" and not converted
-        outputs = chosen.converted(stored) if renames else [chosen.kept(t) for t in stored]
-        if not any(output.bits for output in outputs):
-            raise _nothing(recipe)
+        outputs = chosen.outputs(stored, renamed=layout == "mlx" and not converted)
         stated = quantization(outputs, recipes.first_bits(recipe, bits), group_size)
         converted = converted or layout == "mlx"
     with _folder_in_place(target, outputs) as unfinished:
@@ -149,11 +142,12 @@ def _refuse_quantised(config: dict[str, Any]) -> None:
         )
 
 
-def _nothing(recipe: str) -> InputError:
-    why = (
-        "the model has no experts" if recipe == "moqe" else "no matrix has whole groups of columns"
+def _lost_options() -> InputError:
+    return InputError(
+        "What is dequantised takes no bits, group size, recipe, layout or skipped encoders",
+        remedy="Leave them out",
+        param="dequantize",
     )
-    return InputError("Nothing of this checkpoint is quantised", why=why, param="recipe")
 
 
 def _dequantised(stored: Sequence[StoredTensor], config: dict[str, Any]) -> list[Output]:
@@ -182,6 +176,19 @@ class _Choice:
         eligible = quantised_formats(model.decoder, model.towers, 8)
         self.modules = {n: m for n, m in model.named_modules() if m in eligible}
         self.makes_qkv = {m.qkv for m in model.modules() if isinstance(m, Attention)}
+
+    def outputs(self, stored: Sequence[StoredTensor], *, renamed: bool) -> list[Output]:
+        """What every tensor becomes; InputError where none would be quantised."""
+        outputs = self.converted(stored) if renamed else [self.kept(tensor) for tensor in stored]
+        if any(output.bits for output in outputs):
+            return outputs
+        raise InputError(
+            "Nothing of this checkpoint is quantised",
+            why="the model has no experts"
+            if self.recipe == "moqe"
+            else "no matrix has whole groups of columns",
+            param="recipe",
+        )
 
     def kept(self, tensor: StoredTensor) -> Output:
         """A tensor under its own name, quantised where it can be.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from opsin.errors import UnknownFamily
 from opsin.families.index import ALIASES, BY_ARCHITECTURE, BY_TOWER, MODULES
-from opsin.families.mlx_names import NAMES
+from opsin.families.mlx_table import NAMES
 
 if TYPE_CHECKING:
     from opsin.families.base import Family

@@ -20,7 +20,7 @@ from opsin.checkpoint.shards import Shards
 from opsin.engine import model as loading
 from opsin.errors import CheckpointError, InputError, NotFoundError
 from opsin.families.index import ALIASES, MODULES
-from opsin.families.mlx_names import NAMES
+from opsin.families.mlx_table import NAMES
 from opsin.quant.affine import encode, pack_codes, unpack_codes
 from opsin.quant.recipes import RECIPES, Place, bits_of
 from tests.families.checkpoints import Case, write_checkpoint
