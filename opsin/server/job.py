@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -25,7 +24,7 @@ from opsin.server.request import Answer, Delta, Request
 from opsin.server.thinking import thinking_budget
 from opsin.types import Event, SamplingParams, Timings, Usage
 
-LOOK_AT_ENGINE = 5.0  # seconds without an event after which the engine's thread is looked at
+LOOK_AT_ENGINE = 5.0  # seconds between looks at whether the engine's thread is there
 
 
 class Admission:
@@ -91,6 +90,7 @@ class Job:
         self._latest: list[float] = []
         self._closed = False
         self._cancellation = Cancellation()
+        self._timer: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Job:
         self.shop.admission.enter(self._places)
@@ -100,6 +100,7 @@ class Job:
                 self._forms.append(await self.shop.pools.form(self.loaded.processor, request))
                 self.prompts.append(await self._prepare(request))
             self._submit()
+            self._look()
         except BaseException:
             self.close()
             raise
@@ -167,15 +168,18 @@ class Job:
         """Return when something has arrived; EngineError if nothing can, the engine having died."""
         while not self._ready:
             self._arrived.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_AT_ENGINE):
-                    await self._arrived.wait()
+            await self._arrived.wait()
             if not self._ready and not self.loaded.engine.alive:
                 raise EngineError(
                     "The engine has ended",
                     why="a step failed in a way it was not made for",
                     remedy="Restart the server; its log says more",
                 )
+
+    def _look(self) -> None:
+        """Wake who waits for an arrival every few seconds: a timeout each time would cost more."""
+        self._arrived.set()
+        self._timer = asyncio.get_running_loop().call_later(LOOK_AT_ENGINE, self._look)
 
     def _drain(self) -> list[tuple[int, Event]]:
         items = list(self._ready)
@@ -228,6 +232,8 @@ class Job:
             return
         self._closed = True
         self._cancellation.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         for engine_id in self._open.values():
             self.loaded.engine.cancel(engine_id)
         self._open.clear()

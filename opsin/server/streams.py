@@ -27,18 +27,20 @@ class JsonReply(Response):
 
     def render(self, content: Any) -> bytes:
         """The document's bytes."""
-        return as_json(content).encode()
+        return as_json(content)
 
 
-def as_json(value: Any) -> str:
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def as_json(value: Any) -> bytes:
     """JSON without spaces, non-ASCII as it stands; half characters are replaced."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode("utf-8", "replace").decode()
+    return _JSON.encode(value).encode("utf-8", "replace")
 
 
 def data_line(value: Any) -> bytes:
     """A server-sent event without a name."""
-    return b"data: " + as_json(value).encode() + b"\n\n"
+    return b"data: " + as_json(value) + b"\n\n"
 
 
 def named_event(value: Mapping[str, Any]) -> bytes:
