@@ -109,6 +109,26 @@ class OpenFile:
         weakref.finalize(self, os.close, self.number)
 
 
+@dataclass(frozen=True, slots=True)
+class MappedRange:
+    """The bytes of a mapped file from `start` to `end`, to which nothing was written."""
+
+    memory: mmap.mmap
+    start: int
+    end: int
+
+    def release(self) -> None:
+        """Keep none of their pages in this process until they are used again.
+
+        The system has the file in its own cache for as long as memory allows, so that they are back
+        at once.
+        """
+        first = -(-self.start // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = (self.end - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        if size > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self.memory.madvise(mmap.MADV_DONTNEED, first, size)
+
+
 class MappedFiles:
     """Files mapped once each, for the tensors that are used where they lie.
 
@@ -146,6 +166,13 @@ class MappedFiles:
             return torch.empty(tensor.shape, dtype=tensor.dtype)
         flat = torch.frombuffer(memory, dtype=tensor.dtype, count=count, offset=tensor.start)
         return flat.view(tensor.shape)
+
+    def range_of(self, tensor: StoredTensor) -> MappedRange | None:
+        """Where the bytes of a tensor that `of` gave lie."""
+        memory = self.files.get(tensor.path)
+        if memory is None:
+            return None
+        return MappedRange(memory, tensor.start, tensor.start + tensor.num_bytes)
 
 
 def _mapped(path: Path) -> mmap.mmap | None:

@@ -16,7 +16,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from opsin.checkpoint.safetensors import MappedFiles, StoredTensor, stored_tensors
+from opsin.checkpoint.safetensors import MappedFiles, MappedRange, StoredTensor, stored_tensors
 from opsin.errors import CheckpointError
 
 # (regular expression, replacement): all rules are applied to each name, one after another. The
@@ -42,6 +42,13 @@ class HasPrecision(Protocol):
     """A module that says whether its parameters keep their dtype whatever the model's is."""
 
     precise: bool
+
+
+@runtime_checkable
+class LiesInFile(Protocol):
+    """A module that is told where in a file its weight lies, if it does."""
+
+    mapped: MappedRange | None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -252,6 +259,8 @@ def _map(
     if memory is None:
         return False
     owner.register_parameter(name, nn.Parameter(memory.view(parameter.shape), requires_grad=False))
+    if name == "weight" and isinstance(owner, LiesInFile):
+        owner.mapped = files.range_of(tensor)
     return True
 
 

@@ -141,42 +141,29 @@ def tile_features(
     side by side; without them it is the tower's result. Tiles of type uint8 are normalised by
     `levels`. A few tiles go through at a time, so that only their pixels are copied.
     """
-    first, *rest = tiles_together(tower, tiles, patch)
-    features = _tile_features(tower, first, patch, merge, positions, counts, levels)
-    if not rest:
-        return features
-    out = features.new_empty(len(tiles), *features.shape[1:])
-    out[: len(first)] = features
-    for part, rows in zip(rest, out[len(first) :].split(len(first)), strict=True):
-        rows.copy_(_tile_features(tower, part, patch, merge, positions, counts, levels))
-    return out
+    per_tile = math.prod(tiles.shape[-2:]) // patch**2
+    parts = tiles.split(max(1, tower.group_patches // per_tile))
+    groups = (_group(tower, part, patch, merge, positions, levels) for part in parts)
+    features, tapped = tower.in_groups(groups, tuple(count - 1 for count in counts))
+    chosen = torch.cat(tapped, dim=-1) if tapped else features
+    return chosen.unflatten(0, (len(tiles), -1))
 
 
-def tiles_together(tower: VisionTransformer, tiles: Tensor, patch: int) -> tuple[Tensor, ...]:
-    """Tiles (tiles, channels, height, width) in parts that go through a tower at once."""
-    patches = math.prod(tiles.shape[-2:]) // patch**2
-    return tiles.split(max(1, tower.group_patches // patches))
-
-
-def _tile_features(
+def _group(
     tower: VisionTransformer,
     tiles: Tensor,
     patch: int,
     merge: int,
     positions: Tensor | None,
-    counts: Sequence[int],
     levels: pixels.Normalisation | None,
-) -> Tensor:
-    """As `tile_features`, all at once."""
+) -> tuple[Tensor, VisionLayout]:
+    """The patches of some tiles, and how they lie."""
     tiles = tiles.to(tower.patch.weight.device)
     if tiles.dtype == torch.uint8:
         assert levels is not None, "levels mean nothing by themselves"
         tiles = pixels.normalised_frames(tiles, *levels)
-    cut = pixels.patchify(tiles.to(tower.patch.weight), patch, merge).unflatten(0, (len(tiles), -1))
+    cut = pixels.patchify(tiles.to(tower.patch.weight), patch, merge)
     table = tower.positions.weight
     rows = table if positions is None else table[positions.to(table.device)]
-    layout = VisionLayout([cut.shape[1]] * len(tiles), position_embeds=rows.repeat(len(tiles), 1))
-    taps = tuple(count - 1 for count in counts)
-    features, tapped = tower(cut.flatten(0, 1), layout, taps)
-    chosen = torch.cat(tapped, dim=-1) if tapped else features
-    return chosen.unflatten(0, (len(tiles), -1))
+    length = len(cut) // len(tiles)
+    return cut, VisionLayout([length] * len(tiles), position_embeds=rows.repeat(len(tiles), 1))

@@ -8,7 +8,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -21,7 +20,6 @@ from opsin.families.clip_shape import (
     clip_config,
     one_side,
     tile_features,
-    tiles_together,
     with_defaults,
 )
 from opsin.families.llama_shape import LLAMA_RENAME
@@ -165,9 +163,7 @@ class Idefics3(BackboneFamily):
         return embeds
 
     def encode(self, towers: nn.ModuleDict, items: Sequence[MediaInput]) -> list[Encoded]:
-        tiles, patch = features_of(items, "pixel_values"), one_side(self.vision["patch_size"])
-        parts = tiles_together(vision_of(towers), tiles, patch)
-        embeds = torch.cat([self.tile_embeds(towers, part) for part in parts])
+        embeds = self.tile_embeds(towers, features_of(items, "pixel_values"))
         return [Encoded(part) for part in embeds.split([item.num_tokens for item in items])]
 
 

@@ -145,7 +145,8 @@ class DenseMatrix:
         """The rows to fill, with memory."""
         assert spread == 1, "only native kernels read gate and up rows that alternate"
         if not self.weight.numel():
-            dtype, pages = self.weight.dtype, mmap.mmap(-1, max(1, self.nbytes))
+            dtype = self.weight.dtype
+            pages = mmap.mmap(-1, max(1, self.nbytes), access=mmap.ACCESS_COPY)
             count = self.n * self.k
             self.weight = torch.frombuffer(pages, dtype=dtype, count=count).view(self.n, self.k)
         return self.weight[row : row + rows]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from opsin.checkpoint.safetensors import MappedRange
 from opsin.kernels import Activation, Kernels
 from opsin.kernels.packed import Packed
 
@@ -34,6 +35,12 @@ class Linear(nn.Module):
             nn.Parameter(torch.empty(sum(self.splits)), requires_grad=False) if bias else None
         )
         self.packed: Packed | None = None
+        self.mapped: MappedRange | None = None  # where the weight lies in a file, if it does
+
+    def release(self) -> None:
+        """Hold no memory for a weight that lies in a file until its next use."""
+        if self.mapped is not None:
+            self.mapped.release()
 
     def pack(self, packed: Packed, nothing: Tensor) -> None:
         """Let `packed` take the weight's place; `nothing` is empty, of the model's dtype."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -54,7 +54,8 @@ class ViTConfig:
 
 
 # Most patches that go through the layers together, one run at least: fewer take less memory. What
-# is packed gains nothing from more; other matrices are laid out anew for each product on a CPU.
+# is packed gains nothing from more, and 2 % where only some matrices are; others are laid out anew
+# for each product on a CPU.
 GROUP_PATCHES, PACKED_GROUP_PATCHES = 3072, 1024
 
 
@@ -73,6 +74,18 @@ class VisionLayout:
     position_embeds: Tensor | None = None
     angles: tuple[Tensor, Tensor] | None = None
     bias: Tensor | None = None
+
+
+@dataclass(slots=True)
+class _State:
+    """A group of patches between two layers, what they need of its layout, and what was tapped."""
+
+    x: Tensor
+    lengths: list[int]
+    windows: list[int]
+    angles: tuple[Tensor, Tensor] | None
+    bias: Tensor | None
+    tapped: dict[int, Tensor]
 
 
 class VisionMLP(nn.Module):
@@ -234,16 +247,32 @@ class VisionTransformer(nn.Module):
 
         With a class token, each run of the result starts (or ends) with it and is one longer than
         the layout's; position embeddings and angles count it. Runs that only see themselves go
-        through a few at a time, which bounds the memory between the layers.
+        through a few at a time, which bounds the memory within the layers.
         """
-        parts = [
-            self._run(patches[rows], part, taps)
-            for rows, part in self._groups(layout, len(patches))
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        tapped = [torch.cat(same) for same in zip(*(taps for _, taps in parts), strict=True)]
-        return torch.cat([features for features, _ in parts]), tapped
+        groups = self._groups(layout, len(patches))
+        return self.in_groups(((patches[rows], part) for rows, part in groups), taps)
+
+    def in_groups(
+        self, groups: Iterable[tuple[Tensor, VisionLayout]], taps: tuple[int, ...] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As `forward`, of patches and layouts of groups that come one after another.
+
+        All of them go through a layer before the next one, so that a weight that lies in a file
+        is in memory for its own layer only.
+        """
+        states = [self._enter(patches, layout) for patches, layout in groups]
+        for i, layer in enumerate(self.layers):
+            for state in states:
+                inside = state.windows if i in self.config.windowed else state.lengths
+                state.x = layer(state.x, inside, state.angles, state.bias)
+                if i in taps:
+                    state.tapped[i] = state.x
+            if len(states) > 1:
+                _release(layer)
+        parts = [self.post_norm(state.x) for state in states]
+        if len(states) == 1:
+            return parts[0], [states[0].tapped[i] for i in taps]
+        return torch.cat(parts), [torch.cat([state.tapped[i] for state in states]) for i in taps]
 
     @property
     def group_patches(self) -> int:
@@ -280,11 +309,10 @@ class VisionTransformer(nn.Module):
             )
             first, start = i + 1, end
 
-    def _run(
-        self, patches: Tensor, layout: VisionLayout, taps: tuple[int, ...]
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _enter(self, patches: Tensor, layout: VisionLayout) -> _State:
+        """A group of patches as it enters the first layer."""
         x = self.patch(patches.to(self.patch.weight.dtype))
-        lengths, windows = layout.lengths, layout.windows
+        lengths = layout.lengths
         if self.config.class_token:
             token, last = self.class_token[None], self.config.class_token_last
             runs = [(run, token) if last else (token, run) for run in x.split(lengths)]
@@ -293,13 +321,14 @@ class VisionTransformer(nn.Module):
         if layout.position_embeds is not None:
             x = x + layout.position_embeds.to(x.dtype)
         x = self.pre_norm(x)
-        tapped = {-1: x}
-        for i, layer in enumerate(self.layers):
-            inside = windows if i in self.config.windowed else lengths
-            x = layer(x, inside, layout.angles, layout.bias)
-            if i in taps:
-                tapped[i] = x
-        return self.post_norm(x), [tapped[i] for i in taps]
+        return _State(x, lengths, layout.windows, layout.angles, layout.bias, {-1: x})
+
+
+def _release(layer: nn.Module) -> None:
+    """Hold no memory for what lies in a file."""
+    for module in layer.modules():
+        if isinstance(module, Linear):
+            module.release()
 
 
 def vision_of(towers: nn.ModuleDict) -> VisionTransformer:

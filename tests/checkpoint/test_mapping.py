@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from opsin.checkpoint import weights
 from opsin.checkpoint.safetensors import stored_tensors
 from opsin.errors import CheckpointError
+from opsin.kernels import Kernels
+from opsin.nn.linear import Linear
 
 CPU = torch.device("cpu")
 
@@ -92,3 +95,24 @@ def test_a_file_that_shrank_is_an_error(stored: tuple[Path, dict[str, Tensor]]) 
         model = Parts()
     with pytest.raises(CheckpointError, match="it ends inside tensor"):
         weights.assign(model, entries, RULES, dtype=torch.float32, device=CPU)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_mapped_weight_can_be_let_go_and_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    stored = torch.randn(2048, 1024)
+    save_file({"weight": stored, "bias": torch.zeros(2048)}, path)
+    with torch.device("meta"):
+        layer = Linear(Kernels(), 1024, 2048, bias=True)
+    weights.assign(layer, stored_tensors(path), [], dtype=torch.float32, device=CPU)
+    assert torch.equal(layer.weight, stored)
+    before = resident_file_bytes()
+    layer.release()
+    assert resident_file_bytes() < before - stored.nbytes // 2
+    assert torch.equal(layer.weight, stored)
+    assert torch.equal(layer.bias, torch.zeros(2048))
+
+
+def resident_file_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(x for x in lines if x.startswith("RssFile:")).split()[1]) * 1024

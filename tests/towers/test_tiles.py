@@ -45,8 +45,8 @@ def test_tiles_in_parts_give_what_all_at_once_do(
     tiles = torch.randn(7, 3, 8, 8)
     whole = tile_features(tower, tiles, 2, merge=2, counts=counts)
     seen: list[int] = []
-    run = tower._run
-    monkeypatch.setattr(tower, "_run", lambda p, *rest: (seen.append(len(p)), run(p, *rest))[1])
+    enter = tower._enter
+    monkeypatch.setattr(tower, "_enter", lambda p, part: (seen.append(len(p)), enter(p, part))[1])
     monkeypatch.setattr(vit, "GROUP_PATCHES", 40)  # two and a half tiles
     parts = tile_features(tower, tiles, 2, merge=2, counts=counts)
     assert seen == [32, 32, 32, 16]

@@ -31,8 +31,8 @@ def test_groups_of_pictures_give_what_all_at_once_do(
     patches = torch.randn(sum(LENGTHS), 12)
     whole, whole_taps = tower(patches, layout, (0, 2))
     seen: list[int] = []
-    run = tower._run
-    monkeypatch.setattr(tower, "_run", lambda p, *rest: (seen.append(len(p)), run(p, *rest))[1])
+    enter = tower._enter
+    monkeypatch.setattr(tower, "_enter", lambda p, part: (seen.append(len(p)), enter(p, part))[1])
     monkeypatch.setattr(vit, "GROUP_PATCHES", limit)
     features, taps = tower(patches, layout, (0, 2))
     assert sum(seen) == sum(LENGTHS)
@@ -41,3 +41,24 @@ def test_groups_of_pictures_give_what_all_at_once_do(
     torch.testing.assert_close(features, whole)
     for tap, expected in zip(taps, whole_taps, strict=True):
         torch.testing.assert_close(tap, expected)
+
+
+def test_a_weight_is_let_go_when_all_groups_are_past_its_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    tower = VisionTransformer(Kernels(), ViTConfig(12, 32, 3, 4, 48))
+    for parameter in tower.parameters():
+        parameter.data.normal_(0, 0.2)
+    seen: list[str] = []
+    for i, layer in enumerate(tower.layers):
+        layer.register_forward_pre_hook(lambda *_, i=i: seen.append(f"layer {i}"))
+        release = lambda i=i: seen.append(f"release {i}")  # noqa: E731
+        monkeypatch.setattr(layer.mlp.up, "release", release)
+    tower(torch.randn(60, 12), VisionLayout([20] * 3))
+    assert seen == [f"layer {i}" for i in range(3)], "one group: it is wanted again soon"
+    seen.clear()
+    monkeypatch.setattr(vit, "GROUP_PATCHES", 20)
+    tower(torch.randn(60, 12), VisionLayout([20] * 3))
+    steps = [[f"layer {i}"] * 3 + [f"release {i}"] for i in range(3)]
+    assert seen == [name for step in steps for name in step]
