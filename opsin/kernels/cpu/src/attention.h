@@ -150,6 +150,16 @@ static void expand(const AttentionShape* s, const AttentionUnit* u, const Scratc
   }
 }
 
+// The rows of the same key that the unit after this one reads.
+OPSIN_INLINE void prefetch_next(const AttentionShape* s, const AttentionUnit* u, int64_t slot) {
+  const uint16_t* key = u->keys + slot * s->key_stride + u->ahead;
+  const uint16_t* value = u->values + slot * s->value_stride + u->ahead;
+  for (int d = 0; d < s->head_dim; d += 32) {
+    prefetch(key + d);
+    prefetch(value + d);
+  }
+}
+
 // Values of 64 keys as pairs of keys; keys past `count` are zero, whatever memory holds there.
 static void pack_values(const AttentionShape* s, const AttentionUnit* u, const Scratch* scratch,
                         const int64_t* slots, int count) {
@@ -163,6 +173,7 @@ static void pack_values(const AttentionShape* s, const AttentionUnit* u, const S
         rows[i] = scratch->rows + key * dim;
       } else {
         rows[i] = key < count ? u->values + slots[key] * s->value_stride : scratch->zero;
+        if (u->ahead && key < count) prefetch_next(s, u, slots[key]);
       }
     }
     for (int d = 0; d < dim; d += 32) {

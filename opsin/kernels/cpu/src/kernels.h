@@ -89,6 +89,7 @@ struct AttentionUnit {
   const int32_t* block_table;
   const float* sinks;       // (rows) or null
   int32_t num_keys;         // keys written for this sequence
+  int32_t ahead;            // elements to the rows of the unit that follows, or 0: not near
   float* out;               // (rows, padded value_dim)
   uint8_t* scratch;
 };

@@ -16,6 +16,8 @@ constexpr int64_t kChunkBytes = 128 << 10;
 // Up to here each thread prepares the activations for itself.
 constexpr int kPrivateRows = 8, kPrivateRowsBf16 = 4;
 
+constexpr int kNearKeys = 256;  // whose rows the caches keep until the next head needs its part
+
 int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
 int padded_rows(int rows) { return (rows + 63) / 64 * 64; }
@@ -356,6 +358,7 @@ namespace {
 
 struct Tile {
   int sequence, token, tokens, kv_head, head, heads;
+  bool more;  // the same thread takes the next head
 };
 
 // Which rows a unit holds: units count over sequences, then tiles of tokens, then kv heads.
@@ -443,6 +446,7 @@ void run_unit(const AttentionJob& job, const Tile& t, uint8_t* own) {
   unit.block_table =
       a.block_size ? a.block_tables + static_cast<int64_t>(t.sequence) * a.max_blocks : nullptr;
   unit.num_keys = a.num_keys[t.sequence];
+  unit.ahead = t.more ? a.head_dim : 0;
   unit.out = out;
   unit.scratch = scratch;
   k->attention(&shape, &unit);
@@ -466,9 +470,11 @@ void attention(Team& team, const AttentionJob& job, uint8_t* own) {
     const int n = a.query_start[s + 1] - a.query_start[s];
     total += (n + u.tokens_per_tile - 1) / u.tokens_per_tile * per_tile;
   }
-  const int chunks = total;  // units differ in length: hand them out one by one
+  // Units differ in length: hand them out one by one. Where there are many, all heads of the same
+  // tokens go together, since they lie on the same pages.
+  const int each = total / per_tile >= 4 * team.size() ? per_tile : 1;
   int sequence = 0, before = 0;  // units of earlier sequences; chunks come in rising order
-  team.phase(chunks, [&](int unit) {
+  const auto attend = [&](int unit) {
     for (;;) {
       const int n = a.query_start[sequence + 1] - a.query_start[sequence];
       const int here = (n + u.tokens_per_tile - 1) / u.tokens_per_tile * per_tile;
@@ -487,7 +493,12 @@ void attention(Team& team, const AttentionJob& job, uint8_t* own) {
     t.head = t.kv_head * u.per_kv + part * kAttentionRows;
     const int heads_left = u.per_kv - part * kAttentionRows;
     t.heads = heads_left < kAttentionRows ? heads_left : kAttentionRows;
+    t.more = each > 1 && t.kv_head + 1 < a.kv_heads && a.head_dim == a.value_dim &&
+             a.num_keys[t.sequence] <= kNearKeys;
     run_unit(job, t, own);
+  };
+  team.phase(total / each, [&](int c) {
+    for (int unit = c * each; unit < (c + 1) * each; unit++) attend(unit);
   });
 }
 
