@@ -100,10 +100,6 @@ class NativeLayers(Protocol):
         """Embeddings (tokens, hidden), float32."""
         ...
 
-    def likeliest(self, logits: Tensor) -> list[int]:
-        """The largest of each row of logits (rows, vocab)."""
-        ...
-
     def compute(
         self,
         step: NativeStep,

@@ -163,10 +163,6 @@ class NativeStack:
         rows = table.packed.rows(token_ids, torch.float32)
         return rows if table.scale == 1.0 else rows.mul_(table.scale)
 
-    def likeliest(self, logits: Tensor) -> list[int]:
-        """The largest of each row of logits (rows, vocab)."""
-        return self.stack.library.likeliest(logits)
-
     def run(self, step: Step, cache: PagedCache, angles: RotaryAngles) -> Tensor:
         """One step; the logits of `step.logit_rows`, (rows, vocab), float32."""
         batch = step.batch

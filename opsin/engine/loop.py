@@ -407,7 +407,7 @@ class Engine:
             self.scheduler.pace.observe(tokens, time.perf_counter() - now)
         self.scheduler.computed(step)
         self.steps += 1
-        greedy = self.runner.likeliest(logits)
+        greedy = likeliest(logits)
         if self.speculator is not None and self.runner.encoded.misses == misses:
             self.speculator.observe(step, time.perf_counter() - now)
         sampling = [s for s in step if s.samples]

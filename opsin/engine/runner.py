@@ -20,7 +20,7 @@ from opsin.engine.model import Model
 from opsin.engine.scheduler import Scheduled
 from opsin.engine.sequence import Sequence
 from opsin.engine.source import encode_prompts, source_step
-from opsin.engine.speaking import embedded, likeliest, scored, speaks
+from opsin.engine.speaking import embedded, scored, speaks
 from opsin.families.base import Encoded, MediaInput
 from opsin.kernels import AttentionBatch
 
@@ -68,13 +68,6 @@ class Runner:
             logits: Tensor = self.model.decoder(ready, self.cache)
             return logits
         return scored(self.model.decoder, self.cache, ready, step)
-
-    def likeliest(self, logits: Tensor | list[Tensor]) -> list[int]:
-        """The largest of each row of logits."""
-        native = self.model.decoder.native
-        if native is not None and isinstance(logits, Tensor):
-            return native.likeliest(logits)
-        return likeliest(logits)
 
     def lacks_media(self, scheduled: Scheduled) -> bool:
         """Whether media are not encoded yet that a sequence's next tokens need."""

@@ -126,11 +126,11 @@ class Scheduler:
         left = min(left, self.pace.budget(len(generating), asked))
         media = 1 if generating else None
         for i, sequence in enumerate(prompts):
-            grant = _share(left, chain(prompts[i + 1 :], self._startable()))
+            grant = _share(left, sequence, chain(prompts[i + 1 :], self._startable()))
             left -= self._continue(sequence, grant, step, media)
             media = _media_left(media, step)
         while self.waiting and left > 0 and len(self.running) < self.max_num_seqs:
-            grant = _share(left, islice(self._startable(), 1, None))
+            grant = _share(left, self.waiting[0], islice(self._startable(), 1, None))
             taken = self._begin(self.waiting[0], grant, step, media)
             if not taken:
                 break
@@ -304,11 +304,11 @@ def _wanted(sequence: Sequence) -> int:
     return len(sequence.token_ids) - sequence.num_computed
 
 
-def _share(left: int, later: Iterable[Sequence]) -> int:
-    """Of `left` tokens, those for a sequence before which the later ones do not come."""
-    spare = left
-    for sequence in later:
-        spare -= _wanted(sequence)
+def _share(left: int, sequence: Sequence, later: Iterable[Sequence]) -> int:
+    """Of `left` tokens, those that later sequences leave to one: the ones that want fewer."""
+    spare, wanted = left, _wanted(sequence)
+    for other in later:
+        spare -= _wanted(other) if _wanted(other) < wanted else 0
         if spare <= left // 2:
             return -(-left // 2)
     return spare

@@ -244,12 +244,6 @@ class Library:
         """Index of the first largest of a row of float32 logits."""
         return int(self.handle.opsin_argmax(pointer(logits.contiguous()), logits.numel()))
 
-    def likeliest(self, logits: Tensor) -> list[int]:
-        """Of each row of float32 logits (rows, vocabulary) the index of the first largest."""
-        rows, size = logits.shape
-        start, step = logits.data_ptr(), logits.stride(0) * logits.itemsize
-        return [self.handle.opsin_argmax(start + i * step, size) for i in range(rows)]
-
     def softmax(self, logits: Tensor, temperature: float = 1.0) -> tuple[Tensor, float]:
         """softmax(logits / temperature) of a float32 row, and the log of the sum it divides by."""
         logits = logits.contiguous()
