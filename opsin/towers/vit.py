@@ -257,10 +257,19 @@ class VisionTransformer(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """As `forward`, of patches and layouts of groups that come one after another.
 
-        All of them go through a layer before the next one, so that a weight that lies in a file
-        is in memory for its own layer only.
+        Where weights lie in a file, all of them go through a layer before the next one, so that
+        each weight is in memory for its own layer only.
         """
-        states = [self._enter(patches, layout) for patches, layout in groups]
+        if any(m.mapped is not None for m in self.layers.modules() if isinstance(m, Linear)):
+            return self._through([self._enter(*group) for group in groups], taps)
+        parts = [self._through([self._enter(*group)], taps) for group in groups]
+        if len(parts) == 1:
+            return parts[0]
+        tapped = [torch.cat(same) for same in zip(*(taps for _, taps in parts), strict=True)]
+        return torch.cat([features for features, _ in parts]), tapped
+
+    def _through(self, states: list[_State], taps: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
+        """Groups through all layers, side by side."""
         for i, layer in enumerate(self.layers):
             for state in states:
                 inside = state.windows if i in self.config.windowed else state.lengths

@@ -54,6 +54,7 @@ def test_a_weight_is_let_go_when_all_groups_are_past_its_layer(
     for i, layer in enumerate(tower.layers):
         layer.register_forward_pre_hook(lambda *_, i=i: seen.append(f"layer {i}"))
         release = lambda i=i: seen.append(f"release {i}")  # noqa: E731
+        monkeypatch.setattr(layer.mlp.up, "mapped", object())
         monkeypatch.setattr(layer.mlp.up, "release", release)
     tower(torch.randn(60, 12), VisionLayout([20] * 3))
     assert seen == [f"layer {i}" for i in range(3)], "one group: it is wanted again soon"
