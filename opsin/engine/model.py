@@ -194,12 +194,12 @@ def load_model(
         if isinstance(module, FinishesLoading):
             module.finish_loading()
     packer.finish()
-    if cache is not None and not kept:
-        cache.write()
     family.connect(model.decoder, model.towers)
     if native is not None:
         model.decoder.native = NativeStack(native, model.decoder)
     give_back_startup()
+    if cache is not None and not kept:
+        cache.keep()
     return model.eval()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -32,6 +33,7 @@ LAYOUT = 2  # to be raised when the same build packs the same checkpoint in anot
 # more than this share of the disk's free space, so that all of them together never fill it.
 UNASKED_LEAST = 256 << 20  # bytes
 UNASKED_SHARE = 0.1
+KEEPER = "opsin-keeper"  # the thread that writes such a file
 Kept = dict[nn.Module, list[PackedMatrix]]
 
 
@@ -139,6 +141,16 @@ class RepackedCache:
             kept.setdefault(slot.module, []).append(matrix)
         return kept
 
+    def keep(self) -> None:
+        """Write the file; beside the first answers if nobody asked for it.
+
+        The process ends only when the file is whole.
+        """
+        if self.unasked:
+            threading.Thread(target=self.write, name=KEEPER).start()
+        else:
+            self.write()
+
     def write(self) -> None:
         """Keep the matrices that the model was given, or say in a line why that cannot be."""
         try:
@@ -148,9 +160,9 @@ class RepackedCache:
                 return
             parts = [(slot.name, _matrix(slot).memory()) for slot in self.slots]
             size = repacked.write(self.path, self.key, str(self.source), self.recipe, parts)
-        except OSError as error:
+        except (OSError, EngineError) as error:
             level = logging.INFO if self.unasked else logging.WARNING
-            why = error.strerror or error
+            why = error.why if isinstance(error, EngineError) else error.strerror or error
             LOG.log(level, "cannot keep the packed weights in %s (%s)", self.folder, why)
         else:
             LOG.log(

@@ -257,28 +257,63 @@ def test_a_folder_that_cannot_be_written_is_said_in_a_line(
     assert len(caplog.records) == 1
 
 
+def await_keeper() -> None:
+    """Until what is kept unasked, beside the first answers, is written."""
+    for thread in threading.enumerate():
+        if thread.name == repacking.KEEPER:
+            thread.join()
+
+
+def test_what_nobody_asked_for_is_written_beside_the_first_answers(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPSIN_CACHE", str(tmp_path))
+    monkeypatch.setattr(repacking, "UNASKED_LEAST", 1)
+    monkeypatch.setattr(repacking, "UNASKED_SHARE", 0.5)
+    settings.cache_clear()
+    loaded, write = threading.Event(), repacked.write
+
+    def late(*args: Any) -> int:
+        assert loaded.wait(60), "loading waits for the file"
+        return write(*args)
+
+    monkeypatch.setattr(repacked, "write", late)
+    load(where="auto")
+    assert not list((tmp_path / "repacked").glob("*.repacked"))
+    loaded.set()
+    await_keeper()
+    assert len(list((tmp_path / "repacked").glob("*.repacked"))) == 1
+    settings.cache_clear()
+
+
 def test_unasked_only_what_is_large_and_fits_well_is_kept(
     load: Load, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPSIN_CACHE", str(tmp_path))
     settings.cache_clear()
     folder = tmp_path / "repacked"
-    load(where="auto")  # too small
+
+    def load_unasked() -> Model:
+        model = load(where="auto")
+        await_keeper()
+        return model
+
+    load_unasked()  # too small
     assert not list(folder.glob("*"))
     monkeypatch.setattr(repacking, "UNASKED_LEAST", 1)
     monkeypatch.setattr(repacking, "UNASKED_SHARE", 0.0)
-    load(where="auto")  # too large for the disk
+    load_unasked()  # too large for the disk
     assert not list(folder.glob("*"))
     assert not caplog.records
     monkeypatch.setattr(repacking, "UNASKED_SHARE", 0.5)
-    assert not views(load(where="auto"))
+    assert not views(load_unasked())
     assert "--repacked-cache off" in caplog.text
     assert len(list(folder.iterdir())) == 1
-    assert views(load(where="auto"))
+    assert views(load_unasked())
     assert len(caplog.records) == 1
     shutil.rmtree(folder)
     folder.write_text("")
-    load(where="auto")  # where nothing can be written, nobody who did not ask is told
+    load_unasked()  # where nothing can be written, nobody who did not ask is told
     assert len(caplog.records) == 1
     settings.cache_clear()
 
