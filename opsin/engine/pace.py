@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-ALONE_SECONDS = 1.0  # a step of prompts only: what arrives meanwhile waits for its end
+LONGEST_SECONDS = 1.0  # a step of prompts only: what arrives meanwhile waits for its end
 SHARED_SECONDS = 0.25  # a step in which other requests generate, no fewer than prompts wait
-CROWD_SECONDS = 4.0  # the longest such step, where many more prompts wait
 FIRST_TOKENS = 256  # of such a step, before any was timed
 LEAST_TOKENS = 128  # below this a step's fixed costs would outweigh its work
 COUNTED_TOKENS = 32  # fewer say more of a step's fixed costs than of its speed
@@ -36,7 +35,7 @@ class Pace:
         """
         if self.tokens_per_second is None:
             return min(self.most, FIRST_TOKENS) if generating else self.most
-        seconds = ALONE_SECONDS
+        seconds = LONGEST_SECONDS
         if generating:
-            seconds = min(CROWD_SECONDS, SHARED_SECONDS * max(1.0, prompts / generating))
+            seconds = min(seconds, SHARED_SECONDS * max(1.0, prompts / generating))
         return min(self.most, max(LEAST_TOKENS, int(self.tokens_per_second * seconds)))

@@ -300,9 +300,9 @@ def test_prompts_are_bounded_by_the_time_that_they_take() -> None:
 
 def test_many_prompts_that_wait_hold_up_a_few_requests_for_longer() -> None:
     pace = Pace(2048)
-    pace.observe(100, 1.0)
-    shares = [(1, 1), (4, 2), (1, 8), (4, 8), (1, 15), (1, 60)]
-    assert [pace.budget(*share) for share in shares] == [128, 128, 200, 128, 375, 400]
+    pace.observe(800, 1.0)
+    shares = [(1, 1), (4, 2), (1, 2), (4, 8), (1, 3), (1, 60)]
+    assert [pace.budget(*share) for share in shares] == [200, 200, 400, 400, 600, 800]
     plan = scheduler(blocks=2000, size=16, seqs=16, tokens=2048)
     plan.pace.observe(1000, 1.0)
     plan.add(sequence(0, 3))
