@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import mmap
 import os
 import re
@@ -16,6 +14,8 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+
+from opsin.kernels.memory import give_back_freed, libc
 
 _LIBRARY = re.compile(r"\.so(\.\d+)*$")  # and what follows is its version
 
@@ -41,44 +41,18 @@ def default_cache_memory(device: torch.device) -> int:
     return physical_memory() // 4
 
 
-def give_back_freed() -> None:
-    """Let the system have what this process has freed, which the C library keeps for itself.
-
-    After something large it is tens of megabytes, and takes milliseconds.
-    """
-    libc = _libc()
-    if libc is not None:
-        libc.malloc_trim(0)
-
-
 def give_back_startup() -> None:
     """As `give_back_freed`, and the code of libraries, most of which only their start-up ran.
 
     The files stay in the system's cache, so that what still runs is back at once.
     """
     give_back_freed()
-    libc = _libc()
-    if libc is None:
+    library = libc()
+    if library is None:
         return
     with suppress(OSError):  # a system that does not show a process its pages
         for start, size in _unwritten_code():
-            libc.madvise(start, size, mmap.MADV_DONTNEED)
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL | None:
-    """The C library, where it is glibc."""
-    if sys.platform != "linux" or "CS_GNU_LIBC_VERSION" not in os.confstr_names:
-        return None
-    try:
-        if not os.confstr("CS_GNU_LIBC_VERSION"):
-            return None
-    except (OSError, ValueError):  # another C library
-        return None
-    libc = ctypes.CDLL(None)
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    libc.malloc_trim.argtypes = (ctypes.c_size_t,)
-    return libc
+            library.madvise(start, size, mmap.MADV_DONTNEED)
 
 
 def _unwritten_code() -> Iterator[tuple[int, int]]:

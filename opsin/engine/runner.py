@@ -15,7 +15,6 @@ from opsin.decoder.cache import PagedCache, sequence_slots
 from opsin.decoder.decoder import NativeLayers, NativeStep, Step
 from opsin.decoder.layout import HOLE, KeptTokens
 from opsin.engine.media_cache import EncodedCache
-from opsin.engine.memory import give_back_freed
 from opsin.engine.model import Model
 from opsin.engine.scheduler import Scheduled
 from opsin.engine.sequence import Sequence
@@ -23,6 +22,7 @@ from opsin.engine.source import encode_prompts, source_step
 from opsin.engine.speaking import embedded, scored, speaks
 from opsin.families.base import Encoded, MediaInput
 from opsin.kernels import AttentionBatch
+from opsin.kernels.memory import give_back_freed
 
 LARGE_BYTES = 4 << 20  # of a medium's features, whose encoding takes long and much memory
 

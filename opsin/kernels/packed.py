@@ -89,6 +89,10 @@ class DenseMatrix:
         """Bytes that it takes."""
         return self.n * self.k * self.weight.dtype.itemsize
 
+    def release(self) -> None:
+        """Be as before it was filled, but for the bias."""
+        self.weight = self.weight.new_empty(0)
+
     def fill(self, weight: Tensor, row: int = 0, *, spread: int = 1) -> None:
         """Put weight (rows, k) at `row`."""
         self._place(row, weight.shape[0], spread).copy_(weight)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opsin.checkpoint.safetensors import OpenFile
 from opsin.kernels import Activation
-from opsin.kernels.packed import Packed
+from opsin.kernels.packed import DenseMatrix, Packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +37,14 @@ class LateMatrix:
         self.k = matrix.k
         self.format = matrix.format
         self._matrix = matrix
-        self._waiting: list[_Rows] = []
+        self._stored: list[_Rows] = []
+        self._is_read = False
         self._lock = threading.Lock()
 
     @property
     def is_waiting(self) -> bool:
         """Whether values of it were not read yet."""
-        return bool(self._waiting)
+        return bool(self._stored) and not self._is_read
 
     @property
     def nbytes(self) -> int:
@@ -54,22 +55,28 @@ class LateMatrix:
         self, file: OpenFile, offset: int, rows: int, dtype: torch.dtype, row: int, spread: int
     ) -> None:
         """Put rows of an open file when they are needed, as `fill_file` would now."""
-        self._waiting.append(_Rows(file, offset, rows, dtype, row, spread))
+        self._stored.append(_Rows(file, offset, rows, dtype, row, spread))
 
     def now(self) -> Packed:
         """The matrix itself, with all its values.
 
         Raises what reading the files raises; the next use tries again.
         """
-        if self._waiting:
+        if self.is_waiting:
             with self._lock:
-                for part in self._waiting:
+                for part in self._stored:
                     number = part.file.number
                     self._matrix.fill_file(
                         number, part.offset, part.rows, part.dtype, part.row, part.spread
                     )
-                self._waiting = []
+                self._is_read = True
         return self._matrix
+
+    def release(self) -> None:
+        """Hold no memory until the next use for values that are as a file has them."""
+        if self._stored and isinstance(self._matrix, DenseMatrix):
+            self._matrix.release()
+            self._is_read = False
 
     def fill(self, weight: Tensor, row: int = 0, *, spread: int = 1) -> None:
         """Put weight (rows, k) at `row`; spread 2 leaves every other sixteen rows for its pair."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from opsin.checkpoint.safetensors import MappedRange
 from opsin.kernels import Activation, Kernels
 from opsin.kernels.packed import Packed
+from opsin.nn.late import LateMatrix
 
 
 class Linear(nn.Module):
@@ -41,6 +42,8 @@ class Linear(nn.Module):
         """Hold no memory for a weight that lies in a file until its next use."""
         if self.mapped is not None:
             self.mapped.release()
+        if isinstance(self.packed, LateMatrix):
+            self.packed.release()
 
     def pack(self, packed: Packed, nothing: Tensor) -> None:
         """Let `packed` take the weight's place; `nothing` is empty, of the model's dtype."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import gc
 import logging
 import os
@@ -25,6 +24,7 @@ from opsin.engine.loop import Engine, EngineLimits
 from opsin.engine.model import Model
 from opsin.engine.processor import Processor
 from opsin.errors import EngineError, NotFoundError, OpsinError
+from opsin.kernels.memory import give_back_freed
 from opsin.prompt.token_bytes import TokenNames
 from opsin.server.settings import ServeSettings
 
@@ -369,9 +369,7 @@ def _free(model: Loaded) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # a C library without this call
-            ctypes.CDLL(None).malloc_trim(0)
+    give_back_freed()
 
 
 def listed_models(manager: Manager) -> list[tuple[str, int, CachedModel | None]]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from opsin.kernels import Activation, Kernels
+from opsin.kernels.memory import give_back_freed
 from opsin.nn.linear import Embedding, Linear
 from opsin.nn.norm import NormKind, norm
 from opsin.nn.rope import RopePairs
@@ -57,6 +58,7 @@ class ViTConfig:
 # is packed gains nothing from more; other matrices are laid out anew for each product on a CPU,
 # which with groups of 1024 took a third of a tower's time.
 GROUP_PATCHES, PACKED_GROUP_PATCHES = 2048, 1024
+LARGE_BYTES = 1 << 20  # of features, between which many times as much is needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +264,10 @@ class VisionTransformer(nn.Module):
         """
         if any(m.mapped is not None for m in self.layers.modules() if isinstance(m, Linear)):
             return self._through([self._enter(*group) for group in groups], taps)
-        parts = [self._through([self._enter(*group)], taps) for group in groups]
+        parts = []
+        for group in groups:
+            parts.append(self._through([self._enter(*group)], taps))
+            _give_back(parts[-1][0])
         if len(parts) == 1:
             return parts[0]
         tapped = [torch.cat(same) for same in zip(*(taps for _, taps in parts), strict=True)]
@@ -278,6 +283,7 @@ class VisionTransformer(nn.Module):
                     state.tapped[i] = state.x
             if len(states) > 1:
                 _release(layer)
+                _give_back(states[0].x)
         parts = [self.post_norm(state.x) for state in states]
         if len(states) == 1:
             return parts[0], [states[0].tapped[i] for i in taps]
@@ -338,6 +344,16 @@ def _release(layer: nn.Module) -> None:
     for module in layer.modules():
         if isinstance(module, Linear):
             module.release()
+
+
+def _give_back(x: Tensor) -> None:
+    """Hold no memory that was needed between features x and those before them.
+
+    The C library rarely finds room for a large tensor where one of the same size was, and would
+    hold several times what is in use.
+    """
+    if x.device.type == "cpu" and x.nbytes >= LARGE_BYTES:
+        give_back_freed()
 
 
 def vision_of(towers: nn.ModuleDict) -> VisionTransformer:

@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import opsin
+from opsin.checkpoint import weights
 from opsin.engine import packing
 from opsin.engine.loop import Engine, EngineLimits
 from opsin.engine.model import Model
@@ -18,6 +19,7 @@ from opsin.kernels import cpu
 from opsin.kernels.packed import DenseMatrix
 from opsin.nn.late import LateMatrix
 from opsin.nn.linear import Linear
+from opsin.towers import vit
 from tests.families.checkpoints import write_checkpoint
 from tests.families.ours import answers, tokens
 from tests.families.pictures import picture
@@ -101,3 +103,20 @@ def test_a_matrix_that_nothing_packs_is_as_its_tensors(folder: Path) -> None:
             assert isinstance(matrix, DenseMatrix)
             assert matrix.weight.shape == (sum(module.splits), module.packed.k)
             assert matrix.nbytes == matrix.weight.nbytes
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_what_a_file_has_as_it_is_takes_memory_for_its_own_layer_alone(
+    folder: Path, bits: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "MAP_BYTES", 1)
+    model, processor = load(folder, bits)
+    shown = processor.prepare("What is it?", images=[picture(1, 90, 70)])
+    in_one_group = answer(model, shown)
+    monkeypatch.setattr(vit, "GROUP_PATCHES", 1)
+    layers = vit.vision_of(model.towers).layers
+    inside = [m.packed for m in layers.modules() if isinstance(m, Linear) and m.packed is not None]
+    assert inside
+    for _ in range(2):
+        assert answer(model, shown) == in_one_group
+        assert all(each.is_waiting == (bits is None) for each in late(model) if each in inside)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from opsin.engine.memory import give_back_freed, give_back_startup
+from opsin.engine.memory import give_back_startup
+from opsin.kernels.memory import give_back_freed
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
