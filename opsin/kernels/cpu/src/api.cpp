@@ -27,6 +27,7 @@ const Kernels* chosen = nullptr;
 
 struct Features {
   bool avx2 = false, avxvnni = false, avx512 = false, vnni = false, bf16 = false, amx = false;
+  bool intel = false;
 };
 
 #if defined(__x86_64__)
@@ -61,6 +62,7 @@ Features detect() {
     f.bf16 = f.vnni && (a & (1u << 5));
   }
   f.amx = f.bf16 && tiles && allow_tiles();
+  f.intel = __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx;
   return f;
 }
 #endif
@@ -74,8 +76,10 @@ int available(const Kernels** out) {
 #if defined(__x86_64__)
   const Features f = detect();
   if (f.amx) offer(amx_kernels());
-  if (f.bf16) offer(avx512bf16_kernels());
+  // Intel's processors add products of bfloat16 at half the rate of those of floats.
+  if (f.bf16 && !f.intel) offer(avx512bf16_kernels());
   if (f.vnni) offer(avx512vnni_kernels());
+  if (f.bf16 && f.intel) offer(avx512bf16_kernels());
   if (f.avx512) offer(avx512_kernels());
   if (f.avxvnni) offer(avx2vnni_kernels());
   if (f.avx2) offer(avx2_kernels());

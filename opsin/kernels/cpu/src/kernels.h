@@ -10,6 +10,7 @@ constexpr int kRows = 16;         // rows of a weight matrix in one block
 constexpr int kAttentionRows = 64;  // query rows one attention unit may hold
 constexpr int kKeyBlock = 64;     // keys per step of the online softmax, at fixed positions
 constexpr int kSegment = 512;     // keys whose partial results are merged as one
+constexpr int64_t kWideBytes = 128 << 10;  // of scratch for products of widened bfloat16
 
 enum MatrixKind : int32_t { kBf16 = 0, kQ8 = 1, kQ4 = 2 };
 
@@ -43,7 +44,8 @@ struct Matrix {
 
 // Activations of a product, ready for one kind of matrix; the memory holds whole panels of rows.
 //
-// bfloat16: rows (padded_k); where kernels are `paired` panels (padded_k / 2, panel_rows, 2).
+// bfloat16: rows (padded_k), as floats where kernels `widen` them; where they are `paired` panels
+// (padded_k / 2, panel_rows, 2).
 // Codes: panels (padded_k / 4, rows of this panel, 4), so that what meets the same weights lies
 // together; or `tiled` panels of sixteen rows (padded_k / 64, 16, 64).
 // Scales of codes, and sums (scale * sum of codes): panels (groups, rows of this panel), or
@@ -117,6 +119,8 @@ struct Kernels {
   void (*quantize)(const float* x, int k, int padded_k, int group, int8_t* codes, float* scale,
                    float* sum);
   void (*narrow)(const float* x, int k, int padded_k, uint16_t* out);
+  // Bfloat16 activations as floats, as the kernels read them; null where they read bfloat16.
+  void (*widen)(const uint16_t* x, int padded_k, float* out);
   bool paired;  // bfloat16 is multiplied in tiles: activations beside it lie in panels
   // Block b of a bf16 matrix tile by tile, (padded_k / 32, 16, 32); where there are tiles.
   void (*gather)(const Matrix* m, int b, uint8_t* out);

@@ -386,7 +386,7 @@ constexpr int kTiledFrom = 9;  // rows from which tiles beat vectors
 static void tile(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
                  uint8_t* scratch) {
   if (m->kind == opsin::kBf16) {
-    tile_bf16(m, b, x, row, count, out);
+    tile_bf16(m, b, x, row, count, out, scratch);
   } else if (x->tiled) {
     amx_quantized(m, b, x, row, count, out, scratch);
   } else {
@@ -405,11 +405,14 @@ static void matmul_end() { _tile_release(); }
 #else
 
 constexpr int kPanel = 64, kPanelBf16 = 64, kTiledFrom = 0;
+#if !defined(__AVX512BF16__)
+static_assert((8 * kRunColumns + 16 * 16 * kPanelBf16) * 4 <= opsin::kWideBytes, "many_bf16");
+#endif
 
 static void tile(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
-                 uint8_t*) {
+                 uint8_t* scratch) {
   if (m->kind == opsin::kBf16) {
-    tile_bf16(m, b, x, row, count, out);
+    tile_bf16(m, b, x, row, count, out, scratch);
   } else {
     vector_tile(m, b, x, row, count, out);
   }

@@ -22,6 +22,7 @@ OPSIN_INLINE void prefetch_far(const uint8_t* p, int lines) {
 // Activations lie in panels of up to sixteen rows, pairs of columns beside each other:
 // (k / 2, rows, 2), so that weights as they are stored are a tile's other factor.
 constexpr bool kPaired = true;
+constexpr auto widen = nullptr;
 
 // Sixteen sums a row, (16, columns), to (columns, 16).
 static void turn(const float* sums, int columns, float* out) {
@@ -92,8 +93,8 @@ static void multiply_bf16(const uint8_t* w, int64_t stride, const uint8_t* panel
   turn(sums, rows, out);
 }
 
-static void tile_bf16(const Matrix* m, int b, const Activations* x, int row, int count,
-                      float* out) {
+static void tile_bf16(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
+                      uint8_t*) {
   const int steps = m->padded_k / 32, rows = x->panel_rows;
   const uint8_t* next = b + 1 < m->blocks ? m->at[b + 1] : nullptr;
   for (int done = 0; done < count; done += rows) {
@@ -143,10 +144,62 @@ static void pair_bf16(const Matrix* m, int b, const Activations* x, int row, int
 constexpr bool kPaired = false;
 static void gather(const Matrix*, int, uint8_t*) {}
 
+#if defined(__AVX512BF16__)
+
+constexpr int kRowsAtOnce = 4, kFewRows = 4;
+constexpr int64_t kStep = 64;  // bytes of 32 columns of an activation
+constexpr auto widen = nullptr;
+
+// Adds 32 columns of R rows of weights times MT activations.
+template <int R, int MT>
+OPSIN_INLINE void add_columns(const uint8_t* w, int64_t stride, const uint8_t* x, int64_t x_stride,
+                              F (&acc)[R][MT]) {
+  V factor[MT];
+#pragma GCC unroll 4
+  for (int t = 0; t < MT; t++) factor[t] = vload(x + t * x_stride);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++) {
+    const V weight = vload(w + r * stride);
+#pragma GCC unroll 4
+    for (int t = 0; t < MT; t++) acc[r][t] = dot_bf16(acc[r][t], weight, factor[t]);
+  }
+}
+
+#else
+
 #if defined(__AVX512F__)
 constexpr int kRowsAtOnce = 4, kFewRows = 4;
 #else
 constexpr int kRowsAtOnce = 2, kFewRows = 2;
+#endif
+constexpr int64_t kStep = 128;
+
+// Bfloat16 as floats, of each 32 the odd ones first, which dot_bf16 adds first.
+OPSIN_INLINE void widen32(const void* x, float* out) {
+  const V halves = vload(x);
+  store(out, odd_bf16(halves));
+  store(out + 16, even_bf16(halves));
+}
+
+static void widen(const uint16_t* x, int padded_k, float* out) {
+  for (int c = 0; c < padded_k; c += 32) widen32(x + c, out + c);
+}
+
+template <int R, int MT>
+OPSIN_INLINE void add_columns(const uint8_t* w, int64_t stride, const uint8_t* x, int64_t x_stride,
+                              F (&acc)[R][MT]) {
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++) {
+    const V weight = vload(w + r * stride);
+    const F odd = odd_bf16(weight), even = even_bf16(weight);
+#pragma GCC unroll 4
+    for (int t = 0; t < MT; t++) {
+      const float* factor = (const float*)(x + t * x_stride);
+      acc[r][t] = fma(even, load(factor + 16), fma(odd, load(factor), acc[r][t]));
+    }
+  }
+}
+
 #endif
 
 // Rows [first, first + kRowsAtOnce) of a block times MT rows of activations: sums (MT, 16).
@@ -160,15 +213,7 @@ static void multiply_bf16(const uint8_t* w, int64_t stride, const uint8_t* x, in
   const uint8_t* next = w + kRowsAtOnce * stride;
   for (int s = 0; s < steps; s++) {
     prefetch_far(next + 64 * kRowsAtOnce * s, kRowsAtOnce);
-    V factor[MT];
-#pragma GCC unroll 4
-    for (int t = 0; t < MT; t++) factor[t] = vload(x + t * x_stride + 64 * s);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRowsAtOnce; r++) {
-      const V weight = vload(w + r * stride + 64 * s);
-#pragma GCC unroll 4
-      for (int t = 0; t < MT; t++) acc[r][t] = dot_bf16(acc[r][t], weight, factor[t]);
-    }
+    add_columns<kRowsAtOnce, MT>(w + 64 * s, stride, x + kStep * s, x_stride, acc);
   }
   for (int r = 0; r < kRowsAtOnce; r++) {
     for (int t = 0; t < MT; t++) sums[16 * t + r] = acc[r][t];
@@ -185,9 +230,95 @@ static void few_bf16(const Matrix* m, int b, const uint8_t* x, int64_t x_stride,
   for (int t = 0; t < MT; t++) store(out + 16 * t, reduce16(sums + 16 * t));
 }
 
-static void tile_bf16(const Matrix* m, int b, const Activations* x, int row, int count,
-                      float* out) {
+#if !defined(__AVX512BF16__)
+
+// Many rows: eight rows of weights are widened once for all of them, in runs of columns that stay
+// in the first cache. Between runs the sixteen lanes of each sum lie in `lanes` (rows, 16, 16), so
+// that every sum is added up as of few rows.
+#if defined(__AVX512F__)
+constexpr int kWideRows = 8, kWideAtOnce = 3, kRunColumns = 768;
+#else
+constexpr int kWideRows = 2, kWideAtOnce = 2, kRunColumns = 384;
+#endif
+constexpr int kManyRows = 8;
+
+// kWideRows rows of weights (8, kRunColumns) times MT rows of activations.
+template <int MT>
+static void wide_rows(const float* w, const uint8_t* x, int64_t x_stride, int columns, bool first,
+                      float* lanes) {
+  F acc[kWideRows][MT];
+#pragma GCC unroll 8
+  for (int r = 0; r < kWideRows; r++) {
+#pragma GCC unroll 3
+    for (int t = 0; t < MT; t++) acc[r][t] = first ? set1(0.0f) : load(lanes + 256 * t + 16 * r);
+  }
+  for (int c = 0; c < columns; c += 16) {
+    F factor[MT];
+#pragma GCC unroll 3
+    for (int t = 0; t < MT; t++) factor[t] = load((const float*)(x + t * x_stride) + c);
+#pragma GCC unroll 8
+    for (int r = 0; r < kWideRows; r++) {
+      const F weight = in_register(load(w + kRunColumns * r + c));
+#pragma GCC unroll 3
+      for (int t = 0; t < MT; t++) acc[r][t] = fma(weight, factor[t], acc[r][t]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kWideRows; r++) {
+#pragma GCC unroll 3
+    for (int t = 0; t < MT; t++) store(lanes + 256 * t + 16 * r, acc[r][t]);
+  }
+}
+
+// Rows [row, row + 8) of a block and a run of columns.
+static void wide_run(const Matrix* m, int b, int row, int from, const uint8_t* x, int64_t x_stride,
+                     int count, float* weights, float* lanes) {
+  const int left = m->padded_k - from, columns = left < kRunColumns ? left : kRunColumns;
+  for (int r = 0; r < 8; r++) {
+    const uint8_t* w = m->at[b] + (row + r) * m->row_bytes + 2 * from;
+    for (int c = 0; c < columns; c += 32) widen32(w + 2 * c, weights + kRunColumns * r + c);
+  }
+  for (int t = 0; t < count; t += kWideAtOnce) {
+    const uint8_t* rows = x + t * x_stride + 4 * from;
+    for (int r = 0; r < 8; r += kWideRows) {
+      const float* w = weights + kRunColumns * r;
+      float* to = lanes + 256 * t + 16 * (row + r);
+      switch (count - t < kWideAtOnce ? count - t : kWideAtOnce) {
+        case 1: wide_rows<1>(w, rows, x_stride, columns, from == 0, to); break;
+        case 2: wide_rows<2>(w, rows, x_stride, columns, from == 0, to); break;
+        default: wide_rows<kWideAtOnce>(w, rows, x_stride, columns, from == 0, to);
+      }
+    }
+  }
+}
+
+static void many_bf16(const Matrix* m, int b, const uint8_t* x, int64_t x_stride, int count,
+                      float* out, uint8_t* scratch) {
+  float* weights = (float*)scratch;
+  float* lanes = weights + 8 * kRunColumns;
+  for (int row = 0; row < 16; row += 8) {
+    for (int from = 0; from < m->padded_k; from += kRunColumns) {
+      wide_run(m, b, row, from, x, x_stride, count, weights, lanes);
+    }
+  }
+  F sums[16];
+  for (int t = 0; t < count; t++) {
+    for (int r = 0; r < 16; r++) sums[r] = load(lanes + 256 * t + 16 * r);
+    store(out + 16 * t, reduce16(sums));
+  }
+}
+
+#endif
+
+static void tile_bf16(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
+                      uint8_t* scratch) {
   const uint8_t* at = x->data + row * x->stride;
+#if !defined(__AVX512BF16__)
+  if (count >= kManyRows) {
+    many_bf16(m, b, at, x->stride, count, out, scratch);
+    return;
+  }
+#endif
   int done = 0;
   for (; done + kFewRows <= count; done += kFewRows) {
     few_bf16<kFewRows>(m, b, at + done * x->stride, x->stride, out + 16 * done);

@@ -23,7 +23,8 @@ int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; 
 int padded_rows(int rows) { return (rows + 63) / 64 * 64; }
 
 int64_t row_bytes(const Matrix* m) {
-  const int64_t lines = (m->padded_k * (m->kind == kBf16 ? 2 : 1) + 63) / 64;
+  const int size = m->kind != kBf16 ? 1 : kernels()->widen ? 4 : 2;
+  const int64_t lines = (static_cast<int64_t>(m->padded_k) * size + 63) / 64;
   return (lines | 1) * 64;
 }
 
@@ -93,14 +94,17 @@ void place_codes(const Matrix* m, const Prepared& to, int r, int rows, const flo
 // Row r as bfloat16, to where the kernels read it; `narrow` holds a row.
 void place_bf16(const Product& p, const Prepared& to, int r, const float* x, uint16_t* narrow) {
   const Matrix* m = p.linear.matrix;
-  uint16_t* out = to.panel_rows == 1 ? reinterpret_cast<uint16_t*>(to.data + r * to.stride) : narrow;
+  const Kernels* k = kernels();
+  uint8_t* row = to.data + r * to.stride;
+  uint16_t* out = to.panel_rows > 1 || k->widen ? narrow : reinterpret_cast<uint16_t*>(row);
   if (x) {
-    kernels()->narrow(x, m->k, m->padded_k, out);
+    k->narrow(x, m->k, m->padded_k, out);
   } else {
     const uint16_t* stored = static_cast<const uint16_t*>(p.linear.x) + r * p.linear.x_stride;
     std::memcpy(out, stored, 2u * m->k);
     std::memset(out + m->k, 0, 2u * (m->padded_k - m->k));
   }
+  if (k->widen) k->widen(narrow, m->padded_k, reinterpret_cast<float*>(row));
   if (to.panel_rows == 1) return;
   uint8_t* panel = to.data + r / to.panel_rows * to.stride + r % to.panel_rows * 4;
   for (int c = 0; c < m->padded_k; c += 2) {

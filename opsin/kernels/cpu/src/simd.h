@@ -63,6 +63,11 @@ struct I { __m512i v; };  // 16 int32
 OPSIN_INLINE F load(const float* p) { return {_mm512_loadu_ps(p)}; }
 OPSIN_INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
 OPSIN_INLINE F set1(float x) { return {_mm512_set1_ps(x)}; }
+// Compilers would load again what they can, which takes more than adding does.
+OPSIN_INLINE F in_register(F a) {
+  __asm__("" : "+v"(a.v));
+  return a;
+}
 OPSIN_INLINE F add(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
 OPSIN_INLINE F sub(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
 OPSIN_INLINE F mul(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -155,16 +160,12 @@ OPSIN_INLINE I dot_u8(I acc, V w, V x) {
 OPSIN_INLINE F dot_bf16(F acc, V a, V b) {
   return {_mm512_dpbf16_ps(acc.v, (__m512bh)a.v, (__m512bh)b.v)};
 }
-#else
-OPSIN_INLINE F dot_bf16(F acc, V a, V b) {
-  const __m512i high = _mm512_set1_epi32((int)0xffff0000);
-  __m512 ae = _mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16));
-  __m512 be = _mm512_castsi512_ps(_mm512_slli_epi32(b.v, 16));
-  __m512 ao = _mm512_castsi512_ps(_mm512_and_si512(a.v, high));
-  __m512 bo = _mm512_castsi512_ps(_mm512_and_si512(b.v, high));
-  return {_mm512_fmadd_ps(ae, be, _mm512_fmadd_ps(ao, bo, acc.v))};
-}
 #endif
+// The even and the odd of 32 halves.
+OPSIN_INLINE F even_bf16(V a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }
+OPSIN_INLINE F odd_bf16(V a) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32((int)0xffff0000)))};
+}
 
 // Sums of sixteen vectors, one a lane.
 OPSIN_INLINE F reduce16(const F* a) {
@@ -208,6 +209,10 @@ OPSIN_INLINE void store(float* p, F x) {
   _mm256_storeu_ps(p + 8, x.b);
 }
 OPSIN_INLINE F set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+OPSIN_INLINE F in_register(F x) {
+  __asm__("" : "+x"(x.a), "+x"(x.b));
+  return x;
+}
 #define OPSIN_BOTH(name, op) \
   OPSIN_INLINE F name(F x, F y) { return {op(x.a, y.a), op(x.b, y.b)}; }
 OPSIN_BOTH(add, _mm256_add_ps)
@@ -349,16 +354,14 @@ OPSIN_INLINE I dot_u8(I acc, V w, V x) {
   return {dot_u8_half(acc.a, w.a, x.a), dot_u8_half(acc.b, w.b, x.b)};
 }
 #endif
-OPSIN_INLINE __m256 dot_bf16_half(__m256 acc, __m256i a, __m256i b) {
-  const __m256i high = _mm256_set1_epi32((int)0xffff0000);
-  __m256 ae = _mm256_castsi256_ps(_mm256_slli_epi32(a, 16));
-  __m256 be = _mm256_castsi256_ps(_mm256_slli_epi32(b, 16));
-  __m256 ao = _mm256_castsi256_ps(_mm256_and_si256(a, high));
-  __m256 bo = _mm256_castsi256_ps(_mm256_and_si256(b, high));
-  return _mm256_fmadd_ps(ae, be, _mm256_fmadd_ps(ao, bo, acc));
+OPSIN_INLINE F even_bf16(V x) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(x.a, 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(x.b, 16))};
 }
-OPSIN_INLINE F dot_bf16(F acc, V x, V y) {
-  return {dot_bf16_half(acc.a, x.a, y.a), dot_bf16_half(acc.b, x.b, y.b)};
+OPSIN_INLINE F odd_bf16(V x) {
+  const __m256i high = _mm256_set1_epi32((int)0xffff0000);
+  return {_mm256_castsi256_ps(_mm256_and_si256(x.a, high)),
+          _mm256_castsi256_ps(_mm256_and_si256(x.b, high))};
 }
 OPSIN_INLINE F reduce16(const F* a) {
   float out[16];
@@ -374,6 +377,12 @@ OPSIN_INLINE void interleave16(V x, V y, V* first, V* second) {
 
 #else
 #include "simd_scalar.h"
+#endif
+
+#if !defined(__AVX512BF16__)
+OPSIN_INLINE F dot_bf16(F acc, V x, V y) {
+  return fma(even_bf16(x), even_bf16(y), fma(odd_bf16(x), odd_bf16(y), acc));
+}
 #endif
 
 #if !defined(OPSIN_DOT_AT)

@@ -13,6 +13,7 @@ OPSIN_INLINE F load(const float* p) {
   return r;
 }
 OPSIN_INLINE void store(float* p, F a) { __builtin_memcpy(p, a.v, 64); }
+OPSIN_INLINE F in_register(F a) { return a; }
 OPSIN_INLINE F set1(float x) {
   F r;
   OPSIN_LANES r.v[i] = x;
@@ -196,18 +197,23 @@ OPSIN_INLINE I dot_u8(I acc, V w, V x) {
 }
 OPSIN_INLINE I dot_u4(I acc, V w, V x) { return dot_u8(acc, w, x); }
 #endif
-OPSIN_INLINE F dot_bf16(F acc, V x, V y) {
-  uint16_t a[32], b[32];
-  __builtin_memcpy(a, x.v, 64);
-  __builtin_memcpy(b, y.v, 64);
-  F even, odd, even2, odd2;
+OPSIN_INLINE F even_bf16(V x) {
+  F r;
   OPSIN_LANES {
-    even.v[i] = bf16_to_f32(a[2 * i]);
-    odd.v[i] = bf16_to_f32(a[2 * i + 1]);
-    even2.v[i] = bf16_to_f32(b[2 * i]);
-    odd2.v[i] = bf16_to_f32(b[2 * i + 1]);
+    uint16_t half;
+    __builtin_memcpy(&half, x.v + 4 * i, 2);
+    r.v[i] = bf16_to_f32(half);
   }
-  return fma(even, even2, fma(odd, odd2, acc));
+  return r;
+}
+OPSIN_INLINE F odd_bf16(V x) {
+  F r;
+  OPSIN_LANES {
+    uint16_t half;
+    __builtin_memcpy(&half, x.v + 4 * i + 2, 2);
+    r.v[i] = bf16_to_f32(half);
+  }
+  return r;
 }
 OPSIN_INLINE F reduce16(const F* a) {
   F r;
