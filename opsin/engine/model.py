@@ -168,16 +168,21 @@ def load_model(
     tensors = stored_weights(folder, config, family)
     family.inspect(tensors)
     family.read_generation(read_json(folder / "generation_config.json"))
+    library = native_library() if place.type == "cpu" else None
     with torch.device("meta"):
-        model = Model(family, config, kernels.select(place))
+        model = Model(family, config, kernels.select(place, library))
     refuse_lost_adapters(folder, family, model.decoder)
     kind = pick_dtype(dtype, config, tensors)
     if place.type == "cuda" and kind == torch.float32:
         # By default cuDNN rounds the factors of float32 convolutions to 10 bits (TF32).
         torch.backends.cudnn.allow_tf32 = False
-    native = None if why_not_native(model.decoder, place, kind) else native_library()
+    native = None if why_not_native(model.decoder, place, kind) else library
     nothing = torch.empty(0, dtype=kind, device=place)
-    recipe = pick_recipe(model, tensors, quantize, nothing, native)
+    recipe = pick_recipe(model, tensors, quantize, nothing, library, native)
+    if library is None and place.type == "cpu" and (kind == torch.bfloat16 or recipe.formats):
+        LOG.warning(
+            "no native CPU kernels (%s): decoding is several times slower", cpu.why_missing()
+        )
     cache = cache_of(repacked_cache, folder, model, recipe, tensors)
     kept = {} if cache is None else cache.read()
     packer = packer_of(recipe, kept)
@@ -246,13 +251,8 @@ def why_not_native(decoder: Decoder, device: torch.device, dtype: torch.dtype) -
 
 
 def native_library() -> Library | None:
-    """The native kernels as the settings ask for them; None, with a warning, where they lack."""
-    library = cpu.load(settings().cpu_isa or "auto", settings().num_threads)
-    if library is None:
-        LOG.warning(
-            "no native CPU kernels (%s): decoding is several times slower", cpu.why_missing()
-        )
-    return library
+    """The native kernels as the settings ask for them; None where they lack."""
+    return cpu.load(settings().cpu_isa or "auto", settings().num_threads)
 
 
 def pick_formats(model: Model, tensors: list[StoredTensor], quantize: int | None) -> Formats:
@@ -277,14 +277,12 @@ def pick_recipe(
     tensors: list[StoredTensor],
     quantize: int | None,
     nothing: Tensor,
+    library: Library | None,
     native: Library | None,
 ) -> Recipe:
-    """How a model's matrices are packed: for the native stack, quantised, or both."""
+    """How a model's matrices are packed by a library: for the native stack, quantised, or both."""
     formats = {} if native is None else native_formats(model.decoder)
     formats |= pick_formats(model, tensors, quantize)
-    library = native
-    if native is None and formats and nothing.device.type == "cpu":
-        library = native_library()
     alternating = frozenset[nn.Module]() if native is None else gate_up_layers(model.decoder)
     late = late_matrices(model.towers) if nothing.device.type == "cpu" else frozenset()
     joined = joined_matrices(late, formats) if nothing.dtype == torch.bfloat16 else frozenset()

@@ -3,14 +3,21 @@
 import torch
 
 from opsin.kernels import onednn
+from opsin.kernels.cpu.library import Library
 from opsin.kernels.interface import Activation, AttentionBatch, Kernels
+from opsin.kernels.native import NativeKernels
 from opsin.kernels.packed_rows import CacheRows, PackedRows
 
 __all__ = ["Activation", "AttentionBatch", "CacheRows", "Kernels", "PackedRows", "select"]
 
+# Instruction sets for which oneDNN, where it knows bfloat16, is faster than the native kernels.
+BETTER_IN_ONEDNN = ("amx", "neon", "portable")
 
-def select(device: torch.device) -> Kernels:
-    """The fastest kernels for a device."""
-    if device.type == "cpu" and onednn.is_supported():
+
+def select(device: torch.device, library: Library | None = None) -> Kernels:
+    """The fastest kernels for a device; `library` is the native one, ready for use."""
+    if device.type != "cpu":
+        return Kernels()
+    if onednn.is_supported() and (library is None or library.isa in BETTER_IN_ONEDNN):
         return onednn.OneDnnKernels()
-    return Kernels()
+    return Kernels() if library is None else NativeKernels(library)

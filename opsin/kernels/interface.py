@@ -94,7 +94,7 @@ class Kernels:
         for expert, count in enumerate(counts):
             if count:
                 rows = slice(start, start + count)
-                out[rows] = F.linear(x[rows], weight[expert])
+                out[rows] = self.linear(x[rows], weight[expert], None)
                 start += count
         return out
 

@@ -236,29 +236,34 @@ static void few_bf16(const Matrix* m, int b, const uint8_t* x, int64_t x_stride,
 // in the first cache. Between runs the sixteen lanes of each sum lie in `lanes` (rows, 16, 16), so
 // that every sum is added up as of few rows.
 #if defined(__AVX512F__)
-constexpr int kWideRows = 8, kWideAtOnce = 3, kRunColumns = 768;
+constexpr int kWideRows = 8, kWideAtOnce = 3;
+#elif defined(__AVX2__)
+constexpr int kWideRows = 4, kWideAtOnce = 3;
 #else
-constexpr int kWideRows = 2, kWideAtOnce = 2, kRunColumns = 384;
+constexpr int kWideRows = 2, kWideAtOnce = 2;
 #endif
+constexpr int kRunColumns = 768;
 constexpr int kManyRows = 8;
 
-// kWideRows rows of weights (8, kRunColumns) times MT rows of activations.
+// kWideRows rows of weights (8, kRunColumns) times MT rows of activations: some lanes of the sums.
 template <int MT>
-static void wide_rows(const float* w, const uint8_t* x, int64_t x_stride, int columns, bool first,
-                      float* lanes) {
-  F acc[kWideRows][MT];
+OPSIN_INLINE void wide_lanes(const float* w, const uint8_t* x, int64_t x_stride, int columns,
+                             bool first, float* lanes) {
+  Lanes acc[kWideRows][MT];
 #pragma GCC unroll 8
   for (int r = 0; r < kWideRows; r++) {
 #pragma GCC unroll 3
-    for (int t = 0; t < MT; t++) acc[r][t] = first ? set1(0.0f) : load(lanes + 256 * t + 16 * r);
+    for (int t = 0; t < MT; t++) {
+      acc[r][t] = first ? Lanes{} : load_lanes(lanes + 256 * t + 16 * r);
+    }
   }
   for (int c = 0; c < columns; c += 16) {
-    F factor[MT];
+    Lanes factor[MT];
 #pragma GCC unroll 3
-    for (int t = 0; t < MT; t++) factor[t] = load((const float*)(x + t * x_stride) + c);
+    for (int t = 0; t < MT; t++) factor[t] = load_lanes((const float*)(x + t * x_stride) + c);
 #pragma GCC unroll 8
     for (int r = 0; r < kWideRows; r++) {
-      const F weight = in_register(load(w + kRunColumns * r + c));
+      const Lanes weight = in_register(load_lanes(w + kRunColumns * r + c));
 #pragma GCC unroll 3
       for (int t = 0; t < MT; t++) acc[r][t] = fma(weight, factor[t], acc[r][t]);
     }
@@ -267,6 +272,14 @@ static void wide_rows(const float* w, const uint8_t* x, int64_t x_stride, int co
   for (int r = 0; r < kWideRows; r++) {
 #pragma GCC unroll 3
     for (int t = 0; t < MT; t++) store(lanes + 256 * t + 16 * r, acc[r][t]);
+  }
+}
+
+template <int MT>
+static void wide_rows(const float* w, const uint8_t* x, int64_t x_stride, int columns, bool first,
+                      float* lanes) {
+  for (int i = 0; i < 16; i += kLanes) {
+    wide_lanes<MT>(w + i, x + 4 * i, x_stride, columns, first, lanes + i);
   }
 }
 

@@ -68,6 +68,9 @@ OPSIN_INLINE F in_register(F a) {
   __asm__("" : "+v"(a.v));
   return a;
 }
+using Lanes = F;  // one register of floats
+constexpr int kLanes = 16;
+OPSIN_INLINE Lanes load_lanes(const float* p) { return load(p); }
 OPSIN_INLINE F add(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
 OPSIN_INLINE F sub(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
 OPSIN_INLINE F mul(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -209,8 +212,14 @@ OPSIN_INLINE void store(float* p, F x) {
   _mm256_storeu_ps(p + 8, x.b);
 }
 OPSIN_INLINE F set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-OPSIN_INLINE F in_register(F x) {
-  __asm__("" : "+x"(x.a), "+x"(x.b));
+struct Lanes { __m256 v; };  // one register of floats
+constexpr int kLanes = 8;
+OPSIN_INLINE Lanes load_lanes(const float* p) { return {_mm256_loadu_ps(p)}; }
+OPSIN_INLINE void store(float* p, Lanes x) { _mm256_storeu_ps(p, x.v); }
+OPSIN_INLINE Lanes fma(Lanes x, Lanes y, Lanes z) { return {_mm256_fmadd_ps(x.v, y.v, z.v)}; }
+// Compilers would load again what they can, which takes more than adding does.
+OPSIN_INLINE Lanes in_register(Lanes x) {
+  __asm__("" : "+x"(x.v));
   return x;
 }
 #define OPSIN_BOTH(name, op) \

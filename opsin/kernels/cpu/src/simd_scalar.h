@@ -13,6 +13,9 @@ OPSIN_INLINE F load(const float* p) {
   return r;
 }
 OPSIN_INLINE void store(float* p, F a) { __builtin_memcpy(p, a.v, 64); }
+using Lanes = F;
+constexpr int kLanes = 16;
+OPSIN_INLINE Lanes load_lanes(const float* p) { return load(p); }
 OPSIN_INLINE F in_register(F a) { return a; }
 OPSIN_INLINE F set1(float x) {
   F r;
