@@ -10,14 +10,11 @@ from opsin.kernels.packed_rows import CacheRows, PackedRows
 
 __all__ = ["Activation", "AttentionBatch", "CacheRows", "Kernels", "PackedRows", "select"]
 
-# Instruction sets for which oneDNN, where it knows bfloat16, is faster than the native kernels.
-BETTER_IN_ONEDNN = ("amx", "neon", "portable")
-
 
 def select(device: torch.device, library: Library | None = None) -> Kernels:
     """The fastest kernels for a device; `library` is the native one, ready for use."""
     if device.type != "cpu":
         return Kernels()
-    if onednn.is_supported() and (library is None or library.isa in BETTER_IN_ONEDNN):
-        return onednn.OneDnnKernels()
-    return Kernels() if library is None else NativeKernels(library)
+    if library is not None:
+        return NativeKernels(library)
+    return onednn.OneDnnKernels() if onednn.is_supported() else Kernels()

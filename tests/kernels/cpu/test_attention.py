@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from opsin.kernels.cpu.library import Paged
-from opsin.kernels.interface import attend
+from opsin.kernels.interface import AttentionBatch, Kernels, attend
+from opsin.kernels.native import NativeKernels
 
 BLOCK = 16
 
@@ -145,3 +146,48 @@ def test_no_tokens_and_nothing_visible(native):
     zero = torch.zeros(1, dtype=torch.int32)
     blind = run(native, torch.ones(1, 2, 32), kv, [40], [1], (zero, zero), scale=1.0)
     assert torch.equal(blind, torch.zeros(1, 2, 32))
+
+
+OPTIONS = {
+    "causal": {},
+    "windowed": {"window": 33},
+    "chunked": {"chunk": 32},
+    "capped": {"soft_cap": 3.0},
+    "with sinks": {"sinks": torch.tensor([0.5, -1.0, 3.0, 0.0])},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("spans", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_of_a_batch_equals_the_plain_kernels(native, option, spans, dtype):
+    contexts, queries = [90, 40, 7], [50, 1, 7]
+    keys, values, tables, slots = cache(contexts, 2, 64)
+    query = torch.randn(sum(queries), 4, 64).to(dtype)
+    until = since = None
+    if spans:
+        _, until = causal(contexts, queries)
+        until[10:30], since = 70, torch.full((len(until),), 1 << 30)
+        since[10:30] = 45
+    batch = AttentionBatch(
+        torch.empty(0), starts(queries).tolist(), contexts, slots, tables, BLOCK, until, since
+    )
+    keys, values = keys.to(dtype), values.to(dtype)
+    chosen = {"scale": 0.2, **OPTIONS[option]}
+    got = NativeKernels(native).paged_attention(query, keys, values, batch, **chosen)
+    wide = (x.float() for x in (query, keys, values))
+    want = Kernels().paged_attention(*wide, batch, **chosen)
+    assert got.dtype == dtype
+    assert (got - want).abs().max() < 0.03
+
+
+def test_layers_of_a_step_share_their_ranges_and_steps_do_not(native):
+    kernels = NativeKernels(native)
+    for context in (20, 33):
+        keys, values, tables, slots = cache([context], 2, 64)
+        query = torch.randn(4, 4, 64).bfloat16()
+        batch = AttentionBatch(torch.empty(0), [0, 4], [context], slots, tables, BLOCK)
+        for window in (None, 5, None):
+            got = kernels.paged_attention(query, keys, values, batch, scale=0.1, window=window)
+            want = Kernels().paged_attention(query, keys, values, batch, scale=0.1, window=window)
+            assert (got - want).abs().max() < 0.03

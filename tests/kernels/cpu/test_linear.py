@@ -7,7 +7,7 @@ import torch
 
 from opsin import kernels
 from opsin.kernels import Activation, Kernels, onednn
-from opsin.kernels.native import LEAST_WEIGHTS, NativeKernels
+from opsin.kernels.native import BETTER_IN_ONEDNN, LEAST_WEIGHTS, NativeKernels
 
 
 @pytest.mark.parametrize("activation", [None, *get_args(Activation)])
@@ -26,6 +26,7 @@ def test_linear_equals_the_plain_one(native, activation, with_bias, shape):
     assert got.shape == wide.shape
     if rows:
         assert (got - wide).abs().max() <= 0.01 * wide.abs().max()
+    if rows and NativeKernels(native).products is None:
         alone = NativeKernels(native).linear(x[:, :1], weight, bias, activation)
         assert torch.equal(alone, got[:, :1]), "whatever rows are beside it"
 
@@ -52,11 +53,14 @@ def test_experts_share_the_products(native):
     assert torch.equal(got, torch.cat(each))
 
 
-def test_the_fastest_kernels_are_taken(native):
+def test_products_are_onednn_s_where_those_are_faster(native):
+    taken = NativeKernels(native).products
+    assert (taken is not None) == (native.isa in BETTER_IN_ONEDNN and onednn.is_supported())
+
+
+def test_kernels_are_native_where_there_is_a_library(native):
     place = torch.device("cpu")
-    taken = kernels.select(place, native)
-    tiles = native.isa in kernels.BETTER_IN_ONEDNN and onednn.is_supported()
-    assert isinstance(taken, onednn.OneDnnKernels if tiles else NativeKernels)
+    assert isinstance(kernels.select(place, native), NativeKernels)
     assert type(kernels.select(torch.device("meta"), native)) is Kernels
     plain = onednn.OneDnnKernels if onednn.is_supported() else Kernels
     assert type(kernels.select(place)) is plain
