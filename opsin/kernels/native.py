@@ -19,7 +19,8 @@ BETTER_IN_ONEDNN = ("amx", "neon", "portable")
 
 
 class NativeKernels(Kernels):
-    """Torch, but for attention over the cache and products, both in bfloat16.
+    """Torch, but for attention over the cache in bfloat16, and, where the instruction set is not
+    one of BETTER_IN_ONEDNN, for products and a tower's attention.
 
     Without instructions for bfloat16 torch makes products several times slower in it than in
     float32.
@@ -93,6 +94,22 @@ class NativeKernels(Kernels):
         return self.library.paged_attention(
             query, keys, values, paged, scale=scale, softcap=cap, sinks=sinks
         )
+
+    def dense_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: list[int],
+        *,
+        scale: float,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """As the plain one; natively a run's result is the same bits beside any others."""
+        native = self.products is None and bias is None
+        if not (native and all(map(_is_native, (query, key, value)))):
+            return super().dense_attention(query, key, value, lengths, scale=scale, bias=bias)
+        return self.library.dense_attention(query, key, value, lengths, scale=scale)
 
 
 def _is_native(rows: CacheRows) -> bool:

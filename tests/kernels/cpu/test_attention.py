@@ -191,3 +191,24 @@ def test_layers_of_a_step_share_their_ranges_and_steps_do_not(native):
             got = kernels.paged_attention(query, keys, values, batch, scale=0.1, window=window)
             want = Kernels().paged_attention(query, keys, values, batch, scale=0.1, window=window)
             assert (got - want).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("lengths", [[64, 64], [1, 130, 64]])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_attention_of_a_tower_equals_the_plain_kernels(native, lengths, kv_heads):
+    torch.manual_seed(kv_heads)
+    heads, dim = 4, 72
+    joined = torch.randn(sum(lengths), heads + 2 * kv_heads, dim).bfloat16()
+    parts = joined.split((heads, kv_heads, kv_heads), dim=1)
+    got = NativeKernels(native).dense_attention(*parts, lengths, scale=0.1)
+    want = Kernels().dense_attention(*(part.float() for part in parts), lengths, scale=0.1)
+    assert got.dtype == torch.bfloat16
+    assert (got - want).abs().max() < 0.03
+
+
+def test_attention_with_a_bias_is_torch_s(native):
+    query, key, value = torch.randn(3, 32, 2, 64).bfloat16()
+    bias = torch.randn(2, 1, 16, 16).bfloat16()
+    got = NativeKernels(native).dense_attention(query, key, value, [16, 16], scale=0.1, bias=bias)
+    want = Kernels().dense_attention(query, key, value, [16, 16], scale=0.1, bias=bias)
+    assert torch.equal(got, want)
