@@ -95,11 +95,11 @@ def test_spans_see_ahead(native):
     assert (got - want).abs().max() < 0.012
 
 
-@pytest.mark.parametrize("window", [0, 70])
-def test_a_row_is_the_same_bits_in_any_chunk_batch_and_threads(native, window):
+@pytest.mark.parametrize(("window", "dim"), [(0, 64), (70, 64), (0, 80)])
+def test_a_row_is_the_same_bits_in_any_chunk_batch_and_threads(native, window, dim):
     context = 1100
-    kv = cache([context, 30], 2, 64)
-    query = torch.randn(context, 4, 64)
+    kv = cache([context, 30], 2, dim)
+    query = torch.randn(context, 4, dim)
     lo, hi = causal([context], [context], window)
     one = (kv[0], kv[1], kv[2][:1], kv[3][:1])
     whole = run(native, query, one, [context], [context], (lo, hi), scale=0.125)

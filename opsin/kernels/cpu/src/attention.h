@@ -8,6 +8,9 @@
 #include "kernels.h"
 #include "packed_rows.h"
 #include "simd.h"
+#if !defined(__AMX_BF16__)
+#include "attention_rows.h"
+#endif
 
 namespace OPSIN_ISA {
 
@@ -22,11 +25,12 @@ constexpr int64_t kNoSlot = INT64_MAX;  // of a key whose block was given back: 
 // Scratch of one unit; every part starts on 64 bytes.
 struct Scratch {
   uint16_t* keys;    // (64, dim)
-  uint16_t* values;  // (value_dim / 16, 32 pairs, 16, 2)
-  uint16_t* query;   // (tiles, dim / 32, 16 pairs, 16, 2), tiles only
-  float* scores;     // (tiles, 64, 16)
+  uint16_t* turned;  // of 64 keys, see turn_keys
+  uint16_t* values;  // (value_dim / 16, 32 pairs, 16, 2) with tiles, else see pack_lanes
+  uint16_t* query;   // (tiles, dim / 32, 16 pairs, 16, 2) with tiles, else (rows, dim) floats
+  float* scores;     // (tiles, 64, 16) with tiles, else (rows, 64)
   uint16_t* weights; // (tiles, 16, 64)
-  uint16_t* rows;    // (64, value_dim): values read from quantised rows
+  uint16_t* rows;    // (64, value_dim): values read from quantised rows, or padded with zeros
   float* part;       // (rows, value_dim) of the current segment
   uint16_t* zero;    // (dim)
 };
@@ -43,12 +47,14 @@ static Scratch carve(uint8_t* p, int dim, int value_dim) {
   const int widest = dim > value_dim ? dim : value_dim;
   s.keys = (uint16_t*)p;
   p += kKeyBlock * dim * 2;
+  s.turned = (uint16_t*)p;
+  p += kKeyBlock * dim * 4;
   s.values = (uint16_t*)p;
-  p += kKeyBlock * value_dim * 2;
+  p += (kKeyBlock + 1) * value_dim * 4;
   s.rows = (uint16_t*)p;
   p += kKeyBlock * value_dim * 2;
   s.query = (uint16_t*)p;
-  p += kAttentionRows * dim * 2;
+  p += kAttentionRows * dim * 4;
   s.scores = (float*)p;
   p += kKeyBlock * kAttentionRows * 4;
   s.weights = (uint16_t*)p;
@@ -160,56 +166,21 @@ OPSIN_INLINE void prefetch_next(const AttentionShape* s, const AttentionUnit* u,
   }
 }
 
-// Values of 64 keys as pairs of keys; keys past `count` are zero, whatever memory holds there.
-static void pack_values(const AttentionShape* s, const AttentionUnit* u, const Scratch* scratch,
-                        const int64_t* slots, int count) {
-  const int dim = padded(s->value_dim);
-  alignas(64) uint16_t a[32], b[32];
-  for (int pair = 0; pair < kKeyBlock / 2; pair++) {
-    const uint16_t* rows[2];
-    for (int i = 0; i < 2; i++) {
-      const int key = 2 * pair + i;
-      if (s->packed.bits) {
-        rows[i] = scratch->rows + key * dim;
-      } else {
-        rows[i] = key < count ? u->values + slots[key] * s->value_stride : scratch->zero;
-        if (u->ahead && key < count) prefetch_next(s, u, slots[key]);
-      }
-    }
-    for (int d = 0; d < dim; d += 32) {
-      V x, y, first, second;
-      if (d + 32 <= s->value_dim) {
-        x = vload(rows[0] + d);
-        y = vload(rows[1] + d);
-      } else {
-        __builtin_memset(a, 0, sizeof a);
-        __builtin_memset(b, 0, sizeof b);
-        __builtin_memcpy(a, rows[0] + d, 2 * (s->value_dim - d));
-        __builtin_memcpy(b, rows[1] + d, 2 * (s->value_dim - d));
-        x = vload(a);
-        y = vload(b);
-      }
-      interleave16(x, y, &first, &second);
-      vstore(scratch->values + ((d / 16) * 32 + pair) * 32, first);
-      vstore(scratch->values + ((d / 16 + 1) * 32 + pair) * 32, second);
-    }
-  }
-}
-
-static void copy_keys(const AttentionShape* s, const AttentionUnit* u, uint16_t* out,
+// Keys or values side by side, padded with zeros: (wanted, padded dim).
+static void copy_rows(const uint16_t* from, int64_t stride, int own_dim, uint16_t* out,
                       const int64_t* slots, int count, int wanted) {
-  const int dim = padded(s->head_dim), whole = s->head_dim / 32 * 32;
+  const int dim = padded(own_dim), whole = own_dim / 32 * 32;
   alignas(64) uint16_t tail[32];
   __builtin_memset(tail, 0, sizeof tail);
   for (int key = 0; key < wanted; key++, out += dim) {
-    const uint16_t* row = key < count ? u->keys + slots[key] * s->key_stride : nullptr;
+    const uint16_t* row = key < count ? from + slots[key] * stride : nullptr;
     if (!row) {
       __builtin_memset(out, 0, 2 * dim);
       continue;
     }
     for (int d = 0; d < whole; d += 32) vstore(out + d, vload(row + d));
     if (whole == dim) continue;
-    __builtin_memcpy(tail, row + whole, 2 * (s->head_dim - whole));
+    __builtin_memcpy(tail, row + whole, 2 * (own_dim - whole));
     vstore(out + whole, vload(tail));
   }
 }
@@ -287,6 +258,42 @@ OPSIN_INLINE void transpose16(const uint32_t* in, int64_t stride, uint32_t* out,
                         _mm512_shuffle_i32x4(b[4 + i], b[12 + i], 0x88));
     _mm512_storeu_si512(out + (12 + i) * out_stride,
                         _mm512_shuffle_i32x4(b[4 + i], b[12 + i], 0xdd));
+  }
+}
+
+// Values of 64 keys as pairs of keys; keys past `count` are zero, whatever memory holds there.
+static void pack_values(const AttentionShape* s, const AttentionUnit* u, const Scratch* scratch,
+                        const int64_t* slots, int count) {
+  const int dim = padded(s->value_dim);
+  alignas(64) uint16_t a[32], b[32];
+  for (int pair = 0; pair < kKeyBlock / 2; pair++) {
+    const uint16_t* rows[2];
+    for (int i = 0; i < 2; i++) {
+      const int key = 2 * pair + i;
+      if (s->packed.bits) {
+        rows[i] = scratch->rows + key * dim;
+      } else {
+        rows[i] = key < count ? u->values + slots[key] * s->value_stride : scratch->zero;
+        if (u->ahead && key < count) prefetch_next(s, u, slots[key]);
+      }
+    }
+    for (int d = 0; d < dim; d += 32) {
+      V x, y, first, second;
+      if (d + 32 <= s->value_dim) {
+        x = vload(rows[0] + d);
+        y = vload(rows[1] + d);
+      } else {
+        __builtin_memset(a, 0, sizeof a);
+        __builtin_memset(b, 0, sizeof b);
+        __builtin_memcpy(a, rows[0] + d, 2 * (s->value_dim - d));
+        __builtin_memcpy(b, rows[1] + d, 2 * (s->value_dim - d));
+        x = vload(a);
+        y = vload(b);
+      }
+      interleave16(x, y, &first, &second);
+      vstore(scratch->values + ((d / 16) * 32 + pair) * 32, first);
+      vstore(scratch->values + ((d / 16 + 1) * 32 + pair) * 32, second);
+    }
   }
 }
 
@@ -429,7 +436,9 @@ static void attend_block(const AttentionShape* s, const AttentionUnit* u, const 
       stride[kt] = s->key_stride * 2;
     } else {
       uint16_t* copy = scratch->keys + kt * 16 * dim;
-      if (!packed) copy_keys(s, u, copy, slots + kt * 16, count - kt * 16, 16);
+      if (!packed) {
+        copy_rows(u->keys, s->key_stride, s->head_dim, copy, slots + kt * 16, count - kt * 16, 16);
+      }
       keys[kt] = copy;
       stride[kt] = dim * 2;
     }
@@ -458,103 +467,144 @@ static void attention_begin(const AttentionUnit* u, const Scratch* scratch, int 
   pack_queries(u, scratch, dim);
 }
 static void attention_end() { _tile_release(); }
+static void order_values(float*, int) {}
 
 #else
 
-// weights (64) of one row; returns the factor for what it has, or -1 when it sees none of the keys
-static float row_softmax(const AttentionShape* s, F* score, uint16_t* weights, int from, int lo,
-                         int hi, float* top, float* sum) {
-  const float none = -__builtin_inff();
-  static const int32_t lane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const F unit = set1(exponent_unit(s));
-  F best = set1(none);
-  for (int kt = 0; kt < 4; kt++) {
-    const I position = iadd(iload(lane), iset1(from + 16 * kt));
-    if (s->softcap > 0.0f) score[kt] = cap_scores(s, score[kt]);
-    score[kt] = select_range(mul(score[kt], unit), set1(none), position, iset1(lo), iset1(hi));
-    best = max(best, score[kt]);
-  }
-  const float most = hmax(best);
-  if (most == none) return -1.0f;
-  const float now = most > *top ? most : *top;
-  const float alpha = exp2_of(*top - now);
-  F total = set1(0.0f);
-  for (int kt = 0; kt < 4; kt++) {
-    F p = exp2(sub(score[kt], set1(now)));
-    total = add(total, p);
-    store_bf16(weights + 16 * kt, p);
-  }
-  *sum = *sum * alpha + hsum(total);
-  *top = now;
-  return alpha;
+OPSIN_INLINE const uint8_t* query_row(const AttentionUnit* u, const Scratch* scratch, int row,
+                                      int dim) {
+#if defined(__AVX512BF16__)
+  return (const uint8_t*)(u->queries + row * dim);
+#else
+  return (const uint8_t*)((const float*)scratch->query + row * dim);
+#endif
 }
 
-template <int N>
-OPSIN_INLINE void row_values(const uint16_t* weights, const uint16_t* values, float alpha,
-                             float* part) {
-  F acc[N];
-#pragma GCC unroll 4
-  for (int i = 0; i < N; i++) acc[i] = mul(load(part + 16 * i), set1(alpha));
-  for (int pair = 0; pair < kKeyBlock / 2; pair++) {
-    const V p = bcast4(weights + 2 * pair);
-#pragma GCC unroll 4
-    for (int i = 0; i < N; i++) acc[i] = dot_bf16(acc[i], vload(values + 1024 * i + 32 * pair), p);
+OPSIN_INLINE void store_weights(uint8_t* weights, int at, F p) {
+#if defined(__AVX512BF16__)
+  store_bf16((uint16_t*)weights + at, p);
+#else
+  store((float*)weights + at, p);
+#endif
+}
+
+// Caps the scores of one row, hides the keys that it does not see; returns the highest of them.
+static float row_top(const AttentionShape* s, float* scores, int from, int lo, int hi) {
+  static const int32_t lane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const bool capped = s->softcap > 0.0f, hides = lo > from || hi < from + kKeyBlock;
+  const F none = set1(-__builtin_inff());
+  F best = none;
+  for (int k = 0; k < kKeyBlock; k += 16) {
+    F score = load(scores + k);
+    if (capped) score = cap_scores(s, score);
+    if (hides) {
+      const I position = iadd(iload(lane), iset1(from + k));
+      score = select_range(score, none, position, iset1(lo), iset1(hi));
+    }
+    if (capped || hides) store(scores + k, score);
+    best = max(best, score);
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < N; i++) store(part + 16 * i, acc[i]);
+  return hmax(best);
+}
+
+// Turns the scores of one row into weights, where they lie; returns their sum.
+static float row_weights(float* scores, F unit, float top) {
+  const F down = set1(-top);
+  F total = set1(0.0f);
+  for (int k = 0; k < kKeyBlock; k += 16) {
+    const F p = exp2(fma(load(scores + k), unit, down));
+    total = add(total, p);
+    store_weights((uint8_t*)scores, k, p);
+  }
+  return hsum(total);
+}
+
+// Turns the scores of rows `row_of` into products with values, of those that see some of the keys;
+// returns how many. Each stage for all rows before the next, so that none waits for a row's sums.
+static int softmax_rows(const AttentionShape* s, const Scratch* scratch, Running* run,
+                        const int32_t* lo, const int32_t* hi, int from, const int* row_of,
+                        int count, RowProduct* rows) {
+  alignas(64) float before[kAttentionRows], best[kAttentionRows], kept[kAttentionRows];
+  for (int i = 0; i < count; i++) {
+    const int r = row_of[i];
+    before[i] = run->top[r];
+    best[i] = row_top(s, scratch->scores + i * kKeyBlock, from, lo[r], hi[r]);
+  }
+  const F unit = set1(exponent_unit(s));
+  for (int i = count; i % 16 != 0; i++) before[i] = best[i] = 0.0f;
+  for (int i = 0; i < count; i += 16) {
+    const F old = load(before + i), top = max(old, mul(load(best + i), unit));
+    store(before + i, top);
+    store(kept + i, exp2(sub(old, top)));
+  }
+  int seen = 0;
+  for (int i = 0; i < count; i++) {
+    if (best[i] == -__builtin_inff()) continue;
+    const int r = row_of[i];
+    float* scores = scratch->scores + i * kKeyBlock;
+    run->sum[r] = run->sum[r] * kept[i] + row_weights(scores, unit, before[i]);
+    run->top[r] = before[i];
+    rows[seen++] = {(const uint8_t*)scores, scratch->part + r * padded(s->value_dim), kept[i]};
+  }
+  return seen;
+}
+
+// Where 64 rows of keys or values lie, each whole vectors long; there are zeros past `count`.
+static void find_rows(const Scratch* scratch, const uint16_t* from, int64_t stride, int dim,
+                      uint16_t* copies, bool expanded, const int64_t* slots, int count,
+                      const uint16_t** rows) {
+  const bool copied = expanded || padded(dim) != dim;
+  if (copied && !expanded) copy_rows(from, stride, dim, copies, slots, count, kKeyBlock);
+  for (int k = 0; k < kKeyBlock; k++) {
+    if (copied) {
+      rows[k] = copies + k * padded(dim);
+    } else {
+      rows[k] = k < count ? from + slots[k] * stride : scratch->zero;
+    }
+  }
+}
+
+static void value_products(const AttentionShape* s, const AttentionUnit* u,
+                           const Scratch* scratch, const int64_t* slots, int visible,
+                           const RowProduct* rows, int count) {
+  const uint16_t* values[kKeyBlock];
+  const bool packed = s->packed.bits != 0;
+  find_rows(scratch, u->values, s->value_stride, s->value_dim, scratch->rows, packed, slots,
+            visible, values);
+  if (u->ahead && !packed) {
+    for (int k = 0; k < visible; k++) prefetch_next(s, u, slots[k]);
+  }
+  multiply_values(values, visible, padded(s->value_dim), (uint8_t*)scratch->values, rows, count);
 }
 
 static void attend_block(const AttentionShape* s, const AttentionUnit* u, const Scratch* scratch,
                          Running* run, const int32_t* lo, const int32_t* hi, int from, int count,
                          const int64_t* slots) {
-  const int dim = padded(s->head_dim), value_dim = padded(s->value_dim);
-  const uint16_t* keys[kKeyBlock];
-  const bool packed = s->packed.bits != 0, copied = packed || dim != s->head_dim;
-  if (packed) {
-    expand(s, u, scratch, slots, count);
-  } else if (copied) {
-    copy_keys(s, u, scratch->keys, slots, count, kKeyBlock);
-  }
-  for (int k = 0; k < kKeyBlock; k++) {
-    if (copied) {
-      keys[k] = scratch->keys + k * dim;
-    } else {
-      keys[k] = k < count ? u->keys + slots[k] * s->key_stride : scratch->zero;
-    }
-  }
-  pack_values(s, u, scratch, slots, count);
+  const int dim = padded(s->head_dim);
+  RowProduct rows[kAttentionRows];
+  int row_of[kAttentionRows], seeing = 0;
   for (int r = 0; r < u->rows; r++) {
     if (lo[r] >= from + kKeyBlock || hi[r] <= from) continue;
-    const uint16_t* q = u->queries + r * dim;
-    F score[4];
-    for (int kt = 0; kt < 4; kt++) {
-      F acc[16];
-#pragma GCC unroll 16
-      for (int k = 0; k < 16; k++) acc[k] = set1(0.0f);
-      for (int d = 0; d < dim; d += 32) {
-        const V x = vload(q + d);
-#pragma GCC unroll 16
-        for (int k = 0; k < 16; k++) {
-          acc[k] = dot_bf16(acc[k], vload(keys[16 * kt + k] + d), x);
-        }
-      }
-      score[kt] = reduce16(acc);
-    }
-    const float alpha = row_softmax(s, score, scratch->weights, from, lo[r], hi[r], run->top + r,
-                                    run->sum + r);
-    if (alpha < 0.0f) continue;
-    float* part = scratch->part + r * value_dim;
-    int d = 0;
-    for (; d + 64 <= value_dim; d += 64) {
-      row_values<4>(scratch->weights, scratch->values + 64 * d, alpha, part + d);
-    }
-    for (; d < value_dim; d += 32) {
-      row_values<2>(scratch->weights, scratch->values + 64 * d, alpha, part + d);
-    }
+    rows[seeing] = {query_row(u, scratch, r, dim), scratch->scores + seeing * kKeyBlock, 0.0f};
+    row_of[seeing++] = r;
   }
+  const uint16_t* keys[kKeyBlock];
+  const bool packed = s->packed.bits != 0;
+  if (packed) expand(s, u, scratch, slots, count);
+  find_rows(scratch, u->keys, s->key_stride, s->head_dim, scratch->keys, packed, slots, count,
+            keys);
+  multiply_keys(keys, dim, (uint8_t*)scratch->turned, rows, seeing);
+  seeing = softmax_rows(s, scratch, run, lo, hi, from, row_of, seeing, rows);
+  value_products(s, u, scratch, slots, count, rows, seeing);
 }
 
-static void attention_begin(const AttentionUnit*, const Scratch*, int) {}
+static void attention_begin(const AttentionUnit* u, const Scratch* scratch, int dim) {
+#if !defined(__AVX512BF16__)
+  float* out = (float*)scratch->query;
+  for (int d = 0; d < u->rows * dim; d += 16) store(out + d, load_bf16(u->queries + d));
+#endif
+}
+
 static void attention_end() {}
 
 #endif
@@ -631,6 +681,7 @@ static void attention(const AttentionShape* s, const AttentionUnit* u) {
     for (int d = 0; d < value_dim; d += 16) {
       store(out + d, add(mul(load(out + d), set1(inverse)), set1(0.0f)));
     }
+    order_values(out, value_dim);
   }
 }
 

@@ -1,0 +1,290 @@
+// Products of up to 64 rows with 64 keys or values, where there are no tiles.
+//
+// Step are keys, or elements of values: nothing is summed across a vector. Each sum takes one
+// step after the other, so that it is the same bits whatever rows are beside it.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace OPSIN_ISA {
+
+using opsin::kKeyBlock;
+
+// sums = kept * sums + factors (steps) * lanes (steps, 16 at a time); kept 0: sums are not read
+struct RowProduct {
+  const uint8_t* factors;
+  float* sums;
+  float kept;
+};
+
+// Rows multiplied together, and with how many vectors: as many as there are registers for. Up to
+// kDirectRows take keys and values from where they lie, kDirectTogether rows at a time; for more
+// it is worth writing them down as lanes, less so where that takes twice the memory.
+constexpr int kRowsTogether = 6;
+#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+constexpr int kDirectRows = 6, kDirectTogether = 6;
+#else
+constexpr int kDirectRows = 12, kDirectTogether = 6;
+#endif
+constexpr int vectors_together(int) { return 4; }
+constexpr int key_tiles_together(int rows) { return rows <= 2 ? 2 : 1; }
+#else
+constexpr int kDirectRows = 4, kDirectTogether = 2;
+constexpr int vectors_together(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+constexpr int key_tiles_together(int rows) { return rows == 1 ? 2 : 1; }
+#endif
+
+template <int R, int N>
+OPSIN_INLINE void begin_sums(const RowProduct* rows, int at, F (&sums)[R][N]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+    const F kept = set1(rows[r].kept);
+#pragma GCC unroll 4
+    for (int i = 0; i < N; i++) {
+      sums[r][i] = rows[r].kept == 0.0f ? set1(0.0f) : mul(load(rows[r].sums + at + 16 * i), kept);
+    }
+  }
+}
+
+template <int R, int N>
+OPSIN_INLINE void end_sums(const RowProduct* rows, int at, const F (&sums)[R][N]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+#pragma GCC unroll 4
+    for (int i = 0; i < N; i++) store(rows[r].sums + at + 16 * i, sums[r][i]);
+  }
+}
+
+// Of one step of a product: sixteen lanes, ready to be multiplied with the factors of many rows.
+// Pairs of elements are one step where an instruction adds both, else they are two.
+#if defined(__AVX512BF16__)
+
+struct Step { V pairs; };
+constexpr int kPairSteps = 1;
+
+OPSIN_INLINE void split(V pairs, Step* out) { out[0] = {pairs}; }
+OPSIN_INLINE Step lanes_at(const uint8_t* p) { return {vload(p)}; }
+OPSIN_INLINE void keep(uint8_t* p, Step x) { vstore(p, x.pairs); }
+OPSIN_INLINE F plus(F sum, Step x, const uint8_t* factor) {
+  return dot_bf16(sum, x.pairs, bcast4(factor));
+}
+// Pairs of two keys' values, of 32 elements.
+OPSIN_INLINE void value_lanes(const uint16_t* const* values, int at, Step* out) {
+  interleave16(vload(values[0] + at), vload(values[1] + at), &out[0].pairs, &out[1].pairs);
+}
+constexpr int kValuesTogether = 2;
+
+#else
+
+struct Step { F one; };
+constexpr int kPairSteps = 2;
+
+OPSIN_INLINE void split(V pairs, Step* out) {
+  out[0] = {even_bf16(pairs)};
+  out[1] = {odd_bf16(pairs)};
+}
+OPSIN_INLINE Step lanes_at(const uint8_t* p) { return {in_register(load((const float*)p))}; }
+OPSIN_INLINE void keep(uint8_t* p, Step x) { store((float*)p, x.one); }
+OPSIN_INLINE F plus(F sum, Step x, const uint8_t* factor) {
+  return fma(x.one, set1(*(const float*)factor), sum);
+}
+// One key's values, of 32 elements the even ones, then the odd ones.
+OPSIN_INLINE void value_lanes(const uint16_t* const* values, int at, Step* out) {
+  split(vload(values[0] + at), out);
+}
+constexpr int kValuesTogether = 1;
+
+#endif
+
+// R rows times N vectors that lie `stride` bytes apart, (N, steps, 64 bytes).
+template <int R, int N>
+static void multiply_tile(const uint8_t* lanes, int64_t stride, int steps, const RowProduct* rows,
+                          int at) {
+  F sums[R][N];
+  begin_sums<R, N>(rows, at, sums);
+  const uint8_t* factors[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) factors[r] = rows[r].factors;
+  for (int64_t s = 0; s < steps; s++) {
+    Step x[N];
+#pragma GCC unroll 4
+    for (int i = 0; i < N; i++) x[i] = lanes_at(lanes + i * stride + 64 * s);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+#pragma GCC unroll 4
+      for (int i = 0; i < N; i++) sums[r][i] = plus(sums[r][i], x[i], factors[r] + 4 * s);
+    }
+  }
+  end_sums<R, N>(rows, at, sums);
+}
+
+// Products of lanes in memory, (vectors, steps, 64 bytes).
+struct Multiply {
+  static constexpr int kRows = kRowsTogether;
+  template <int R>
+  static void run(const RowProduct* rows, const uint8_t* lanes, int64_t stride, int steps,
+                  int vectors) {
+    constexpr int N = vectors_together(R);
+    int i = 0;
+    for (; i + N <= vectors; i += N) {
+      multiply_tile<R, N>(lanes + i * stride, stride, steps, rows, 16 * i);
+    }
+    if (N == 4 && i < vectors) {  // their number is even
+      multiply_tile<R, 2>(lanes + i * stride, stride, steps, rows, 16 * i);
+    }
+  }
+};
+
+// 64 keys as lanes of multiply, (4 tiles, steps, 16 keys).
+static void turn_keys(const uint16_t* const* keys, int dim, uint8_t* out) {
+  for (int tile = 0; tile < kKeyBlock / 16; tile++) {
+    for (int d = 0; d < dim; d += 8) {
+      V pairs[4];
+      transpose_quads(keys + 16 * tile, d, pairs);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++, out += 64 * kPairSteps) {
+        Step x[kPairSteps];
+        split(pairs[i], x);
+        for (int j = 0; j < kPairSteps; j++) keep(out + 64 * j, x[j]);
+      }
+    }
+  }
+}
+
+// Values as lanes of multiply, (dim / 16, steps, 16).
+static void pack_lanes(const uint16_t* const* values, int steps, int dim, int64_t stride,
+                       uint8_t* out) {
+  for (int s = 0; s < steps; s++) {
+    for (int d = 0; d < dim; d += 32) {
+      Step x[2];
+      value_lanes(values + kValuesTogether * s, d, x);
+      keep(out + d / 16 * stride + 64 * s, x[0]);
+      keep(out + (d / 16 + 1) * stride + 64 * s, x[1]);
+    }
+  }
+}
+
+// R rows times T tiles of sixteen keys, turned on the way.
+template <int R, int T>
+static void key_tile(const uint16_t* const* keys, int dim, const RowProduct* rows, int at) {
+  F sums[R][T];
+  begin_sums<R, T>(rows, at, sums);
+  for (int d = 0; d < dim; d += 8) {
+#pragma GCC unroll 2
+    for (int t = 0; t < T; t++) {
+      V pairs[4];
+      transpose_quads(keys + at + 16 * t, d, pairs);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        Step x[kPairSteps];
+        split(pairs[i], x);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+          const uint8_t* factor = rows[r].factors + 4 * kPairSteps * (d / 2 + i);
+#pragma GCC unroll 2
+          for (int j = 0; j < kPairSteps; j++) sums[r][t] = plus(sums[r][t], x[j], factor + 4 * j);
+        }
+      }
+    }
+  }
+  end_sums<R, T>(rows, at, sums);
+}
+
+// R rows times N vectors of values from where they lie.
+template <int R, int N>
+static void value_tile(const uint16_t* const* values, int steps, const RowProduct* rows, int at) {
+  F sums[R][N];
+  begin_sums<R, N>(rows, at, sums);
+  for (int64_t s = 0; s < steps; s++) {
+    Step x[N];
+#pragma GCC unroll 2
+    for (int i = 0; i < N; i += 2) value_lanes(values + kValuesTogether * s, at + 16 * i, x + i);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+#pragma GCC unroll 4
+      for (int i = 0; i < N; i++) sums[r][i] = plus(sums[r][i], x[i], rows[r].factors + 4 * s);
+    }
+  }
+  end_sums<R, N>(rows, at, sums);
+}
+
+struct MultiplyKeys {
+  static constexpr int kRows = kDirectTogether;
+  template <int R>
+  static void run(const RowProduct* rows, const uint16_t* const* keys, int dim) {
+    constexpr int T = key_tiles_together(R);
+    for (int at = 0; at < kKeyBlock; at += 16 * T) key_tile<R, T>(keys, dim, rows, at);
+  }
+};
+
+struct MultiplyValues {
+  static constexpr int kRows = kDirectTogether;
+  template <int R>
+  static void run(const RowProduct* rows, const uint16_t* const* values, int steps, int dim) {
+    constexpr int N = vectors_together(R) == 4 ? 4 : 2;
+    int d = 0;
+    for (; d + 16 * N <= dim; d += 16 * N) value_tile<R, N>(values, steps, rows, d);
+    if (d < dim) value_tile<R, 2>(values, steps, rows, d);
+  }
+};
+
+// One of these products for any number of rows, in tiles of about the same size.
+template <class Product, class... More>
+static void for_rows(const RowProduct* rows, int count, More... more) {
+  constexpr int most = Product::kRows;
+  for (int tiles = (count + most - 1) / most; tiles > 0; tiles--) {
+    const int own = (count + tiles - 1) / tiles;
+    switch (own) {
+      case 1: Product::template run<1>(rows, more...); break;
+      case 2: Product::template run<2>(rows, more...); break;
+      case 3: Product::template run<most < 3 ? most : 3>(rows, more...); break;
+      case 4: Product::template run<most < 4 ? most : 4>(rows, more...); break;
+      case 5: Product::template run<most < 5 ? most : 5>(rows, more...); break;
+      default: Product::template run<most>(rows, more...);
+    }
+    rows += own;
+    count -= own;
+  }
+}
+
+static void multiply_keys(const uint16_t* const* keys, int dim, uint8_t* turned,
+                          const RowProduct* rows, int count) {
+  if (count <= kDirectRows) {
+    for_rows<MultiplyKeys>(rows, count, keys, dim);
+    return;
+  }
+  const int steps = dim / 2 * kPairSteps;
+  turn_keys(keys, dim, turned);
+  const int64_t stride = 64 * steps;
+  for_rows<Multiply>(rows, count, (const uint8_t*)turned, stride, steps, kKeyBlock / 16);
+}
+
+static void multiply_values(const uint16_t* const* values, int visible, int dim, uint8_t* packed,
+                            const RowProduct* rows, int count) {
+  const int steps = (visible + kValuesTogether - 1) / kValuesTogether;
+  if (count <= kDirectRows) {
+    for_rows<MultiplyValues>(rows, count, values, steps, dim);
+    return;
+  }
+  // A line apart, so that what is written together does not fall on few sets of the cache.
+  const int64_t stride = 64 * (kKeyBlock + 1);
+  pack_lanes(values, steps, dim, stride, packed);
+  for_rows<Multiply>(rows, count, (const uint8_t*)packed, stride, steps, dim / 16);
+}
+
+// Brings a row of sums over values, as value_lanes has them, back into its order.
+static void order_values(float* row, int dim) {
+  if (kPairSteps == 1) return;
+  for (int d = 0; d < dim; d += 32) {
+    float split[32];
+    __builtin_memcpy(split, row + d, sizeof split);
+    for (int i = 0; i < 16; i++) {
+      row[d + 2 * i] = split[i];
+      row[d + 2 * i + 1] = split[16 + i];
+    }
+  }
+}
+
+}  // namespace OPSIN_ISA
