@@ -55,8 +55,8 @@ class ViTConfig:
 
 
 # Most patches that go through the layers together, one run at least: fewer take less memory. What
-# is packed gains nothing from more; other matrices are laid out anew for each product on a CPU,
-# which with groups of 1024 took a third of a tower's time.
+# is packed gains nothing from more; oneDNN lays other matrices out anew for each product, which
+# with groups of 1024 took a third of a tower's time.
 GROUP_PATCHES, PACKED_GROUP_PATCHES = 2048, 1024
 LARGE_BYTES = 1 << 20  # of features, between which many times as much is needed
 

@@ -1,6 +1,6 @@
 // Products of up to 64 rows with 64 keys or values, where there are no tiles.
 //
-// Step are keys, or elements of values: nothing is summed across a vector. Each sum takes one
+// Lanes are keys, or elements of values: nothing is summed across a vector. Each sum takes one
 // step after the other, so that it is the same bits whatever rows are beside it.
 #pragma once
 
