@@ -10,7 +10,6 @@ constexpr int kRows = 16;         // rows of a weight matrix in one block
 constexpr int kAttentionRows = 64;  // query rows one attention unit may hold
 constexpr int kKeyBlock = 64;     // keys per step of the online softmax, at fixed positions
 constexpr int kSegment = 512;     // keys whose partial results are merged as one
-constexpr int64_t kWideBytes = 128 << 10;  // of scratch for products of widened bfloat16
 
 enum MatrixKind : int32_t { kBf16 = 0, kQ8 = 1, kQ4 = 2 };
 
@@ -44,7 +43,8 @@ struct Matrix {
 
 // Activations of a product, ready for one kind of matrix; the memory holds whole panels of rows.
 //
-// bfloat16: rows (padded_k), as floats where kernels `widen` them; where they are `paired` panels
+// bfloat16: rows (padded_k), as floats where kernels `widen` them, then (padded_k / 32, odd and even,
+// 16), or `tiled`, lane by lane, (16, padded_k / 32, odd and even); where they are `paired` panels
 // (padded_k / 2, panel_rows, 2).
 // Codes: panels (padded_k / 4, rows of this panel, 4), so that what meets the same weights lies
 // together; or `tiled` panels of sixteen rows (padded_k / 64, 16, 64).
@@ -120,7 +120,7 @@ struct Kernels {
                    float* sum);
   void (*narrow)(const float* x, int k, int padded_k, uint16_t* out);
   // Bfloat16 activations as floats, as the kernels read them; null where they read bfloat16.
-  void (*widen)(const uint16_t* x, int padded_k, float* out);
+  void (*widen)(const uint16_t* x, int padded_k, bool by_lane, float* out);
   bool paired;  // bfloat16 is multiplied in tiles: activations beside it lie in panels
   // Block b of a bf16 matrix tile by tile, (padded_k / 32, 16, 32); where there are tiles.
   void (*gather)(const Matrix* m, int b, uint8_t* out);
@@ -129,12 +129,13 @@ struct Kernels {
                uint8_t* scratch);
   // The same of blocks b and b + 1 at once, into out and second; false where one by one is better.
   bool (*pair)(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
-               float* second);
+               float* second, uint8_t* scratch);
   void (*matmul_begin)(const Matrix* m, int rows);  // per thread, before tiles
   void (*matmul_end)();
   int panel, panel_bf16;  // rows handed to one tile call at most
   int code_rows;   // rows of codes in a panel of activations
-  int tiled_from;  // rows from which codes are multiplied in tiles, 0: never
+  int by_lane_from;  // rows from which widened bfloat16 lies lane by lane
+  int tiled_from;    // rows from which codes are multiplied in tiles, 0: never
   void (*rms_norm)(const float* x, const float* weight, float eps, int dim, float* out);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int dim,
                      float* out);

@@ -357,7 +357,7 @@ static void scale_rows(const Matrix* m, const uint8_t* head, const Activations* 
 }
 
 static bool pair(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
-                 float* second) {
+                 float* second, uint8_t*) {
   if (count > 16 && m->kind == opsin::kBf16) {
     pair_bf16(m, b, x, row, count, out, second);
     return true;
@@ -379,7 +379,7 @@ static bool pair(const Matrix* m, int b, const Activations* x, int row, int coun
   return true;
 }
 
-constexpr int kPanel = 128, kPanelBf16 = 64;
+constexpr int kPanel = 128;
 constexpr int kTiledFrom = 9;  // rows from which tiles beat vectors
 // A group of one scale a row may be any multiple of 64; else 32, 64 or 128.
 
@@ -404,10 +404,7 @@ static void matmul_end() { _tile_release(); }
 
 #else
 
-constexpr int kPanel = 64, kPanelBf16 = 64, kTiledFrom = 0;
-#if !defined(__AVX512BF16__)
-static_assert((8 * kRunColumns + 16 * 16 * kPanelBf16) * 4 <= opsin::kWideBytes, "many_bf16");
-#endif
+constexpr int kPanel = 64, kTiledFrom = 0;
 
 static void tile(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
                  uint8_t* scratch) {
@@ -417,8 +414,9 @@ static void tile(const Matrix* m, int b, const Activations* x, int row, int coun
     vector_tile(m, b, x, row, count, out);
   }
 }
-static bool pair(const Matrix*, int, const Activations*, int, int, float*, float*) {
-  return false;
+static bool pair(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
+                 float* second, uint8_t* scratch) {
+  return m->kind == opsin::kBf16 && pair_bf16(m, b, x, row, count, out, second, scratch);
 }
 static void matmul_begin(const Matrix*, int) {}
 static void matmul_end() {}

@@ -22,6 +22,7 @@ OPSIN_INLINE void prefetch_far(const uint8_t* p, int lines) {
 // Activations lie in panels of up to sixteen rows, pairs of columns beside each other:
 // (k / 2, rows, 2), so that weights as they are stored are a tile's other factor.
 constexpr bool kPaired = true;
+constexpr int kPanelBf16 = 64, kByLaneFrom = 0;
 constexpr auto widen = nullptr;
 
 // Sixteen sums a row, (16, columns), to (columns, 16).
@@ -146,7 +147,7 @@ static void gather(const Matrix*, int, uint8_t*) {}
 
 #if defined(__AVX512BF16__)
 
-constexpr int kRowsAtOnce = 4, kFewRows = 4;
+constexpr int kRowsAtOnce = 4, kFewRows = 4, kPanelBf16 = 64, kByLaneFrom = 0;
 constexpr int64_t kStep = 64;  // bytes of 32 columns of an activation
 constexpr auto widen = nullptr;
 
@@ -168,10 +169,11 @@ OPSIN_INLINE void add_columns(const uint8_t* w, int64_t stride, const uint8_t* x
 #else
 
 #if defined(__AVX512F__)
-constexpr int kRowsAtOnce = 4, kFewRows = 4;
+constexpr int kRowsAtOnce = 4, kFewRows = 4, kByLaneFrom = 40;
 #else
-constexpr int kRowsAtOnce = 2, kFewRows = 2;
+constexpr int kRowsAtOnce = 2, kFewRows = 2, kByLaneFrom = 12;
 #endif
+constexpr int kPanelBf16 = 192;
 constexpr int64_t kStep = 128;
 
 // Bfloat16 as floats, of each 32 the odd ones first, which dot_bf16 adds first.
@@ -181,8 +183,22 @@ OPSIN_INLINE void widen32(const void* x, float* out) {
   store(out + 16, even_bf16(halves));
 }
 
-static void widen(const uint16_t* x, int padded_k, float* out) {
-  for (int c = 0; c < padded_k; c += 32) widen32(x + c, out + c);
+// Where lanes lie of those that reduce16 adds up as quarters: in the order in which it adds.
+constexpr int kOrder[4] = {0, 2, 1, 3};
+
+static void widen(const uint16_t* x, int padded_k, bool by_lane, float* out) {
+  const int steps = padded_k / 32;
+  for (int s = 0; s < steps; s++, x += 32) {
+    if (!by_lane) {
+      widen32(x, out + 32 * s);
+      continue;
+    }
+    for (int i = 0; i < 16; i++) {
+      float* to = out + 2 * (steps * ((i & 12) + kOrder[i & 3]) + s);
+      to[0] = bf16_to_f32(x[2 * i + 1]);
+      to[1] = bf16_to_f32(x[2 * i]);
+    }
+  }
 }
 
 template <int R, int MT>
@@ -232,93 +248,112 @@ static void few_bf16(const Matrix* m, int b, const uint8_t* x, int64_t x_stride,
 
 #if !defined(__AVX512BF16__)
 
-// Many rows: eight rows of weights are widened once for all of them, in runs of columns that stay
-// in the first cache. Between runs the sixteen lanes of each sum lie in `lanes` (rows, 16, 16), so
-// that every sum is added up as of few rows.
+// Many rows: one after the other, the sixteen lanes that sums of few rows have, as vectors of sixteen
+// rows of weights. Those are widened once for all rows of activations, which lie lane by lane too.
+// Every sum is added up as of few rows.
 #if defined(__AVX512F__)
-constexpr int kWideRows = 8, kWideAtOnce = 3;
+constexpr int kWideRows = 12;
 #elif defined(__AVX2__)
-constexpr int kWideRows = 4, kWideAtOnce = 3;
+constexpr int kWideRows = 6;
 #else
-constexpr int kWideRows = 2, kWideAtOnce = 2;
+constexpr int kWideRows = 2;
 #endif
-constexpr int kRunColumns = 768;
-constexpr int kManyRows = 8;
 
-// kWideRows rows of weights (8, kRunColumns) times MT rows of activations: some lanes of the sums.
-template <int MT>
-OPSIN_INLINE void wide_lanes(const float* w, const uint8_t* x, int64_t x_stride, int columns,
-                             bool first, float* lanes) {
-  Lanes acc[kWideRows][MT];
-#pragma GCC unroll 8
-  for (int r = 0; r < kWideRows; r++) {
-#pragma GCC unroll 3
-    for (int t = 0; t < MT; t++) {
-      acc[r][t] = first ? Lanes{} : load_lanes(lanes + 256 * t + 16 * r);
-    }
-  }
-  for (int c = 0; c < columns; c += 16) {
-    Lanes factor[MT];
-#pragma GCC unroll 3
-    for (int t = 0; t < MT; t++) factor[t] = load_lanes((const float*)(x + t * x_stride) + c);
-#pragma GCC unroll 8
-    for (int r = 0; r < kWideRows; r++) {
-      const Lanes weight = in_register(load_lanes(w + kRunColumns * r + c));
-#pragma GCC unroll 3
-      for (int t = 0; t < MT; t++) acc[r][t] = fma(weight, factor[t], acc[r][t]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kWideRows; r++) {
-#pragma GCC unroll 3
-    for (int t = 0; t < MT; t++) store(lanes + 256 * t + 16 * r, acc[r][t]);
-  }
-}
-
-template <int MT>
-static void wide_rows(const float* w, const uint8_t* x, int64_t x_stride, int columns, bool first,
-                      float* lanes) {
-  for (int i = 0; i < 16; i += kLanes) {
-    wide_lanes<MT>(w + i, x + 4 * i, x_stride, columns, first, lanes + i);
-  }
-}
-
-// Rows [row, row + 8) of a block and a run of columns.
-static void wide_run(const Matrix* m, int b, int row, int from, const uint8_t* x, int64_t x_stride,
-                     int count, float* weights, float* lanes) {
-  const int left = m->padded_k - from, columns = left < kRunColumns ? left : kRunColumns;
-  for (int r = 0; r < 8; r++) {
-    const uint8_t* w = m->at[b] + (row + r) * m->row_bytes + 2 * from;
-    for (int c = 0; c < columns; c += 32) widen32(w + 2 * c, weights + kRunColumns * r + c);
-  }
-  for (int t = 0; t < count; t += kWideAtOnce) {
-    const uint8_t* rows = x + t * x_stride + 4 * from;
-    for (int r = 0; r < 8; r += kWideRows) {
-      const float* w = weights + kRunColumns * r;
-      float* to = lanes + 256 * t + 16 * (row + r);
-      switch (count - t < kWideAtOnce ? count - t : kWideAtOnce) {
-        case 1: wide_rows<1>(w, rows, x_stride, columns, from == 0, to); break;
-        case 2: wide_rows<2>(w, rows, x_stride, columns, from == 0, to); break;
-        default: wide_rows<kWideAtOnce>(w, rows, x_stride, columns, from == 0, to);
+// Blocks [b, b + B) lane by lane: (16, padded_k / 32, odd and even, B, 16).
+template <int B>
+static void widen_blocks(const Matrix* m, int b, float* out) {
+  const int64_t steps = m->padded_k / 32;
+  for (int n = 0; n < B; n++) {
+    const uint16_t* rows[16];
+    for (int r = 0; r < 16; r++) rows[r] = (const uint16_t*)(m->at[b + n] + r * m->row_bytes);
+    float* to = out + 16 * n;
+    for (int s = 0; s < steps; s++, to += 32 * B) {
+#pragma GCC unroll 4
+      for (int quarter = 0; quarter < 4; quarter++) {
+        V pairs[4];
+        transpose_quads(rows, 32 * s + 8 * quarter, pairs);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+          float* lane = to + 32 * B * steps * (4 * quarter + kOrder[i]);
+          store(lane, odd_bf16(pairs[i]));
+          store(lane + 16 * B, even_bf16(pairs[i]));
+        }
       }
     }
   }
 }
 
-static void many_bf16(const Matrix* m, int b, const uint8_t* x, int64_t x_stride, int count,
-                      float* out, uint8_t* scratch) {
-  float* weights = (float*)scratch;
-  float* lanes = weights + 8 * kRunColumns;
-  for (int row = 0; row < 16; row += 8) {
-    for (int from = 0; from < m->padded_k; from += kRunColumns) {
-      wide_run(m, b, row, from, x, x_stride, count, weights, lanes);
+// One lane of the sums of R rows of activations.
+template <int B, int R>
+OPSIN_INLINE void lane_sums(const float* w, const float* x, int64_t x_stride, int columns,
+                            F (&acc)[R][B]) {
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++) {
+#pragma GCC unroll 2
+    for (int n = 0; n < B; n++) acc[r][n] = set1(0.0f);
+  }
+  for (const float* end = x + columns; x < end; x++, w += 16 * B) {
+    F weight[B];
+#pragma GCC unroll 2
+    for (int n = 0; n < B; n++) weight[n] = in_register(load(w + 16 * n));
+    const float* row = x;
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++, row += x_stride) {
+      const F factor = set1(*row);
+#pragma GCC unroll 2
+      for (int n = 0; n < B; n++) acc[r][n] = fma(weight[n], factor, acc[r][n]);
     }
   }
-  F sums[16];
-  for (int t = 0; t < count; t++) {
-    for (int r = 0; r < 16; r++) sums[r] = load(lanes + 256 * t + 16 * r);
-    store(out + 16 * t, reduce16(sums));
+}
+
+// R rows of activations times B blocks of weights that lie lane by lane. As reduce16 does, adds up
+// lanes (0, 2), (1, 3), both pairs, and so with fours and eights.
+template <int B, int R>
+static void wide_rows(const float* w, const float* x, int64_t x_stride, int64_t columns,
+                      float* const* out) {
+  F held[4][R][B];  // sums of one, two, four and eight lanes that wait for as many others
+  for (int i = 0; i < 16; i++) {
+    F acc[R][B];
+    lane_sums<B, R>(w + 16 * B * columns * i, x + columns * i, x_stride, columns, acc);
+    int level = 0;
+    for (; i >> level & 1; level++) {
+#pragma GCC unroll 12
+      for (int r = 0; r < R; r++) {
+#pragma GCC unroll 2
+        for (int n = 0; n < B; n++) acc[r][n] = add(held[level][r][n], acc[r][n]);
+      }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) {
+#pragma GCC unroll 2
+      for (int n = 0; n < B; n++) {
+        if (level < 4) {
+          held[level][r][n] = acc[r][n];
+        } else {
+          store(out[n] + 16 * r, acc[r][n]);
+        }
+      }
+    }
   }
+}
+
+// Blocks [b, b + B) times `count` rows of activations that lie lane by lane; out: B of (count, 16).
+template <int B>
+static void many_bf16(const Matrix* m, int b, const uint8_t* x, int64_t x_stride, int count,
+                      float* const* out, uint8_t* scratch) {
+  const int64_t columns = m->padded_k / 16, stride = x_stride / 4;
+  float* weights = (float*)scratch;
+  widen_blocks<B>(m, b, weights);
+  int done = 0;
+  const auto multiply = [&](int rows, auto kernel) {
+    for (; done + rows <= count; done += rows) {
+      float* to[2] = {out[0] + 16 * done, out[B - 1] + 16 * done};
+      kernel(weights, (const float*)x + done * stride, stride, columns, to);
+    }
+  };
+  multiply(kWideRows, wide_rows<B, kWideRows>);
+  if (kWideRows > 4) multiply(4, wide_rows<B, 4>);
+  multiply(1, wide_rows<B, 1>);
 }
 
 #endif
@@ -327,8 +362,8 @@ static void tile_bf16(const Matrix* m, int b, const Activations* x, int row, int
                       uint8_t* scratch) {
   const uint8_t* at = x->data + row * x->stride;
 #if !defined(__AVX512BF16__)
-  if (count >= kManyRows) {
-    many_bf16(m, b, at, x->stride, count, out, scratch);
+  if (x->tiled) {
+    many_bf16<1>(m, b, at, x->stride, count, &out, scratch);
     return;
   }
 #endif
@@ -337,6 +372,18 @@ static void tile_bf16(const Matrix* m, int b, const Activations* x, int row, int
     few_bf16<kFewRows>(m, b, at + done * x->stride, x->stride, out + 16 * done);
   }
   for (; done < count; done++) few_bf16<1>(m, b, at + done * x->stride, x->stride, out + 16 * done);
+}
+
+static bool pair_bf16(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
+                      float* second, uint8_t* scratch) {
+#if defined(__AVX512F__) && !defined(__AVX512BF16__)
+  if (x->tiled) {
+    float* const to[] = {out, second};
+    many_bf16<2>(m, b, x->data + row * x->stride, x->stride, count, to, scratch);
+    return true;
+  }
+#endif
+  return false;
 }
 
 #endif

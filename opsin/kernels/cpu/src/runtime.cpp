@@ -43,15 +43,14 @@ Prepared lay_out(const Matrix* m, int rows, uint8_t* at) {
   const int most = m->kind != kBf16 ? k->code_rows : k->paired ? kRows : 1;
   Prepared p;
   p.data = at;
-  p.tiled = m->kind != kBf16 && k->tiled_from && rows >= k->tiled_from;
+  const int tiled_from = m->kind == kBf16 ? k->by_lane_from : k->tiled_from;
+  p.tiled = tiled_from && rows >= tiled_from;
   p.panel_rows = rows < most ? rows : most;
   p.stride = row_bytes(m);
   if (m->kind == kBf16 && k->paired) {
     p.stride = static_cast<int64_t>(p.panel_rows) * m->padded_k * 2;
-  } else if (p.tiled) {
-    p.stride = (m->padded_k + 63) / 64 * 1024;
   } else if (m->kind != kBf16) {
-    p.stride *= p.panel_rows;
+    p.stride = p.tiled ? (m->padded_k + 63) / 64 * 1024 : p.stride * p.panel_rows;
   }
   at += padded * row_bytes(m);
   p.scale = reinterpret_cast<float*>(at);
@@ -104,7 +103,7 @@ void place_bf16(const Product& p, const Prepared& to, int r, const float* x, uin
     std::memcpy(out, stored, 2u * m->k);
     std::memset(out + m->k, 0, 2u * (m->padded_k - m->k));
   }
-  if (k->widen) k->widen(narrow, m->padded_k, reinterpret_cast<float*>(row));
+  if (k->widen) k->widen(narrow, m->padded_k, to.tiled, reinterpret_cast<float*>(row));
   if (to.panel_rows == 1) return;
   uint8_t* panel = to.data + r / to.panel_rows * to.stride + r % to.panel_rows * 4;
   for (int c = 0; c < m->padded_k; c += 2) {
@@ -168,7 +167,7 @@ int slot_rows(int count) {
 // their stream, and rows are far apart, so that many blocks' results of one row are written at once.
 int held_blocks(const OpsinLinear& l, int count) {
   const int held = count <= kRows ? kHeldFewRows : l.gated ? kHeldRows / 2 : kHeldRows;
-  return held / slot_rows(count);
+  return held / slot_rows(count) / 2 * 2;
 }
 
 // The results of `blocks` blocks of sixteen columns (pairs of them, when gated) from `first` on, to
@@ -206,7 +205,7 @@ void sums(const Matrix* m, bool gated, int first, int blocks, const Activations&
     const int block = gated ? (first + i) * 2 : first + i;
     float* tile = to.tile + i * size;
     float* second = gated ? to.second + i * size : tile + size;
-    if ((gated || i + 1 < blocks) && k->pair(m, block, &x, row, count, tile, second)) {
+    if ((gated || i + 1 < blocks) && k->pair(m, block, &x, row, count, tile, second, to.scratch)) {
       if (!gated) i++;
       continue;
     }
@@ -219,7 +218,7 @@ void sums(const Matrix* m, bool gated, int first, int blocks, const Activations&
 // cache while every panel of rows passes by.
 int64_t run_of(const Matrix* m, int step) {
   const int64_t run = kNear / (m->block_bytes * step);
-  return run < 1 ? 1 : run;
+  return run < 2 ? 1 : run / 2 * 2;
 }
 
 bool in_tiles(const Matrix* m) { return m->kind == kBf16 && kernels()->paired; }
@@ -321,7 +320,9 @@ void product(Team& team, const Product& p, uint8_t* shared, uint8_t* own) {
   const Matrix* m = p.linear.matrix;
   const int rows = p.linear.rows;
   const int blocks = p.linear.gated ? m->blocks / 2 : m->blocks;
-  const int chunks = product_chunks(p, blocks, team.size());
+  const int unit = rows > kRows ? 2 : 1;  // blocks that kernels for many take together
+  const int units = (blocks + unit - 1) / unit;
+  const int chunks = product_chunks(p, units, team.size());
   float* row = reinterpret_cast<float*>(own + activation_bytes(m, kPrivateRows));
   uint8_t* scratch = own + activation_bytes(m, kPrivateRows) + aligned(m->padded_k * 8);
   const bool alone = rows <= (m->kind == kBf16 ? kPrivateRowsBf16 : kPrivateRows);
@@ -329,13 +330,13 @@ void product(Team& team, const Product& p, uint8_t* shared, uint8_t* own) {
   bool ready = !alone;
   if (!alone) {
     // A panel of codes is one thread's: two that write to the same lines wait for each other.
-    const int unit = m->kind == kBf16 ? 1 : prepared.panel_rows;
-    const int units = (rows + unit - 1) / unit;
-    const int pieces = chunks_for(units, team.size(), unit == 1 ? 4 : 1);
+    const int panel = m->kind == kBf16 ? 1 : prepared.panel_rows;
+    const int panels = (rows + panel - 1) / panel;
+    const int pieces = chunks_for(panels, team.size(), panel == 1 ? 4 : 1);
     team.phase(pieces, [&](int c) {
-      const int64_t n = units;
-      const int until = static_cast<int>(n * (c + 1) / pieces) * unit;
-      prepare(p, prepared, static_cast<int>(n * c / pieces) * unit, until < rows ? until : rows,
+      const int64_t n = panels;
+      const int until = static_cast<int>(n * (c + 1) / pieces) * panel;
+      prepare(p, prepared, static_cast<int>(n * c / pieces) * panel, until < rows ? until : rows,
               row);
     });
   }
@@ -346,9 +347,9 @@ void product(Team& team, const Product& p, uint8_t* shared, uint8_t* own) {
       prepare(p, prepared, 0, rows, row);
       ready = true;
     }
-    const int64_t n = blocks;
-    multiply(p, x, static_cast<int>(n * c / chunks), static_cast<int>(n * (c + 1) / chunks),
-             scratch);
+    const int64_t n = units;
+    const int until = static_cast<int>(n * (c + 1) / chunks) * unit;
+    multiply(p, x, static_cast<int>(n * c / chunks) * unit, until < blocks ? until : blocks, scratch);
   });
 }
 

@@ -68,9 +68,6 @@ OPSIN_INLINE F in_register(F a) {
   __asm__("" : "+v"(a.v));
   return a;
 }
-using Lanes = F;  // one register of floats
-constexpr int kLanes = 16;
-OPSIN_INLINE Lanes load_lanes(const float* p) { return load(p); }
 OPSIN_INLINE F add(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
 OPSIN_INLINE F sub(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
 OPSIN_INLINE F mul(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
@@ -230,16 +227,7 @@ OPSIN_INLINE void store(float* p, F x) {
   _mm256_storeu_ps(p + 8, x.b);
 }
 OPSIN_INLINE F set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-struct Lanes { __m256 v; };  // one register of floats
-constexpr int kLanes = 8;
-OPSIN_INLINE Lanes load_lanes(const float* p) { return {_mm256_loadu_ps(p)}; }
-OPSIN_INLINE void store(float* p, Lanes x) { _mm256_storeu_ps(p, x.v); }
-OPSIN_INLINE Lanes fma(Lanes x, Lanes y, Lanes z) { return {_mm256_fmadd_ps(x.v, y.v, z.v)}; }
 // Compilers would load again what they can, which takes more than adding does.
-OPSIN_INLINE Lanes in_register(Lanes x) {
-  __asm__("" : "+x"(x.v));
-  return x;
-}
 OPSIN_INLINE F in_register(F x) {
   __asm__("" : "+x"(x.a), "+x"(x.b));
   return x;
@@ -394,10 +382,26 @@ OPSIN_INLINE F odd_bf16(V x) {
   return {_mm256_castsi256_ps(_mm256_and_si256(x.a, high)),
           _mm256_castsi256_ps(_mm256_and_si256(x.b, high))};
 }
+// Each quarter's sum (a + c) + (b + d), of four rows.
+OPSIN_INLINE __m256 quads4(__m256 w, __m256 x, __m256 y, __m256 z) {
+  const __m256 wx = _mm256_add_ps(_mm256_unpacklo_ps(w, x), _mm256_unpackhi_ps(w, x));
+  const __m256 yz = _mm256_add_ps(_mm256_unpacklo_ps(y, z), _mm256_unpackhi_ps(y, z));
+  const __m256d p = _mm256_castps_pd(wx), q = _mm256_castps_pd(yz);
+  return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(p, q)),
+                       _mm256_castpd_ps(_mm256_unpackhi_pd(p, q)));
+}
+OPSIN_INLINE __m128 both_halves(__m256 x) {
+  return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+}
 OPSIN_INLINE F reduce16(const F* a) {
-  float out[16];
-  for (int i = 0; i < 16; i++) out[i] = hsum(a[i]);
-  return load(out);
+  __m128 out[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    const __m256 low = quads4(a[4 * i].a, a[4 * i + 1].a, a[4 * i + 2].a, a[4 * i + 3].a);
+    const __m256 high = quads4(a[4 * i].b, a[4 * i + 1].b, a[4 * i + 2].b, a[4 * i + 3].b);
+    out[i] = _mm_add_ps(both_halves(low), both_halves(high));
+  }
+  return {_mm256_set_m128(out[1], out[0]), _mm256_set_m128(out[3], out[2])};
 }
 OPSIN_INLINE void interleave16(V x, V y, V* first, V* second) {
   __m256i l0 = _mm256_unpacklo_epi16(x.a, y.a), h0 = _mm256_unpackhi_epi16(x.a, y.a);

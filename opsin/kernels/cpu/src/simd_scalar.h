@@ -13,9 +13,6 @@ OPSIN_INLINE F load(const float* p) {
   return r;
 }
 OPSIN_INLINE void store(float* p, F a) { __builtin_memcpy(p, a.v, 64); }
-using Lanes = F;
-constexpr int kLanes = 16;
-OPSIN_INLINE Lanes load_lanes(const float* p) { return load(p); }
 OPSIN_INLINE F in_register(F a) { return a; }
 OPSIN_INLINE F set1(float x) {
   F r;
@@ -220,7 +217,14 @@ OPSIN_INLINE F odd_bf16(V x) {
 }
 OPSIN_INLINE F reduce16(const F* a) {
   F r;
-  OPSIN_LANES r.v[i] = hsum(a[i]);
+  OPSIN_LANES {
+    float quads[4];
+    for (int q = 0; q < 4; q++) {
+      const float* v = a[i].v + 4 * q;
+      quads[q] = (v[0] + v[2]) + (v[1] + v[3]);
+    }
+    r.v[i] = (quads[0] + quads[1]) + (quads[2] + quads[3]);
+  }
   return r;
 }
 OPSIN_INLINE void interleave16(V x, V y, V* first, V* second) {
