@@ -79,6 +79,14 @@ def test_one_scale_a_row_takes_any_width(native, kind, k):
     close(packed.multiply(x), x @ kept.T, 0.02)
 
 
+@pytest.mark.parametrize("rows", [1, 16, 33, 200])
+@pytest.mark.parametrize(("kind", "group"), [("q8", 32), ("q8", 64), ("q8", 128), ("q4", 32)])
+def test_one_group_may_be_the_whole_row(native, kind, group, rows):
+    packed = PackedMatrix.dense(native, torch.randn(320, group) * 0.05, kind, group=group)
+    x = torch.randn(rows, group)
+    close(packed.multiply(x), x @ packed.rows(torch.arange(320), torch.float32).T, 0.02)
+
+
 @pytest.mark.parametrize("rows", [1, 7, 20])
 @pytest.mark.parametrize(("kind", "group", "k"), [("q4", 64, 192), ("q8", 32, 96), ("q8", 0, 160)])
 def test_columns_mixed_on_both_sides_leave_the_product(native, kind, group, k, rows):

@@ -362,7 +362,7 @@ static bool pair(const Matrix* m, int b, const Activations* x, int row, int coun
     pair_bf16(m, b, x, row, count, out, second);
     return true;
   }
-  if (count <= 16 || m->kind != opsin::kQ8 || m->groups != 1) return false;
+  if (count <= 16 || m->kind != opsin::kQ8 || m->groups != 1 || m->group % 64) return false;
   const uint8_t* w = m->data + b * m->block_bytes;
   const uint8_t* next = w + m->block_bytes;
   const int steps = m->padded_k / 64;
