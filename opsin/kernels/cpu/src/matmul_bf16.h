@@ -248,9 +248,9 @@ static void few_bf16(const Matrix* m, int b, const uint8_t* x, int64_t x_stride,
 
 #if !defined(__AVX512BF16__)
 
-// Many rows: one after the other, the sixteen lanes that sums of few rows have, as vectors of sixteen
-// rows of weights. Those are widened once for all rows of activations, which lie lane by lane too.
-// Every sum is added up as of few rows.
+// Many rows: one after the other, the sixteen lanes that sums of few rows have, as vectors of
+// sixteen rows of weights. Those are widened once for all rows of activations, which lie lane by
+// lane too. Every sum is added up as of few rows.
 #if defined(__AVX512F__)
 constexpr int kWideRows = 12;
 #elif defined(__AVX2__)

@@ -111,4 +111,11 @@ inline int chunks_for(int items, int threads, int least) {
   return most < wanted ? most : wanted;
 }
 
+// Where chunk c begins of items that stay together by `unit`; it ends where chunk c + 1 begins.
+inline int chunk_start(int items, int unit, int c, int chunks) {
+  const int64_t units = (items + unit - 1) / unit;
+  const int64_t at = units * c / chunks * unit;
+  return at < items ? static_cast<int>(at) : items;
+}
+
 }  // namespace opsin

@@ -321,8 +321,7 @@ void product(Team& team, const Product& p, uint8_t* shared, uint8_t* own) {
   const int rows = p.linear.rows;
   const int blocks = p.linear.gated ? m->blocks / 2 : m->blocks;
   const int unit = rows > kRows ? 2 : 1;  // blocks that kernels for many take together
-  const int units = (blocks + unit - 1) / unit;
-  const int chunks = product_chunks(p, units, team.size());
+  const int chunks = product_chunks(p, (blocks + unit - 1) / unit, team.size());
   float* row = reinterpret_cast<float*>(own + activation_bytes(m, kPrivateRows));
   uint8_t* scratch = own + activation_bytes(m, kPrivateRows) + aligned(m->padded_k * 8);
   const bool alone = rows <= (m->kind == kBf16 ? kPrivateRowsBf16 : kPrivateRows);
@@ -331,13 +330,10 @@ void product(Team& team, const Product& p, uint8_t* shared, uint8_t* own) {
   if (!alone) {
     // A panel of codes is one thread's: two that write to the same lines wait for each other.
     const int panel = m->kind == kBf16 ? 1 : prepared.panel_rows;
-    const int panels = (rows + panel - 1) / panel;
-    const int pieces = chunks_for(panels, team.size(), panel == 1 ? 4 : 1);
+    const int pieces = chunks_for((rows + panel - 1) / panel, team.size(), panel == 1 ? 4 : 1);
     team.phase(pieces, [&](int c) {
-      const int64_t n = panels;
-      const int until = static_cast<int>(n * (c + 1) / pieces) * panel;
-      prepare(p, prepared, static_cast<int>(n * c / pieces) * panel, until < rows ? until : rows,
-              row);
+      prepare(p, prepared, chunk_start(rows, panel, c, pieces),
+              chunk_start(rows, panel, c + 1, pieces), row);
     });
   }
   const Activations x = {prepared.data, prepared.stride, prepared.scale, prepared.sum,
@@ -347,9 +343,8 @@ void product(Team& team, const Product& p, uint8_t* shared, uint8_t* own) {
       prepare(p, prepared, 0, rows, row);
       ready = true;
     }
-    const int64_t n = units;
-    const int until = static_cast<int>(n * (c + 1) / chunks) * unit;
-    multiply(p, x, static_cast<int>(n * c / chunks) * unit, until < blocks ? until : blocks, scratch);
+    multiply(p, x, chunk_start(blocks, unit, c, chunks), chunk_start(blocks, unit, c + 1, chunks),
+             scratch);
   });
 }
 

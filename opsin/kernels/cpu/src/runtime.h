@@ -34,8 +34,7 @@ void over_rows(int rows, Work&& work) {
   const int chunks = chunks_for(rows, pool.size(), 16);
   pool.run(1, [&](Team& team) {
     team.phase(chunks, [&](int c) {
-      const int64_t n = rows;
-      work(static_cast<int>(n * c / chunks), static_cast<int>(n * (c + 1) / chunks));
+      work(chunk_start(rows, 1, c, chunks), chunk_start(rows, 1, c + 1, chunks));
     });
   });
 }

@@ -106,8 +106,8 @@ struct Run {
   void over_tokens(Work&& work) const {
     const int tokens = step.tokens, chunks = chunks_for(tokens, team.size(), 1);
     team.phase(chunks, [&](int c) {
-      const int64_t n = tokens;
-      for (int t = static_cast<int>(n * c / chunks); t < n * (c + 1) / chunks; t++) work(t);
+      const int until = chunk_start(tokens, 1, c + 1, chunks);
+      for (int t = chunk_start(tokens, 1, c, chunks); t < until; t++) work(t);
     });
   }
 
