@@ -10,6 +10,8 @@ constexpr int kRows = 16;         // rows of a weight matrix in one block
 constexpr int kAttentionRows = 64;  // query rows one attention unit may hold
 constexpr int kKeyBlock = 64;     // keys per step of the online softmax, at fixed positions
 constexpr int kSegment = 512;     // keys whose partial results are merged as one
+// Whose weights, as bytes, stay in the first cache beside rows.
+constexpr int kNearColumns = 1024;
 
 enum MatrixKind : int32_t { kBf16 = 0, kQ8 = 1, kQ4 = 2 };
 

@@ -279,14 +279,12 @@ static void amx_pass(const Matrix* m, const Activations* x, int64_t row, int fro
   }
 }
 
-constexpr int kNearColumns = 1024;  // whose weights, as bytes, stay in the first cache beside rows
-
 static void amx_quantized(const Matrix* m, int b, const Activations* x, int row, int count,
                           float* out, uint8_t* scratch) {
   alignas(64) int32_t sums[4 * 256];
   const bool four = m->kind == opsin::kQ4, once = count <= 16;
   const uint8_t* block = m->data + b * m->block_bytes;
-  const int near = m->group < kNearColumns ? kNearColumns / m->group : 1;
+  const int near = m->group < opsin::kNearColumns ? opsin::kNearColumns / m->group : 1;
   const int run = once ? m->groups : near;
   AmxPass p;
   p.scratch = four && once ? scratch : nullptr;

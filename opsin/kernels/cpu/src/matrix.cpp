@@ -130,8 +130,9 @@ Matrix* describe(int kind, int n, int k, int group, int scale_dtype, int rotated
 int64_t tile_scratch_bytes(const Matrix* m) {
   // two blocks of widened bfloat16
   if (m->kind == kBf16) return kernels()->widen ? int64_t{2 * kRows * 4} * m->padded_k : 0;
-  // eight groups of four-bit codes as bytes
-  return m->kind == kQ4 ? static_cast<int64_t>(m->group) * kRows * 8 : 0;
+  // four-bit codes as bytes: eight groups, or as many as are near
+  const int columns = m->group * 8 < kNearColumns ? kNearColumns : m->group * 8;
+  return m->kind == kQ4 ? int64_t{kRows} * columns : 0;
 }
 
 int64_t attention_scratch_bytes(int head_dim, int value_dim) {

@@ -174,8 +174,14 @@ uint8_t* Pool::scratch(int thread, int64_t bytes) {
   Buffer& b = buffers_[static_cast<size_t>(thread + 1)];
   if (b.bytes < bytes) {
     std::free(b.data);
+#if defined(__SANITIZE_ADDRESS__)
+    const int64_t rounded = bytes;  // room to spare would hide what is written past the end
+#else
     const int64_t rounded = (bytes + bytes / 4 + 4095) / 4096 * 4096;
-    b.data = static_cast<uint8_t*>(std::aligned_alloc(4096, static_cast<size_t>(rounded)));
+#endif
+    void* data = nullptr;
+    const bool failed = posix_memalign(&data, 4096, static_cast<size_t>(rounded)) != 0;
+    b.data = failed ? nullptr : static_cast<uint8_t*>(data);
     b.bytes = b.data ? rounded : 0;
     if (!b.data) std::abort();
   }
