@@ -102,6 +102,7 @@ def test_columns_mixed_on_both_sides_leave_the_product(native, kind, group, k, r
     packed, plain = PackedMatrix.empty(native, form, 40, k), PlainMatrix(form, 40, k, x.device)
     for matrix in (packed, plain):
         matrix.fill(weight)
+    assert not group or plain.nbytes * 8 == form.bits * 40 * k
     codes, steps = quantise_rows(rotate(x), group or k)
     seen = rotate((codes.float() * steps[..., None]).flatten(1))
     kept = packed.rows(torch.arange(40), torch.float32)
