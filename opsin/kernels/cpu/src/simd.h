@@ -130,7 +130,8 @@ OPSIN_INLINE V low_nibbles(V a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8
 OPSIN_INLINE V high_nibbles(V a) {
   return {_mm512_and_si512(_mm512_srli_epi32(a.v, 4), _mm512_set1_epi8(15))};
 }
-// Codes of six bits: those of the lower bits, and those whose bits lie two by two above three others.
+// Codes of six bits: those in the lower bits, and those whose bits lie above three others, two by
+// two.
 OPSIN_INLINE V low_sixes(V a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(63))}; }
 OPSIN_INLINE V high_sixes(V a, V b, V c) {
   const int choose = 0xca;  // the second where the first has a bit, else the third
@@ -141,6 +142,7 @@ OPSIN_INLINE V high_sixes(V a, V b, V c) {
 }
 OPSIN_INLINE V bcast4(const void* p) { return {_mm512_set1_epi32(*(const int32_t*)p)}; }
 
+// Sums of four products in each lane: bytes of any size, and bytes below 128, which may take less.
 #if defined(__AVX512VNNI__)
 OPSIN_INLINE I dot_u8(I acc, V w, V x) { return {_mm512_dpbusd_epi32(acc.v, w.v, x.v)}; }
 OPSIN_INLINE I dot_u7(I acc, V w, V x) { return dot_u8(acc, w, x); }
