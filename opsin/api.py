@@ -156,20 +156,20 @@ def load(
 ) -> tuple[Model, Processor]:
     """Load a checkpoint: a folder, a hub name, or "bundled", the small model in the package.
 
-    quantize: 8 or 4, the bits that matrices are quantised to as they are read (embeddings, head and
-    towers take 8); None leaves them as they are stored. device: "cpu", "cuda", "cuda:N" or "mps";
-    None picks the best there is. dtype: "float32", "bfloat16" or "float16"; None takes the
-    checkpoint's. revision: a branch, tag or commit of a hub name. chat_template: jinja text, a
-    file, or the name of a bundled one, in place of the checkpoint's. matformer_slice: the name of a
-    smaller model within a nested one, as in the table that comes with its family, or in the CSV
-    file matformer_config. repacked_cache: "on", "off" or a folder in which quantised weights are
-    kept as the CPU's kernels read them, to be mapped the next time; None is what
+    quantize: 8 or 4, the bits that matrices are quantised to as they are read (at 4 the most
+    sensitive take 6, and towers 8); None leaves them as they are stored. device: "cpu", "cuda",
+    "cuda:N" or "mps"; None picks the best there is. dtype: "float32", "bfloat16" or "float16"; None
+    takes the checkpoint's. revision: a branch, tag or commit of a hub name. chat_template: jinja
+    text, a file, or the name of a bundled one, in place of the checkpoint's. matformer_slice: the
+    name of a smaller model within a nested one, as in the table that comes with its family, or in
+    the CSV file matformer_config. repacked_cache: "on", "off" or a folder in which quantised
+    weights are kept as the CPU's kernels read them, to be mapped the next time; None is what
     OPSIN_REPACKED_CACHE says, or else "auto": on where that takes little of the disk. on_progress
     is called with the bytes read so far and all. A model that has no family here runs through
-    Transformers, where that is installed, and says so on stderr.
-    kv_bits, kv_group_size, quantized_kv_start and max_kv_size are how keys and values are kept, and
-    speculative is how tokens are guessed, as in EngineLimits, where a call does not say otherwise.
-    Raises NotFoundError, CheckpointError, InputError, UnknownFamily or MissingDependency.
+    Transformers, where that is installed, and says so on stderr. kv_bits, kv_group_size,
+    quantized_kv_start and max_kv_size are how keys and values are kept, and speculative is how
+    tokens are guessed, as in EngineLimits, where a call does not say otherwise. Raises
+    NotFoundError, CheckpointError, InputError, UnknownFamily or MissingDependency.
     """
     folder = resolve(path_or_hf_repo, revision=revision)
     try:

@@ -43,21 +43,22 @@ def native_formats(decoder: Decoder) -> Formats:
 def quantised_formats(decoder: Decoder, towers: nn.Module, bits: int) -> Formats:
     """What is quantised for so many bits while loading.
 
-    Decoder layers and experts take `bits`, but the first and the last layer, what makes queries,
-    keys and values, the tables of a layer's own inputs and the towers take 8: they are the most
-    sensitive for what they weigh. The embeddings and the head, a large part of a small model, take
-    `bits` in groups of 32. Towers, whose time is all arithmetic, have one scale a row, so that
-    whole numbers are added over all columns.
+    Decoder layers and experts take `bits`. Where these are 4, the first and the last layer and what
+    makes queries, keys and values take 6: they are the most sensitive for what they weigh. The
+    embeddings and the head, a large part of a small model, take `bits` in groups of 32. The tables
+    of a layer's own inputs take 8, and so do the towers, whose time is all arithmetic: they have
+    one scale a row, so that whole numbers are added over all columns.
     Everything else stays as it is: norms, routers, convolutions, adapters, tables of positions, the
     first layer over a picture's patches, and outputs of fewer than 64 features.
     """
     narrow: Kind = "q4" if bits == 4 else "q8"
+    wide: Kind = "q6" if bits == 4 else "q8"
     wanted: list[tuple[nn.Module, Kind, int]] = []
     for i, layer in enumerate(decoder.layers):
         inner = 0 < i < len(decoder.layers) - 1
-        wide = {block.qkv for block in layer.modules() if isinstance(block, Attention)}
+        sensitive = {block.qkv for block in layer.modules() if isinstance(block, Attention)}
         for module in _matrices(layer):
-            wanted.append((module, narrow if inner and module not in wide else "q8", GROUP))
+            wanted.append((module, narrow if inner and module not in sensitive else wide, GROUP))
     table_group = 32 if narrow == "q4" else GROUP
     wanted.append((decoder.embedding, narrow, table_group))
     if decoder.head is not None:

@@ -25,7 +25,7 @@ from opsin.kernels.packed import Packed
 from opsin.nn.experts import ExpertLinear
 from opsin.nn.late import LateMatrix
 from opsin.nn.linear import Embedding, Linear
-from opsin.quant.formats import Format
+from opsin.quant.formats import WIDTHS, Format
 
 LOG = logging.getLogger("opsin")
 LAYOUT = 2  # to be raised when the same build packs the same checkpoint in another way
@@ -110,7 +110,7 @@ class RepackedCache:
     def recipe(self) -> str:
         """How most of it is kept, in a word."""
         kinds = [slot.form.kind for slot in self.slots]
-        return min(set(kinds), key=lambda kind: ("q4", "q8").index(kind))
+        return min(kinds, key=WIDTHS.__getitem__)
 
     @property
     def path(self) -> Path:

@@ -13,7 +13,7 @@ from torch import Tensor
 from opsin.errors import EngineError
 from opsin.kernels.interface import Activation, Kernels
 from opsin.quant.affine import dequantise, quantise, unpack_codes
-from opsin.quant.formats import Format
+from opsin.quant.formats import WIDTHS, Format, Kind
 from opsin.quant.rotation import rotate
 
 
@@ -163,8 +163,7 @@ class PlainMatrix:
         self.format = form
         self.n = n
         self.k = k
-        self.four = form.kind == "q4"
-        self.codes = torch.zeros(n, k // 2 if self.four else k, dtype=torch.uint8, device=device)
+        self.codes = torch.zeros(n, k * WIDTHS[form.kind] // 8, dtype=torch.uint8, device=device)
         shape = (n, k // (form.group or k))
         self.scales = torch.zeros(shape, dtype=form.scale_dtype, device=device)
         self.biases = torch.zeros(shape, dtype=form.scale_dtype, device=device)
@@ -205,9 +204,7 @@ class PlainMatrix:
     def _put(self, codes: Tensor, scales: Tensor, biases: Tensor, row: int, spread: int) -> None:
         assert spread == 1, "only native kernels read gate and up rows that alternate"
         rows = slice(row, row + codes.shape[0])
-        if self.four:
-            codes = codes[:, 0::2] | codes[:, 1::2] << 4
-        self.codes[rows] = codes.to(self.codes.device)
+        self.codes[rows] = _joined(codes, self.format.kind).to(self.codes.device)
         self.scales[rows] = scales.to(self.scales)
         self.biases[rows] = biases.to(self.biases)
 
@@ -231,10 +228,31 @@ class PlainMatrix:
 
     def _kept(self, indices: Tensor) -> Tensor:
         """Rows as they were rounded: (count, k), float32."""
-        codes = self.codes[indices]
-        if self.four:
-            codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
+        codes = _apart(self.codes[indices], self.format.kind)
         return dequantise(codes, self.scales[indices], self.biases[indices])
+
+
+def _joined(codes: Tensor, kind: Kind) -> Tensor:
+    """Codes (rows, k) as bytes that are full of them: two in one, or four in three."""
+    if kind == "q4":
+        return codes[:, 0::2] | codes[:, 1::2] << 4
+    if kind == "q6":
+        fours = codes.unflatten(1, (-1, 4))
+        upper = torch.stack([fours[..., 3] >> shift & 3 for shift in (0, 2, 4)], dim=-1)
+        return (fours[..., :3] | upper << 6).flatten(1)
+    return codes
+
+
+def _apart(joined: Tensor, kind: Kind) -> Tensor:
+    """The codes (rows, k) that `_joined` put into bytes."""
+    if kind == "q4":
+        return torch.stack((joined & 15, joined >> 4), dim=-1).flatten(1)
+    if kind == "q6":
+        threes = joined.unflatten(1, (-1, 3))
+        upper = threes >> 6
+        last = upper[..., 0] | upper[..., 1] << 2 | upper[..., 2] << 4
+        return torch.cat((threes & 63, last[..., None]), dim=-1).flatten(1)
+    return joined
 
 
 def packed_experts(x: Tensor, experts: Sequence[Packed], expert_ids: Tensor) -> Tensor:

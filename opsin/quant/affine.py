@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opsin.quant.formats import Format
+from opsin.quant.formats import WIDTHS, Format
 from opsin.quant.rotation import rotate
 
 MANY = 31.0  # codes of 5 bits and more lose nothing by one start
@@ -47,8 +47,8 @@ def quantise(weight: Tensor, form: Format) -> tuple[Tensor, Tensor, Tensor]:
     """weight (n, k) as codes (n, k), scales and biases (n, k / group) of a format.
 
     A rotated format's are those of the rotated weight.
-    8 bits are symmetric. At 4 bits scale and bias are those of the smallest squared error that
-    least squares finds from several starts, as the native kernels find them.
+    8 bits are symmetric. At fewer, scale and bias are those of the smallest squared error that
+    least squares finds, as the native kernels find them.
     """
     values = rotate(weight) if form.rotated else weight.float()
     grouped = values.unflatten(1, (-1, form.group or weight.shape[1]))
@@ -56,9 +56,10 @@ def quantise(weight: Tensor, form: Format) -> tuple[Tensor, Tensor, Tensor]:
         scales = (grouped.abs().amax(dim=2) / 127.0).to(form.scale_dtype)
         biases = (-128.0 * scales.float()).to(form.scale_dtype)
         return _codes(grouped, scales, biases, 255.0).to(torch.uint8).flatten(1), scales, biases
-    scale, bias = fitted(grouped, 15.0)
+    top = 2.0 ** WIDTHS[form.kind] - 1
+    scale, bias = fitted(grouped, top)
     scales, biases = scale.to(form.scale_dtype), bias.to(form.scale_dtype)
-    return _codes(grouped, scales, biases, 15.0).to(torch.uint8).flatten(1), scales, biases
+    return _codes(grouped, scales, biases, top).to(torch.uint8).flatten(1), scales, biases
 
 
 def fitted(grouped: Tensor, top: float) -> tuple[Tensor, Tensor]:

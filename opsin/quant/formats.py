@@ -9,7 +9,8 @@ import torch
 
 from opsin.errors import InputError
 
-Kind = Literal["bf16", "q8", "q4"]
+Kind = Literal["bf16", "q8", "q6", "q4"]
+WIDTHS: dict[Kind, int] = {"bf16": 16, "q8": 8, "q6": 6, "q4": 4}
 BITS = (4, 8)
 GROUP = 64
 MOST_COLUMNS = 65536  # of a row with one scale: its sums fit in 32 bits
@@ -31,10 +32,8 @@ class Format:
     @property
     def bits(self) -> float:
         """Bits of memory that a weight takes, its share of scale and bias included."""
-        if self.kind == "bf16":
-            return 16
         own = 32 / self.group if self.group else 0.0
-        return (8 if self.kind == "q8" else 4) + own
+        return WIDTHS[self.kind] + own
 
 
 def quantised(kind: Kind, columns: int, most: int = GROUP) -> Format:

@@ -13,7 +13,7 @@ from torch import Tensor
 from opsin.checkpoint.safetensors import StoredTensor
 from opsin.errors import CheckpointError
 from opsin.quant.affine import dequantise, unpack_codes
-from opsin.quant.formats import Format
+from opsin.quant.formats import WIDTHS, Format, Kind
 
 BITS = (2, 3, 4, 5, 6, 8)
 
@@ -36,13 +36,13 @@ class AffineTensor(StoredTensor):
     @property
     def format(self) -> Format:
         """The format that takes the codes as they are."""
-        return Format("q4" if self.bits <= 4 else "q8", self.group, self.dtype)
+        kind: Kind = "q4" if self.bits <= 4 else "q6" if self.bits <= 6 else "q8"
+        return Format(kind, self.group, self.dtype)
 
     def fits(self, form: Format) -> bool:
         """Whether a matrix of a format takes the codes as they are."""
-        room = {"bf16": 0, "q8": 8, "q4": 4}[form.kind]
         same = (self.group, self.dtype, False) == (form.group, form.scale_dtype, form.rotated)
-        return self.bits <= room and same
+        return form.kind != "bf16" and self.bits <= WIDTHS[form.kind] and same
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """Codes, scales and biases as stored."""

@@ -113,9 +113,9 @@ def test_what_cannot_be_quantised_is_refused(folders: dict[str, Path]) -> None:
         opsin.load(folders[DENSE], device="cpu", quantize=3)
 
 
-@pytest.mark.parametrize(("bits", "narrow"), [(8, ("q8", 64)), (4, ("q4", 64))])
-def test_what_is_sensitive_keeps_eight_bits(
-    folders: dict[str, Path], bits: int, narrow: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("bits", "narrow", "wide"), [(8, "q8", "q8"), (4, "q4", "q6")])
+def test_what_is_sensitive_keeps_more_bits(
+    folders: dict[str, Path], bits: int, narrow: str, wide: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "quantised", lambda kind, columns, most: Format(kind, most))
     decoder = loading.build(folders[DENSE]).decoder
@@ -125,9 +125,9 @@ def test_what_is_sensitive_keeps_eight_bits(
     layers = list(decoder.layers)
     for i, layer in enumerate(layers):
         inner = 0 < i < len(layers) - 1
-        assert kept[layer.attention.qkv] == ("q8", 64)
+        assert kept[layer.attention.qkv] == (wide, 64)
         for module in (layer.attention.out, layer.mlp.gate_up, layer.mlp.down):
-            assert kept[module] == (narrow if inner else ("q8", 64))
+            assert kept[module] == (narrow if inner else wide, 64)
     assert decoder.head is not None
     tables = ("q4", 32) if bits == 4 else ("q8", 64)
     assert kept[decoder.embedding] == kept[decoder.head] == tables

@@ -16,7 +16,7 @@ from opsin.kernels.cpu import abi
 from opsin.kernels.cpu.library import Library, pointer
 from opsin.quant.formats import Format, Kind
 
-_KINDS = {"bf16": 0, "q8": 1, "q4": 2}
+_KINDS = {"bf16": 0, "q8": 1, "q4": 2, "q6": 3}
 ROWS, COLUMNS = 16, 32  # of bfloat16 in one block
 SLACK = 4096  # bytes past its end that a matrix's memory has
 
@@ -33,10 +33,11 @@ class Region:
 class PackedMatrix:
     """A weight (n, k) in blocks of sixteen rows, in place of the tensor.
 
-    Kinds: "bf16", row by row, where a checkpoint's own bytes may be read in place; "q8" and "q4",
-    affine codes with a 16-bit scale and bias per `group` columns (0: one a row, where k <= 65536),
-    sixteen rows interleaved. Activations of quantised kinds are quantised to int8 per group; those
-    of a `rotated` one, whose k is a multiple of 32, are mixed before as its columns were.
+    Kinds: "bf16", row by row, where a checkpoint's own bytes may be read in place; "q8", "q6" and
+    "q4", affine codes with a 16-bit scale and bias per `group` columns (0: one a row, where
+    k <= 65536), sixteen rows interleaved. Activations of quantised kinds are quantised to int8 per
+    group; those of a `rotated` one, whose k is a multiple of 32, are mixed before as its columns
+    were.
     """
 
     def __init__(

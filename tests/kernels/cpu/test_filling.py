@@ -17,7 +17,7 @@ def whole(matrix: PackedMatrix) -> torch.Tensor:
     return matrix.rows(torch.arange(matrix.n), torch.float32)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "q8", "q4"])
+@pytest.mark.parametrize("kind", ["bf16", "q8", "q6", "q4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("first", "rows", "spread"), [(0, 75, 1), (5, 40, 1), (16, 40, 2)])
 def test_a_file_gives_what_memory_gives(
@@ -33,14 +33,16 @@ def test_a_file_gives_what_memory_gives(
     places = torch.arange(rows)
     places = first + places // 16 * 16 * spread + places % 16
     near = whole(got)[places] - weight.float()
-    assert near.abs().max() < {"bf16": 0.02, "q8": 0.03, "q4": 0.6}[kind]
+    assert near.abs().max() < {"bf16": 0.02, "q8": 0.03, "q6": 0.12, "q4": 0.6}[kind]
     rest = torch.ones(96, dtype=torch.bool)
     rest[places] = False
     assert not whole(got)[rest].any(), "no other row was touched"
 
 
 @pytest.mark.parametrize("rotated", [False, True])
-@pytest.mark.parametrize(("kind", "group"), [("q4", 64), ("q4", 32), ("q8", 64), ("q8", 0)])
+@pytest.mark.parametrize(
+    ("kind", "group"), [("q4", 64), ("q4", 32), ("q6", 64), ("q6", 32), ("q8", 64), ("q8", 0)]
+)
 def test_quantising_finds_what_its_twin_finds(native: Library, kind, group: int, rotated: bool):
     torch.manual_seed(group)
     weight = torch.randn(50, 128) * torch.rand(50, 1)
@@ -54,10 +56,10 @@ def test_quantising_finds_what_its_twin_finds(native: Library, kind, group: int,
     errors = [(values - weight).square().mean(dim=1) for values in (ours, twins)]
     assert (errors[0] <= errors[1] * 1.02 + 1e-7).all()
     assert (errors[1] <= errors[0] * 1.02 + 1e-7).all()
-    if kind == "q4":
+    if kind != "q8":
         kept = rotate(weight) if rotated else weight
         low, high = kept.unflatten(1, (-1, group)).aminmax(dim=2)
-        step = (high.clamp_min(0) - low.clamp_max(0)) / 15
+        step = (high.clamp_min(0) - low.clamp_max(0)) / {"q4": 15, "q6": 63}[kind]
         plain = (step.square() / 12).mean(dim=1)
         assert (errors[0] <= plain * 1.1 + 1e-7).all(), "no worse than the range in equal steps"
 
@@ -79,7 +81,9 @@ def test_a_file_that_ends_too_soon_is_an_error(best: Library, tmp_path: Path):
         matrix.fill_file(file.fileno(), 0, 64, torch.bfloat16)
 
 
-@pytest.mark.parametrize(("kind", "rotated"), [("q8", False), ("q4", False), ("q4", True)])
+@pytest.mark.parametrize(
+    ("kind", "rotated"), [("q8", False), ("q6", True), ("q4", False), ("q4", True)]
+)
 def test_a_view_of_packed_bytes_is_the_same_matrix(best: Library, kind, rotated: bool):
     matrix = PackedMatrix.dense(best, torch.randn(75, 192), kind, rotated=rotated)
     place = torch.empty(matrix.region_bytes + 64, dtype=torch.uint8)

@@ -45,42 +45,45 @@ def test_words_unpack_to_the_codes_that_were_packed():
 def test_affine_product_equals_its_twin(native, bits, group):
     n, k = 37, 384
     codes, scales, biases = affine(n, k, group, bits)
-    kind = "q4" if bits <= 4 else "q8"
-    packed = PackedMatrix(native, kind, n, k, group=group, scale_dtype=torch.bfloat16)
-    packed.fill_affine(pack_words(codes, bits), scales, biases, bits)
-    assert torch.allclose(
-        packed.rows(torch.arange(n), torch.float32), dequantise(codes, scales, biases), atol=1e-6
-    )
     x = torch.randn(19, k)
-    close(packed.multiply(x), affine_linear(x, codes, scales, biases), 2e-6)
+    whole, product = dequantise(codes, scales, biases), affine_linear(x, codes, scales, biases)
+    for kind in ("q4", "q6", "q8")[0 if bits <= 4 else 1 if bits <= 6 else 2 :]:
+        packed = PackedMatrix(native, kind, n, k, group=group, scale_dtype=torch.bfloat16)
+        packed.fill_affine(pack_words(codes, bits), scales, biases, bits)
+        kept = packed.rows(torch.arange(n), torch.float32)
+        assert torch.allclose(kept, whole, atol=1e-6)
+        close(packed.multiply(x), product, 2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [0, 1, 3, 17, 70])
-def test_every_row_count_and_scale_type(native, rows, dtype):
-    codes, scales, biases = affine(50, 256, 64, 4, dtype)
-    packed = PackedMatrix(native, "q4", 50, 256, group=64, scale_dtype=dtype)
-    packed.fill_affine(pack_words(codes, 4), scales, biases, 4)
+@pytest.mark.parametrize(("kind", "bits"), [("q4", 4), ("q6", 6)])
+def test_every_row_count_and_scale_type(native, kind, bits, rows, dtype):
+    codes, scales, biases = affine(50, 256, 64, bits, dtype)
+    packed = PackedMatrix(native, kind, 50, 256, group=64, scale_dtype=dtype)
+    packed.fill_affine(pack_words(codes, bits), scales, biases, bits)
     bias = torch.randn(50)
     packed.fill_bias(bias)
     x = torch.randn(rows, 256)
     close(packed.multiply(x), affine_linear(x, codes, scales, biases, bias), 2e-6)
 
 
-@pytest.mark.parametrize("kind", ["q8", "q4"])
+@pytest.mark.parametrize("kind", ["q8", "q6", "q4"])
 @pytest.mark.parametrize("k", [96, 100, 257])
 def test_one_scale_a_row_takes_any_width(native, kind, k):
     weight = torch.randn(21, k) * 0.05
     packed = PackedMatrix.dense(native, weight, kind, group=0)
     x = torch.randn(9, k)
     kept = packed.rows(torch.arange(21), torch.float32)
-    step = weight.abs().max() / (127 if kind == "q8" else 7.5)
+    step = weight.abs().max() / {"q8": 127, "q6": 31.5, "q4": 7.5}[kind]
     assert (kept - weight).abs().max() <= (0.6 if kind == "q8" else 2.5) * step
     close(packed.multiply(x), x @ kept.T, 0.02)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 33, 200])
-@pytest.mark.parametrize(("kind", "group"), [("q8", 32), ("q8", 64), ("q8", 128), ("q4", 32)])
+@pytest.mark.parametrize(
+    ("kind", "group"), [("q8", 32), ("q8", 64), ("q8", 128), ("q6", 32), ("q4", 32)]
+)
 def test_one_group_may_be_the_whole_row(native, kind, group, rows):
     torch.manual_seed(rows)
     packed = PackedMatrix.dense(native, torch.randn(320, group) * 0.05, kind, group=group)
@@ -89,7 +92,9 @@ def test_one_group_may_be_the_whole_row(native, kind, group, rows):
 
 
 @pytest.mark.parametrize("rows", [1, 7, 20])
-@pytest.mark.parametrize(("kind", "group", "k"), [("q4", 64, 192), ("q8", 32, 96), ("q8", 0, 160)])
+@pytest.mark.parametrize(
+    ("kind", "group", "k"), [("q4", 64, 192), ("q6", 64, 192), ("q8", 32, 96), ("q8", 0, 160)]
+)
 def test_columns_mixed_on_both_sides_leave_the_product(native, kind, group, k, rows):
     torch.manual_seed(k)
     weight, x = torch.randn(40, k) * 0.05, torch.randn(rows, k)
@@ -97,6 +102,7 @@ def test_columns_mixed_on_both_sides_leave_the_product(native, kind, group, k, r
     packed, plain = PackedMatrix.empty(native, form, 40, k), PlainMatrix(form, 40, k, x.device)
     for matrix in (packed, plain):
         matrix.fill(weight)
+    assert not group or plain.nbytes * 8 == form.bits * 40 * k
     codes, steps = quantise_rows(rotate(x), group or k)
     seen = rotate((codes.float() * steps[..., None]).flatten(1))
     kept = packed.rows(torch.arange(40), torch.float32)
@@ -139,9 +145,11 @@ def test_bfloat16_product_equals_torch(native, rows, k):
     [
         ("bf16", 0, False),
         ("q8", 64, False),
+        ("q6", 64, False),
         ("q4", 64, False),
         ("q8", 0, False),
         ("q8", 64, True),
+        ("q6", 32, True),
         ("q4", 32, True),
     ],
 )
@@ -164,7 +172,9 @@ def test_a_row_is_the_same_bits_beside_any_rows_and_on_any_threads(native, kind,
 
 
 @pytest.mark.parametrize("rows", [7, 70])
-@pytest.mark.parametrize(("kind", "group"), [("bf16", 0), ("q8", 64), ("q4", 64), ("q8", 0)])
+@pytest.mark.parametrize(
+    ("kind", "group"), [("bf16", 0), ("q8", 64), ("q6", 64), ("q4", 64), ("q8", 0)]
+)
 def test_gate_and_up_alternate(native, kind, group, rows):
     torch.manual_seed(1)
     gate, up = torch.randn(2, 48, 128) * 0.1
@@ -193,7 +203,9 @@ def test_bias_and_activation_follow_one_scale_a_row(native, rows):
 
 
 def test_what_is_not_finite_stays_so(native):
-    for kind, rotated in (("bf16", False), ("q8", False), ("q4", False), ("q4", True)):
+    for kind, rotated in (
+        ("bf16", False), ("q8", False), ("q6", False), ("q4", False), ("q4", True),
+    ):  # fmt: skip
         packed = PackedMatrix.dense(native, torch.rand(16, 128) + 1, kind, rotated=rotated)
         x = torch.ones(3, 128)
         x[1, 5] = torch.nan
@@ -214,6 +226,9 @@ def test_wrong_shapes_are_refused(best):
     codes, scales, biases = affine(16, 128, 64, 4, torch.float16)
     with pytest.raises(EngineError, match="fill"):
         mixed.fill_affine(pack_words(codes, 4), scales, biases, 4)
+    narrow = PackedMatrix(best, "q6", 16, 128, group=64)
+    with pytest.raises(EngineError, match="fill"):
+        narrow.fill_affine(torch.zeros(16, 32, dtype=torch.int32), scales, biases, 8)
     packed = PackedMatrix(best, "q4", 16, 128, group=64)
     with pytest.raises(ValueError, match="rows have 64"):
         packed.fill(torch.zeros(16, 64))

@@ -157,7 +157,8 @@ OPSIN_API int opsin_abi();                   // changes with this file
 // back where rows are read; k is whole 32s.
 OPSIN_API OpsinMatrix* opsin_matrix_new(int kind, int n, int k, int group, int scale_dtype,
                                         int rotated);
-// Weights as they are; a quantised kind takes its scales from them (8 bits: symmetric, 4: min-max).
+// Weights as they are; a quantised kind takes its scales from them (8 bits: symmetric, fewer: by
+// least squares).
 OPSIN_API int opsin_matrix_fill_dense(OpsinMatrix* m, int row, int rows, int spread,
                                       const void* weights, int dtype, int64_t stride);
 // Rows of bfloat16 that lie one after another in memory that outlives the matrix: read in place,

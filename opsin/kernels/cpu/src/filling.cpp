@@ -95,16 +95,26 @@ void put_scale(const Matrix* m, const Place& at, int group, uint16_t scale, uint
   head[kRows + at.row] = bias;
 }
 
-// codes of one group, one byte each
-void put_codes(const Matrix* m, const Place& at, int group, int count, const uint8_t* codes) {
+// Byte `part` of the codes of columns that lie together: `next` from four of them to the next four.
+uint8_t code_byte(int kind, int part, const uint8_t* codes, int next) {
+  if (kind == kQ8) return codes[0];
+  if (kind == kQ4) return static_cast<uint8_t>(codes[0] | codes[next] << 4);
+  return static_cast<uint8_t>(codes[part * next] | (codes[3 * next] >> 2 * part & 3) << 6);
+}
+
+// Codes of one group of some rows, one byte each: row after row, and `step` from column to column.
+void put_codes(const Matrix* m, const Place& at, int count, int group, const uint8_t* codes,
+               int step) {
   uint8_t* q = at.block + group * m->group_bytes + 64 + at.row * 4;
-  if (m->kind == kQ8) {
-    for (int i = 0; i < count; i += 4) std::memcpy(q + i * 16, codes + i, 4);
-    return;
-  }
-  for (int i = 0; i < count; i += 8) {
-    for (int j = 0; j < 4; j++) {
-      q[i * 8 + j] = static_cast<uint8_t>(codes[i + j] | codes[i + 4 + j] << 4);
+  const int kind = m->kind, parts = kind == kQ6 ? 3 : 1;
+  const int columns = kind == kQ8 ? 4 : kind == kQ4 ? 8 : 16;
+  for (int i = 0; i < m->group; i += columns, codes += columns * step) {
+    for (int part = 0; part < parts; part++, q += 64) {
+      for (int r = 0; r < count; r++) {
+        for (int j = 0; j < 4; j++) {
+          q[r * 4 + j] = code_byte(kind, part, codes + j * step + r, 4 * step);
+        }
+      }
     }
   }
 }
@@ -114,9 +124,14 @@ void put_codes(const Matrix* m, const Place& at, int group, int count, const uin
 void quantise_group(const Matrix* m, const Place& at, int count, int group, int columns,
                     const float* tile, uint8_t* codes) {
   const bool f16 = m->scale_f16 != 0, wide = m->kind == kQ8;
+  const float top = wide ? 255.0f : m->kind == kQ6 ? 63.0f : 15.0f;
   float scale[kRows], bias[kRows];
   const Kernels* k = kernels();
-  (wide ? k->fit_eight : k->fit_four)(tile, columns, scale, bias);
+  if (wide) {
+    k->fit_eight(tile, columns, scale, bias);
+  } else {
+    k->fit_few(tile, columns, top, scale, bias);
+  }
   for (int r = 0; r < kRows; r++) {
     const uint16_t s = to_16(scale[r], f16);
     scale[r] = to_float(s, f16);
@@ -124,18 +139,8 @@ void quantise_group(const Matrix* m, const Place& at, int count, int group, int 
     bias[r] = to_float(b, f16);
     if (r < count) put_scale(m, {at.block, at.row + r}, group, s, b);
   }
-  k->affine_codes(tile, m->group, scale, bias, wide ? 255.0f : 15.0f, codes);
-  uint8_t* q = at.block + group * m->group_bytes + 64 + at.row * 4;
-  const int step = wide ? 4 : 8;
-  for (int i = 0; i < m->group; i += step, q += 64) {
-    const uint8_t* from = codes + i * kRows;
-    for (int r = 0; r < count; r++) {
-      for (int j = 0; j < 4; j++) {
-        const int high = wide ? 0 : from[(4 + j) * kRows + r] << 4;
-        q[r * 4 + j] = static_cast<uint8_t>(from[j * kRows + r] | high);
-      }
-    }
-  }
+  k->affine_codes(tile, m->group, scale, bias, top, codes);
+  put_codes(m, at, count, group, codes, kRows);
 }
 
 // Codes of `bits` each from a stream of little-endian words.
@@ -316,7 +321,8 @@ int opsin_matrix_fill_affine(OpsinMatrix* m, int row, int rows, int spread, cons
   if (!opsin::fits(m, row, rows, spread) || !m->capacity || m->kind == opsin::kBf16) {
     return OPSIN_BAD_ARGUMENT;
   }
-  if (m->rotated || bits < 2 || bits > (m->kind == opsin::kQ4 ? 4 : 8)) return OPSIN_BAD_ARGUMENT;
+  const int most = m->kind == opsin::kQ8 ? 8 : m->kind == opsin::kQ6 ? 6 : 4;
+  if (m->rotated || bits < 2 || bits > most) return OPSIN_BAD_ARGUMENT;
   if (static_cast<int64_t>(m->k) * bits % 32 != 0 || m->group > 1024) return OPSIN_BAD_ARGUMENT;
   const int64_t words = static_cast<int64_t>(m->k) * bits / 32;
   opsin::over_rows(rows, [&](int from, int to) {
@@ -328,7 +334,7 @@ int opsin_matrix_fill_affine(OpsinMatrix* m, int row, int rows, int spread, cons
         opsin::unpack_bits(codes + i * words, bits, static_cast<int64_t>(g) * m->group, m->group,
                            bytes);
         opsin::put_scale(m, at, g, scales[s], biases[s]);
-        opsin::put_codes(m, at, g, m->group, bytes);
+        opsin::put_codes(m, at, 1, g, bytes, 1);
       }
     }
   });

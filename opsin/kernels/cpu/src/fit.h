@@ -22,9 +22,9 @@ static void fit_eight(const float* tile, int columns, float* scale, float* bias)
   store(bias, mul(s, set1(-128.0f)));
 }
 
-// Four bits: the scale and bias of the smallest squared error among those that least squares finds
-// from several starts, each a part of the group's range.
-static void fit_four(const float* tile, int columns, float* scale, float* bias) {
+// Codes up to top: the scale and bias of the smallest squared error among those that least squares
+// finds from several starts, each a part of the group's range; many codes lose nothing by one.
+static void fit_few(const float* tile, int columns, float top, float* scale, float* bias) {
   F low = set1(0.0f), high = set1(0.0f), sum = set1(0.0f), squares = set1(0.0f);
   for (int c = 0; c < columns; c++) {
     const F w = load(tile + 16 * c);
@@ -33,9 +33,10 @@ static void fit_four(const float* tile, int columns, float* scale, float* bias) 
     sum = add(sum, w);
     squares = fma(w, w, squares);
   }
-  const F range = mul(sub(high, low), set1(1.0f / 15.0f)), count = set1((float)columns);
+  const F range = mul(sub(high, low), set1(1.0f / top)), count = set1((float)columns);
   F best = set1(3.0e38f), best_scale = range, best_bias = low;
-  for (int start = 0; start < 3; start++) {
+  const int starts = top < 31.0f ? 3 : 1;
+  for (int start = 0; start < starts; start++) {
     const F part = set1(1.0f - 0.1f * (float)start);
     F s = mul(range, part), b = mul(low, part);
     for (int turn = 0; turn < 3; turn++) {
@@ -44,7 +45,7 @@ static void fit_four(const float* tile, int columns, float* scale, float* bias) 
       for (int c = 0; c < columns; c++) {
         const F w = load(tile + 16 * c);
         F q = round_even(mul(sub(w, b), inverse));
-        q = min(max(q, set1(0.0f)), set1(15.0f));
+        q = min(max(q, set1(0.0f)), set1(top));
         x = add(x, q);
         xx = fma(q, q, xx);
         xy = fma(q, w, xy);

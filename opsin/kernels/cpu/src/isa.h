@@ -44,7 +44,7 @@ static double peak(int kind, int64_t iterations) {
       if (kind == opsin::kBf16) {
         f[i] = dot_bf16(f[i], x, x);
       } else {
-        s[i] = dot_u4(s[i], x, x);
+        s[i] = dot_u7(s[i], x, x);
       }
     }
   }
@@ -58,7 +58,7 @@ static const opsin::Kernels table = {
     OPSIN_ISA_NAME, quantize, narrow,  widen, kPaired, gather, tile,    pair,     matmul_begin, matmul_end,     kPanel,   kPanelBf16, kCodeRows, kByLaneFrom, kTiledFrom, rms_norm,
     layer_norm,     emit,     activate, rope,   to_bf16,      from_bf16,      axpy,     argmax,
     softmax,        attention, pack_row, dequantize_row,  read_sum,     peak,
-    fit_eight,      fit_four, affine_codes, rotate,
+    fit_eight,      fit_few,  affine_codes, rotate,
 };
 
 }  // namespace OPSIN_ISA

@@ -13,14 +13,16 @@ constexpr int kSegment = 512;     // keys whose partial results are merged as on
 // Whose weights, as bytes, stay in the first cache beside rows.
 constexpr int kNearColumns = 1024;
 
-enum MatrixKind : int32_t { kBf16 = 0, kQ8 = 1, kQ4 = 2 };
+enum MatrixKind : int32_t { kBf16 = 0, kQ8 = 1, kQ4 = 2, kQ6 = 3 };
 
 // A weight matrix (n, k) in blocks of sixteen rows.
 //
 // bf16: row after row, each block wherever it lies, so that a checkpoint's own bytes can be one.
 // Quantised kinds are one run of memory, block after block.
-// q8, q4: for each group of columns sixteen scales, sixteen biases (16 bits each), then codes:
+// q8, q6, q4: for each group of columns sixteen scales, sixteen biases (16 bits each), then codes:
 //   q8: for each four columns the four codes of the sixteen rows (unsigned bytes);
+//   q6: for each sixteen columns three times 64 bytes: four columns each in the lower six bits, the
+//     last four in the upper two, lowest bits first;
 //   q4: for each eight columns 64 bytes, the first four columns in the low nibbles.
 // A weight is code * scale + bias. Columns are padded with codes whose activations are zero.
 struct Matrix {
@@ -158,7 +160,7 @@ struct Kernels {
   double (*peak)(int kind, int64_t iterations);  // operations done
   // Of one group of sixteen rows, weights (columns, 16): scales and biases (16), then codes.
   void (*fit_eight)(const float* tile, int columns, float* scale, float* bias);
-  void (*fit_four)(const float* tile, int columns, float* scale, float* bias);
+  void (*fit_few)(const float* tile, int columns, float top, float* scale, float* bias);
   void (*affine_codes)(const float* tile, int columns, const float* scale, const float* bias,
                        float top, uint8_t* codes);
   void (*rotate)(const float* x, int k, int block, float* out);  // out may be x

@@ -24,12 +24,12 @@ constexpr int kAhead = 2048;  // bytes between a weight's use and its prefetch
 // Integer sums of one group of four-bit codes with MT rows of activations. With few rows the two
 // halves of a byte have sums of their own, so that one does not wait for the other; whole numbers
 // add up to the same.
-template <int MT, int STEPS>
-OPSIN_INLINE void group_q4(const uint8_t* w, const int8_t* x, int steps, I* sum) {
+template <int MT, int COLUMNS>
+OPSIN_INLINE void group_q4(const uint8_t* w, const int8_t* x, int columns, I* sum) {
   constexpr int kChains = MT <= 4 ? 2 : 1;
   I other[MT];
   for (int t = 0; t < MT; t++) sum[t] = other[t] = izero();
-  const int n = STEPS ? STEPS : steps;
+  const int n = (COLUMNS ? COLUMNS : columns) / 8;
 #pragma GCC unroll 4
   for (int j = 0; j < n; j++) {
     prefetch(w + 64 * j + kAhead);
@@ -38,9 +38,9 @@ OPSIN_INLINE void group_q4(const uint8_t* w, const int8_t* x, int steps, I* sum)
 #pragma GCC unroll 8
     for (int t = 0; t < MT; t++) {
       const int8_t* at = x + 8 * MT * j + 4 * t;
-      sum[t] = dot_u4_at(sum[t], low, at);
+      sum[t] = dot_u7_at(sum[t], low, at);
       I* second = kChains == 2 ? &other[t] : &sum[t];
-      *second = dot_u4_at(*second, high, at + 4 * MT);
+      *second = dot_u7_at(*second, high, at + 4 * MT);
     }
   }
   if (kChains == 2) {
@@ -48,12 +48,40 @@ OPSIN_INLINE void group_q4(const uint8_t* w, const int8_t* x, int steps, I* sum)
   }
 }
 
-template <int MT, int STEPS>
-OPSIN_INLINE void group_q8(const uint8_t* w, const int8_t* x, int steps, I* sum) {
+// The same of six-bit codes, sixteen columns at a time.
+template <int MT, int COLUMNS>
+OPSIN_INLINE void group_q6(const uint8_t* w, const int8_t* x, int columns, I* sum) {
+  constexpr int kChains = MT <= 4 ? 2 : 1;
+  I other[MT];
+  for (int t = 0; t < MT; t++) sum[t] = other[t] = izero();
+  const int n = (COLUMNS ? COLUMNS : columns) / 16;
+#pragma GCC unroll 4
+  for (int j = 0; j < n; j++) {
+    const uint8_t* p = w + 192 * j;
+    for (int i = 0; i < 3; i++) prefetch(p + 64 * i + kAhead);
+    const V a = vload(p), b = vload(p + 64), c = vload(p + 128);
+    const V codes[4] = {low_sixes(a), low_sixes(b), low_sixes(c), high_sixes(a, b, c)};
+#pragma GCC unroll 8
+    for (int t = 0; t < MT; t++) {
+      const int8_t* at = x + 16 * MT * j + 4 * t;
+      I* second = kChains == 2 ? &other[t] : &sum[t];
+      sum[t] = dot_u7_at(sum[t], codes[0], at);
+      *second = dot_u7_at(*second, codes[1], at + 4 * MT);
+      sum[t] = dot_u7_at(sum[t], codes[2], at + 8 * MT);
+      *second = dot_u7_at(*second, codes[3], at + 12 * MT);
+    }
+  }
+  if (kChains == 2) {
+    for (int t = 0; t < MT; t++) sum[t] = iadd(sum[t], other[t]);
+  }
+}
+
+template <int MT, int COLUMNS>
+OPSIN_INLINE void group_q8(const uint8_t* w, const int8_t* x, int columns, I* sum) {
   constexpr int kChains = MT <= 2 ? 2 : 1;
   I other[MT];
   for (int t = 0; t < MT; t++) sum[t] = other[t] = izero();
-  const int n = STEPS ? STEPS : steps;
+  const int n = (COLUMNS ? COLUMNS : columns) / 8;
 #pragma GCC unroll 4
   for (int j = 0; j < n; j++) {
     prefetch(w + 128 * j + kAhead);
@@ -78,23 +106,25 @@ struct Panel {
   const float *scale, *sum;
 };
 
-template <int MT, bool FOUR, bool F16, int STEPS>
+template <int MT, int KIND, bool F16, int COLUMNS>
 static void tile_affine(const Matrix* m, const uint8_t* w, const Panel& x, float* out) {
   F acc[MT];
   for (int t = 0; t < MT; t++) acc[t] = set1(0.0f);
   const int8_t* codes = x.codes;
   const float *xs = x.scale, *xb = x.sum;
-  const int groups = m->groups, group = STEPS ? STEPS * 8 : m->group;
+  const int groups = m->groups, group = COLUMNS ? COLUMNS : m->group;
   for (int g = 0; g < groups; g++) {
     prefetch(w + kAhead);
     const F scale = load_scale(w, F16), bias = load_scale(w + 32, F16);
     I sum[MT];
-    if (FOUR) {
-      group_q4<MT, STEPS>(w + 64, codes, group / 8, sum);
+    if (KIND == opsin::kQ4) {
+      group_q4<MT, COLUMNS>(w + 64, codes, group, sum);
+    } else if (KIND == opsin::kQ6) {
+      group_q6<MT, COLUMNS>(w + 64, codes, group, sum);
     } else {
-      group_q8<MT, STEPS>(w + 64, codes, group / 8, sum);
+      group_q8<MT, COLUMNS>(w + 64, codes, group, sum);
     }
-    w += 64 + group * (FOUR ? 8 : 16);
+    w += 64 + group * (KIND == opsin::kQ4 ? 8 : KIND == opsin::kQ6 ? 12 : 16);
     codes += group * MT;
 #pragma GCC unroll 8
     for (int t = 0; t < MT; t++) {
@@ -107,27 +137,32 @@ static void tile_affine(const Matrix* m, const uint8_t* w, const Panel& x, float
   for (int t = 0; t < MT; t++) store(out + 16 * t, acc[t]);
 }
 
-template <int MT, bool FOUR, bool F16>
+template <int MT, int KIND, bool F16>
 static void tile_grouped(const Matrix* m, const uint8_t* w, const Panel& x, float* out) {
   if (m->group == 64) {
-    tile_affine<MT, FOUR, F16, 8>(m, w, x, out);
+    tile_affine<MT, KIND, F16, 64>(m, w, x, out);
   } else {
-    tile_affine<MT, FOUR, F16, 0>(m, w, x, out);
+    tile_affine<MT, KIND, F16, 0>(m, w, x, out);
+  }
+}
+
+template <int MT, int KIND>
+static void tile_scaled(const Matrix* m, const uint8_t* w, const Panel& x, float* out) {
+  if (m->scale_f16) {
+    tile_grouped<MT, KIND, true>(m, w, x, out);
+  } else {
+    tile_grouped<MT, KIND, false>(m, w, x, out);
   }
 }
 
 template <int MT>
 static void tile_rows(const Matrix* m, const uint8_t* w, const Panel& x, float* out) {
   if (m->kind == opsin::kQ8) {
-    if (m->scale_f16) {
-      tile_grouped<MT, false, true>(m, w, x, out);
-    } else {
-      tile_grouped<MT, false, false>(m, w, x, out);
-    }
-  } else if (m->scale_f16) {
-    tile_grouped<MT, true, true>(m, w, x, out);
+    tile_scaled<MT, opsin::kQ8>(m, w, x, out);
+  } else if (m->kind == opsin::kQ6) {
+    tile_scaled<MT, opsin::kQ6>(m, w, x, out);
   } else {
-    tile_grouped<MT, true, false>(m, w, x, out);
+    tile_scaled<MT, opsin::kQ4>(m, w, x, out);
   }
 }
 
@@ -168,17 +203,25 @@ static void vector_tile(const Matrix* m, int b, const Activations* x, int row, i
 // Where codes of a column lie in a panel of sixteen rows: a tile is one run of memory.
 OPSIN_INLINE int64_t tile_offset(int column) { return (int64_t)column / 64 * 1024 + column % 64; }
 
-// Four-bit codes of a group as bytes.
-OPSIN_INLINE void unpack_group(const uint8_t* p, int group, uint8_t* out) {
-  for (int j = 0; j < group / 8; j++) {
+// Four-bit or six-bit codes of a group as bytes.
+OPSIN_INLINE void unpack_group(const uint8_t* p, bool six, int group, uint8_t* out) {
+  for (int j = 0; !six && j < group / 8; j++) {
     prefetch(p + 64 * j + kAhead);
     const V v = vload(p + 64 * j);
     vstore(out + 128 * j, low_nibbles(v));
     vstore(out + 128 * j + 64, high_nibbles(v));
   }
+  for (int j = 0; six && j < group / 16; j++, p += 192, out += 256) {
+    for (int i = 0; i < 3; i++) prefetch(p + 64 * i + kAhead);
+    const V a = vload(p), b = vload(p + 64), c = vload(p + 128);
+    vstore(out, low_sixes(a));
+    vstore(out + 64, low_sixes(b));
+    vstore(out + 128, low_sixes(c));
+    vstore(out + 192, high_sixes(a, b, c));
+  }
 }
 
-// One pass of sixteen rows over groups of a block: where they lie. With `scratch`, four-bit codes
+// One pass of sixteen rows over groups of a block: where they lie. With `scratch`, narrow codes
 // are unpacked there on the way, eight groups in turn; else `codes` are bytes, `step` from group to
 // group.
 struct AmxPass {
@@ -188,13 +231,14 @@ struct AmxPass {
   const float *scale[2], *sum[2];  // of eight rows each
   int64_t group_bytes, step;
   int groups, group, depth, steps;
+  bool six;       // what is unpacked
   bool ahead;     // fetch codes ahead of their use
   int32_t* sums;  // (4, 16, 16)
 };
 
 OPSIN_INLINE void unpack_ahead(const AmxPass& p, int g) {
   if (!p.scratch || g >= p.groups) return;
-  unpack_group(p.header + g * p.group_bytes + 64, p.group, p.scratch + (g & 7) * p.step);
+  unpack_group(p.header + g * p.group_bytes + 64, p.six, p.group, p.scratch + (g & 7) * p.step);
 }
 
 // The integer sums of group g by tile number TILE.
@@ -282,14 +326,15 @@ static void amx_pass(const Matrix* m, const Activations* x, int64_t row, int fro
 static void amx_quantized(const Matrix* m, int b, const Activations* x, int row, int count,
                           float* out, uint8_t* scratch) {
   alignas(64) int32_t sums[4 * 256];
-  const bool four = m->kind == opsin::kQ4, once = count <= 16;
+  const bool narrow = m->kind != opsin::kQ8, once = count <= 16;
   const uint8_t* block = m->data + b * m->block_bytes;
   const int near = m->group < opsin::kNearColumns ? opsin::kNearColumns / m->group : 1;
   const int run = once ? m->groups : near;
   AmxPass p;
-  p.scratch = four && once ? scratch : nullptr;
+  p.scratch = narrow && once ? scratch : nullptr;
+  p.six = m->kind == opsin::kQ6;
   p.group_bytes = m->group_bytes;
-  p.step = four ? (int64_t)m->group * 16 : m->group_bytes;
+  p.step = narrow ? (int64_t)m->group * 16 : m->group_bytes;
   p.group = m->group;
   p.depth = m->group < 64 ? m->group / 4 : 16;
   p.steps = m->group / (4 * p.depth);
@@ -297,12 +342,12 @@ static void amx_quantized(const Matrix* m, int b, const Activations* x, int row,
   for (int from = 0; from < m->groups; from += run) {
     p.groups = m->groups - from < run ? m->groups - from : run;
     p.header = block + from * m->group_bytes;
-    p.codes = four ? scratch : p.header + 64;
-    for (int g = 0; four && !once && g < p.groups; g++) {
-      unpack_group(p.header + g * m->group_bytes + 64, m->group, scratch + g * p.step);
+    p.codes = narrow ? scratch : p.header + 64;
+    for (int g = 0; narrow && !once && g < p.groups; g++) {
+      unpack_group(p.header + g * m->group_bytes + 64, p.six, m->group, scratch + g * p.step);
     }
     for (int done = 0; done < count; done += 16) {
-      p.ahead = !four && done == 0;
+      p.ahead = !narrow && done == 0;
       amx_pass(m, x, row + done, from, &p, out + 16 * done);
     }
   }
@@ -421,6 +466,15 @@ static void matmul_end() {}
 
 #endif
 
+// The code of a column among four, from where the first four of a group have it.
+OPSIN_INLINE int code_at(int kind, const uint8_t* p, int fours) {
+  if (kind == opsin::kQ8) return p[fours * 64];
+  if (kind == opsin::kQ4) return fours % 2 ? p[fours / 2 * 64] >> 4 : p[fours / 2 * 64] & 15;
+  p += fours / 4 * 192;
+  if (fours % 4 < 3) return p[fours % 4 * 64] & 63;
+  return p[0] >> 6 | p[64] >> 6 << 2 | p[128] >> 6 << 4;
+}
+
 static void dequantize_row(const Matrix* m, int row, float* out) {
   const int r = row % 16;
   if (m->kind == opsin::kBf16) {
@@ -435,15 +489,7 @@ static void dequantize_row(const Matrix* m, int row, float* out) {
     const float scale = m->scale_f16 ? f16_to_f32(s[r]) : bf16_to_f32(s[r]);
     const float bias = m->scale_f16 ? f16_to_f32(s[16 + r]) : bf16_to_f32(s[16 + r]);
     const int i = c % m->group;
-    const uint8_t* q = head + 64;
-    int code;
-    if (m->kind == opsin::kQ8) {
-      code = q[(i / 4) * 64 + r * 4 + i % 4];
-    } else {
-      const uint8_t byte = q[(i / 8) * 64 + r * 4 + i % 4];
-      code = i % 8 < 4 ? byte & 15 : byte >> 4;
-    }
-    out[c] = (float)code * scale + bias;
+    out[c] = (float)code_at(m->kind, head + 64 + r * 4 + i % 4, i / 4) * scale + bias;
   }
   if (m->rotated) rotate(out, m->k, m->rotated, out);
 }

@@ -92,7 +92,8 @@ void unmap_bytes(uint8_t* data, int64_t capacity) {
 
 // A matrix without memory; null when the arguments do not do.
 Matrix* describe(int kind, int n, int k, int group, int scale_dtype, int rotated) {
-  const bool quantised = kind == kQ8 || kind == kQ4;
+  const int code_bytes = kind == kQ8 ? 16 : kind == kQ6 ? 12 : kind == kQ4 ? 8 : 0;  // of a column
+  const bool quantised = code_bytes > 0;
   if (n <= 0 || k <= 0 || (!quantised && kind != kBf16)) return nullptr;
   if (quantised && group != 0 && (group % 32 != 0 || k % group != 0)) return nullptr;
   if (quantised && group > 64 && group % 64 != 0) return nullptr;
@@ -110,7 +111,7 @@ Matrix* describe(int kind, int n, int k, int group, int scale_dtype, int rotated
     m->groups = m->padded_k / m->group;
     m->scale_f16 = scale_dtype == OPSIN_F16;
     m->rotated = !rotated ? 0 : k % 64 == 0 ? 64 : 32;
-    m->group_bytes = 64 + static_cast<int64_t>(m->group) * (kind == kQ8 ? 16 : 8);
+    m->group_bytes = 64 + static_cast<int64_t>(m->group) * code_bytes;
     m->block_bytes = m->groups * m->group_bytes;
   } else {
     m->padded_k = (k + 31) / 32 * 32;
@@ -130,9 +131,9 @@ Matrix* describe(int kind, int n, int k, int group, int scale_dtype, int rotated
 int64_t tile_scratch_bytes(const Matrix* m) {
   // two blocks of widened bfloat16
   if (m->kind == kBf16) return kernels()->widen ? int64_t{2 * kRows * 4} * m->padded_k : 0;
-  // four-bit codes as bytes: eight groups, or as many as are near
+  // narrow codes as bytes: eight groups, or as many as are near
   const int columns = m->group * 8 < kNearColumns ? kNearColumns : m->group * 8;
-  return m->kind == kQ4 ? int64_t{kRows} * columns : 0;
+  return m->kind != kQ8 ? int64_t{kRows} * columns : 0;
 }
 
 int64_t attention_scratch_bytes(int head_dim, int value_dim) {

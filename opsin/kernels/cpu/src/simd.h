@@ -130,20 +130,31 @@ OPSIN_INLINE V low_nibbles(V a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8
 OPSIN_INLINE V high_nibbles(V a) {
   return {_mm512_and_si512(_mm512_srli_epi32(a.v, 4), _mm512_set1_epi8(15))};
 }
+// Codes of six bits: those in the lower bits, and those whose bits lie above three others, two by
+// two.
+OPSIN_INLINE V low_sixes(V a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(63))}; }
+OPSIN_INLINE V high_sixes(V a, V b, V c) {
+  const int choose = 0xca;  // the second where the first has a bit, else the third
+  __m512i x = _mm512_ternarylogic_epi32(_mm512_set1_epi8(3), _mm512_srli_epi32(a.v, 6),
+                                        _mm512_srli_epi32(b.v, 4), choose);
+  x = _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), x, _mm512_srli_epi32(c.v, 2), choose);
+  return low_sixes({x});
+}
 OPSIN_INLINE V bcast4(const void* p) { return {_mm512_set1_epi32(*(const int32_t*)p)}; }
 
+// Sums of four products in each lane: bytes of any size, and bytes below 128, which may take less.
 #if defined(__AVX512VNNI__)
 OPSIN_INLINE I dot_u8(I acc, V w, V x) { return {_mm512_dpbusd_epi32(acc.v, w.v, x.v)}; }
-OPSIN_INLINE I dot_u4(I acc, V w, V x) { return dot_u8(acc, w, x); }
+OPSIN_INLINE I dot_u7(I acc, V w, V x) { return dot_u8(acc, w, x); }
 // The four bytes at x for all lanes, broadcast by the instruction itself: compilers use two.
 OPSIN_INLINE I dot_u8_at(I acc, V w, const void* x) {
   __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc.v) : "v"(w.v), "m"(*(const int32_t*)x));
   return acc;
 }
-OPSIN_INLINE I dot_u4_at(I acc, V w, const void* x) { return dot_u8_at(acc, w, x); }
+OPSIN_INLINE I dot_u7_at(I acc, V w, const void* x) { return dot_u8_at(acc, w, x); }
 #define OPSIN_DOT_AT
 #else
-OPSIN_INLINE I dot_u4(I acc, V w, V x) {
+OPSIN_INLINE I dot_u7(I acc, V w, V x) {
   __m512i t = _mm512_madd_epi16(_mm512_maddubs_epi16(w.v, x.v), _mm512_set1_epi16(1));
   return {_mm512_add_epi32(acc.v, t)};
 }
@@ -346,6 +357,19 @@ OPSIN_INLINE V low_nibbles(V x) {
 OPSIN_INLINE V high_nibbles(V x) {
   return low_nibbles({_mm256_srli_epi32(x.a, 4), _mm256_srli_epi32(x.b, 4)});
 }
+OPSIN_INLINE V low_sixes(V x) {
+  __m256i m = _mm256_set1_epi8(63);
+  return {_mm256_and_si256(x.a, m), _mm256_and_si256(x.b, m)};
+}
+OPSIN_INLINE __m256i high_sixes_half(__m256i a, __m256i b, __m256i c) {
+  a = _mm256_and_si256(_mm256_srli_epi32(a, 6), _mm256_set1_epi8(3));
+  b = _mm256_and_si256(_mm256_srli_epi32(b, 4), _mm256_set1_epi8(12));
+  c = _mm256_and_si256(_mm256_srli_epi32(c, 2), _mm256_set1_epi8(48));
+  return _mm256_or_si256(_mm256_or_si256(a, b), c);
+}
+OPSIN_INLINE V high_sixes(V x, V y, V z) {
+  return {high_sixes_half(x.a, y.a, z.a), high_sixes_half(x.b, y.b, z.b)};
+}
 OPSIN_INLINE V bcast4(const void* p) {
   __m256i x = _mm256_set1_epi32(*(const int32_t*)p);
   return {x, x};
@@ -354,14 +378,14 @@ OPSIN_INLINE V bcast4(const void* p) {
 OPSIN_INLINE I dot_u8(I acc, V w, V x) {
   return {_mm256_dpbusd_avx_epi32(acc.a, w.a, x.a), _mm256_dpbusd_avx_epi32(acc.b, w.b, x.b)};
 }
-OPSIN_INLINE I dot_u4(I acc, V w, V x) { return dot_u8(acc, w, x); }
+OPSIN_INLINE I dot_u7(I acc, V w, V x) { return dot_u8(acc, w, x); }
 #else
-OPSIN_INLINE __m256i dot_u4_half(__m256i acc, __m256i w, __m256i x) {
+OPSIN_INLINE __m256i dot_u7_half(__m256i acc, __m256i w, __m256i x) {
   __m256i t = _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1));
   return _mm256_add_epi32(acc, t);
 }
-OPSIN_INLINE I dot_u4(I acc, V w, V x) {
-  return {dot_u4_half(acc.a, w.a, x.a), dot_u4_half(acc.b, w.b, x.b)};
+OPSIN_INLINE I dot_u7(I acc, V w, V x) {
+  return {dot_u7_half(acc.a, w.a, x.a), dot_u7_half(acc.b, w.b, x.b)};
 }
 OPSIN_INLINE __m256i dot_u8_half(__m256i acc, __m256i w, __m256i x) {
   __m256i we = _mm256_and_si256(w, _mm256_set1_epi16(255)), wo = _mm256_srli_epi16(w, 8);
@@ -443,7 +467,7 @@ OPSIN_INLINE F dot_bf16(F acc, V x, V y) {
 
 #if !defined(OPSIN_DOT_AT)
 OPSIN_INLINE I dot_u8_at(I acc, V w, const void* x) { return dot_u8(acc, w, bcast4(x)); }
-OPSIN_INLINE I dot_u4_at(I acc, V w, const void* x) { return dot_u4(acc, w, bcast4(x)); }
+OPSIN_INLINE I dot_u7_at(I acc, V w, const void* x) { return dot_u7(acc, w, bcast4(x)); }
 #endif
 
 // e^x within 2 units in the last place; e^0 is exactly 1, and anything below -87 is exactly 0.

@@ -161,13 +161,23 @@ OPSIN_INLINE V high_nibbles(V a) {
   for (int i = 0; i < 64; i++) a.v[i] >>= 4;
   return a;
 }
+OPSIN_INLINE V low_sixes(V a) {
+  for (int i = 0; i < 64; i++) a.v[i] &= 63;
+  return a;
+}
+OPSIN_INLINE V high_sixes(V a, V b, V c) {
+  for (int i = 0; i < 64; i++) {
+    a.v[i] = (uint8_t)(a.v[i] >> 6 | (b.v[i] >> 4 & 12) | (c.v[i] >> 2 & 48));
+  }
+  return a;
+}
 OPSIN_INLINE V bcast4(const void* p) {
   V r;
   OPSIN_LANES __builtin_memcpy(r.v + 4 * i, p, 4);
   return r;
 }
 #if defined(__ARM_FEATURE_DOTPROD)
-OPSIN_INLINE I dot_u4(I acc, V w, V x) {
+OPSIN_INLINE I dot_u7(I acc, V w, V x) {
   for (int i = 0; i < 4; i++) {
     int8x16_t a = vreinterpretq_s8_u8(vld1q_u8(w.v + 16 * i));
     int8x16_t b = vreinterpretq_s8_u8(vld1q_u8(x.v + 16 * i));
@@ -195,7 +205,7 @@ OPSIN_INLINE I dot_u8(I acc, V w, V x) {
   }
   return acc;
 }
-OPSIN_INLINE I dot_u4(I acc, V w, V x) { return dot_u8(acc, w, x); }
+OPSIN_INLINE I dot_u7(I acc, V w, V x) { return dot_u8(acc, w, x); }
 #endif
 OPSIN_INLINE F even_bf16(V x) {
   F r;

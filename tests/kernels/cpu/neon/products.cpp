@@ -65,7 +65,8 @@ void products() {
 void whole_numbers() {
   constexpr int n = 33, rows = 5, k = 256;
   for (const int bits : {2, 3, 4, 5, 6, 8}) {
-    const Form form = {bits <= 4 ? opsin::kQ4 : opsin::kQ8, k, 64, OPSIN_BF16, 0};
+    const int kind = bits <= 4 ? opsin::kQ4 : bits <= 6 ? opsin::kQ6 : opsin::kQ8;
+    const Form form = {kind, k, 64, OPSIN_BF16, 0};
     Packed w(n, form);
     std::vector<uint32_t> words(static_cast<size_t>(n) * k * bits / 32);
     for (uint32_t& word : words) word = dice.below(4) ? dice.next() : ~0u;
@@ -96,6 +97,7 @@ void epilogues() {
   constexpr int n = 96, rows = 9;
   const Form forms[] = {{opsin::kBf16, 128, 0, OPSIN_BF16, 0},
                         {opsin::kQ8, 128, 0, OPSIN_F16, 0},
+                        {opsin::kQ6, 128, 64, OPSIN_F16, 1},
                         {opsin::kQ4, 128, 64, OPSIN_F16, 1}};
   for (const Form& form : forms) {
     use("portable");
