@@ -13,6 +13,7 @@ from opsin.checkpoint.safetensors import StoredTensor
 from opsin.checkpoint.weights import MAP_BYTES, Rename, target_of
 from opsin.decoder.attention import Attention
 from opsin.decoder.decoder import Decoder
+from opsin.decoder.mlp import GatedMLP, PlainMLP
 from opsin.kernels.cpu.library import Library
 from opsin.kernels.cpu.matrix import PackedMatrix
 from opsin.kernels.packed import DenseMatrix, Packed, PlainMatrix
@@ -22,6 +23,7 @@ from opsin.nn.linear import Adapter, Embedding, Linear
 from opsin.nn.packing import ModulePacker
 from opsin.quant.formats import GROUP, Format, Kind, quantised, quantised_by_rows
 from opsin.quant.mlx import AffineTensor
+from opsin.quant.recipes import has_more_bits
 from opsin.towers.mobilenet_v5 import MobileNetV5
 
 GROUPS, SCALES = (32, 64, 128), (torch.float16, torch.bfloat16)
@@ -43,8 +45,9 @@ def native_formats(decoder: Decoder) -> Formats:
 def quantised_formats(decoder: Decoder, towers: nn.Module, bits: int) -> Formats:
     """What is quantised for so many bits while loading.
 
-    Decoder layers and experts take `bits`. Where these are 4, the first and the last layer and what
-    makes queries, keys and values take 6: they are the most sensitive for what they weigh. The
+    Decoder layers and experts take `bits`. Where these are 4, 6 go to what is most sensitive for
+    what it weighs: the first and the last layer, what makes queries, keys and values, and, in the
+    layers that mixed recipes give more to, what ends a feed-forward block (not experts). The
     embeddings and the head, a large part of a small model, take `bits` in groups of 32. The tables
     of a layer's own inputs take 8, and so do the towers, whose time is all arithmetic: they have
     one scale a row, so that whole numbers are added over all columns.
@@ -57,6 +60,9 @@ def quantised_formats(decoder: Decoder, towers: nn.Module, bits: int) -> Formats
     for i, layer in enumerate(decoder.layers):
         inner = 0 < i < len(decoder.layers) - 1
         sensitive = {block.qkv for block in layer.modules() if isinstance(block, Attention)}
+        if has_more_bits(i, len(decoder.layers)):
+            blocks = (b for b in layer.modules() if isinstance(b, GatedMLP | PlainMLP))
+            sensitive |= {block.down for block in blocks}
         for module in _matrices(layer):
             wanted.append((module, narrow if inner and module not in sensitive else wide, GROUP))
     table_group = 32 if narrow == "q4" else GROUP

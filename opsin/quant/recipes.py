@@ -41,9 +41,8 @@ def bits_of(recipe: str, place: Place, bits: int) -> int:
     """The bits of a matrix at a place, AS_STORED for none.
 
     Towers have 8 whatever the recipe. Mixed recipes give more bits to embedding and head, and to
-    the sensitive matrices of the first and the last eighth of the layers and of every third one
-    between, as mlx-lm does, after llama.cpp's Q4_K_M. Of moqe only the experts are quantised
-    (arXiv:2310.02410).
+    the sensitive matrices of some layers, as mlx-lm does, after llama.cpp's Q4_K_M. Of moqe only
+    the experts are quantised (arXiv:2310.02410).
     """
     if recipe == "moqe":
         return bits if place.kind == "expert" else AS_STORED
@@ -54,9 +53,13 @@ def bits_of(recipe: str, place: Place, bits: int) -> int:
     low, high = MIXED[recipe]
     if place.kind == "table":
         return high
-    past = place.layer - place.num_layers // 8
-    outer = past < 0 or place.layer >= 7 * place.num_layers // 8
-    return high if place.sensitive and (outer or past % 3 == 2) else low
+    return high if place.sensitive and has_more_bits(place.layer, place.num_layers) else low
+
+
+def has_more_bits(layer: int, num_layers: int) -> bool:
+    """Whether a layer is of the first or the last eighth, or every third one between."""
+    past = layer - num_layers // 8
+    return past < 0 or layer >= 7 * num_layers // 8 or past % 3 == 2
 
 
 def first_bits(recipe: str, bits: int) -> int:
