@@ -128,8 +128,6 @@ Matrix* describe(int kind, int n, int k, int group, int scale_dtype, int rotated
 }  // namespace
 
 int64_t tile_scratch_bytes(const Matrix* m) {
-  // two blocks of widened bfloat16
-  if (m->kind == kBf16) return kernels()->widen ? int64_t{2 * kRows * 4} * m->padded_k : 0;
   // eight groups of four-bit codes as bytes
   return m->kind == kQ4 ? static_cast<int64_t>(m->group) * kRows * 8 : 0;
 }
