@@ -9,6 +9,7 @@ namespace opsin {
 constexpr int kRows = 16;         // rows of a weight matrix in one block
 constexpr int kAttentionRows = 64;  // query rows one attention unit may hold
 constexpr int kKeyBlock = 64;     // keys per step of the online softmax, at fixed positions
+constexpr int kKeptBlocks = 16;   // blocks of keys, of which what kernels make of them is kept
 constexpr int kLaneRows = 12;     // rows of a panel of activations that lie lane by lane
 constexpr int kSegment = 512;     // keys whose partial results are merged as one
 
@@ -93,6 +94,8 @@ struct AttentionUnit {
   const float* sinks;       // (rows) or null
   int32_t num_keys;         // keys written for this sequence
   int32_t ahead;            // elements to the rows of the unit that follows, or 0: not near
+  bool keep;                // in the scratch, what was made of keys and values; they are few enough
+  bool again;               // the unit before was of the same keys and values, and kept that
   float* out;               // (rows, padded value_dim)
   uint8_t* scratch;
 };

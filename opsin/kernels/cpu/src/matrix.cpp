@@ -134,8 +134,9 @@ int64_t tile_scratch_bytes(const Matrix* m) {
 
 int64_t attention_scratch_bytes(int head_dim, int value_dim) {
   const int64_t dim = (head_dim + 31) / 32 * 32, wide = (value_dim + 31) / 32 * 32;
-  return kKeyBlock * 6 * (dim + wide) + kAttentionRows * 4 * (dim + wide) +
-         kKeyBlock * kAttentionRows * 6 + 4 * wide + 2 * (dim > wide ? dim : wide) + 64;
+  return kKeyBlock * 2 * (dim + wide) + kKeptBlocks * (kKeyBlock * 4 * (dim + wide) + 4 * wide) +
+         kAttentionRows * 4 * (dim + wide) + kKeyBlock * kAttentionRows * 6 +
+         2 * (dim > wide ? dim : wide) + 64 + 2 * kKeptBlocks;
 }
 
 }  // namespace opsin

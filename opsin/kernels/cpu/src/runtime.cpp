@@ -387,10 +387,13 @@ namespace {
 
 struct Tile {
   int sequence, token, tokens, kv_head, head, heads;
-  bool more;  // the same thread takes the next head
+  bool more;   // the same thread takes the next head
+  bool keep;   // all tokens see the same keys, which are few,
+  bool again;  // and the same thread has just taken others of this head
 };
 
-// Which rows a unit holds: units count over sequences, then tiles of tokens, then kv heads.
+// Which rows a unit holds: units count over sequences, then tiles of tokens, then kv heads; or heads
+// first, where keys are taken again by one tile of tokens after the other.
 struct Units {
   int per_kv, head_pieces, tokens_per_tile;
 };
@@ -476,6 +479,8 @@ void run_unit(const AttentionJob& job, const Tile& t, uint8_t* own) {
       a.block_size ? a.block_tables + static_cast<int64_t>(t.sequence) * a.max_blocks : nullptr;
   unit.num_keys = a.num_keys[t.sequence];
   unit.ahead = t.more ? a.head_dim : 0;
+  unit.keep = t.keep;
+  unit.again = t.again;
   unit.out = out;
   unit.scratch = scratch;
   k->attention(&shape, &unit);
@@ -488,46 +493,77 @@ void run_unit(const AttentionJob& job, const Tile& t, uint8_t* own) {
   }
 }
 
+// Where units lie among those of all sequences.
+class Order {
+ public:
+  Order(const AttentionJob& job, const Units& u) : a_(job.a), u_(u) {
+    // Tiles of registers read keys from where they lie: there is nothing to keep.
+    whole_ = !kernels()->paired && !a_.visible_from && !a_.visible_until && !job.window &&
+             !job.kept_last && !job.packed.bits && u.head_pieces == 1;
+  }
+
+  int units(int sequence) const { return tiles(sequence) * a_.kv_heads * u_.head_pieces; }
+
+  // Heads go first where each of them has many keys; else all heads of the same tokens go together,
+  // since they lie on the same pages.
+  bool heads_first(int sequence) const { return whole_ && a_.num_keys[sequence] > kNearKeys; }
+
+  // How many units a thread takes at once, of `total`.
+  int together(int total, int threads) const {
+    const int few = total / (4 * threads), per_tile = a_.kv_heads * u_.head_pieces;
+    if (!heads_first(0)) return per_tile <= few ? per_tile : 1;
+    return few < 2 ? 1 : tiles(0) < few && tiles(0) > 0 ? tiles(0) : few;
+  }
+
+  // Unit `local` of a sequence, where `each` are taken at once and it is not the first of them.
+  Tile tile(int sequence, int local, int each, bool begun) const {
+    const int per_tile = a_.kv_heads * u_.head_pieces, count = tiles(sequence);
+    const bool heads = heads_first(sequence);
+    const int at = heads ? local % count : local / per_tile;
+    const int piece = heads ? local / count : local % per_tile;
+    Tile t;
+    t.sequence = sequence;
+    t.kv_head = piece / u_.head_pieces;
+    t.token = a_.query_start[sequence] + at * u_.tokens_per_tile;
+    const int left = a_.query_start[sequence + 1] - t.token;
+    t.tokens = left < u_.tokens_per_tile ? left : u_.tokens_per_tile;
+    const int part = piece % u_.head_pieces;
+    t.head = t.kv_head * u_.per_kv + part * kAttentionRows;
+    const int heads_left = u_.per_kv - part * kAttentionRows;
+    t.heads = heads_left < kAttentionRows ? heads_left : kAttentionRows;
+    t.more = !heads && each > 1 && t.kv_head + 1 < a_.kv_heads && a_.head_dim == a_.value_dim &&
+             a_.num_keys[sequence] <= kNearKeys;
+    t.keep = heads && a_.num_keys[sequence] <= kKeptBlocks * kKeyBlock;
+    t.again = t.keep && begun && at > 0;
+    return t;
+  }
+
+ private:
+  int tiles(int sequence) const {
+    const int tokens = a_.query_start[sequence + 1] - a_.query_start[sequence];
+    return (tokens + u_.tokens_per_tile - 1) / u_.tokens_per_tile;
+  }
+
+  const OpsinAttention& a_;
+  Units u_;
+  bool whole_;
+};
+
 }  // namespace
 
 void attention(Team& team, const AttentionJob& job, uint8_t* own) {
   const OpsinAttention& a = job.a;
-  const Units u = cut(a);
-  const int per_tile = a.kv_heads * u.head_pieces;
+  const Order order(job, cut(a));
   int total = 0;
-  for (int s = 0; s < a.sequences; s++) {
-    const int n = a.query_start[s + 1] - a.query_start[s];
-    total += (n + u.tokens_per_tile - 1) / u.tokens_per_tile * per_tile;
-  }
-  // Units differ in length: hand them out one by one. Where there are many, all heads of the same
-  // tokens go together, since they lie on the same pages.
-  const int each = total / per_tile >= 4 * team.size() ? per_tile : 1;
+  for (int s = 0; s < a.sequences; s++) total += order.units(s);
+  // Units differ in length: hand them out one by one, where there are not many.
+  const int each = total ? order.together(total, team.size()) : 1;
   int sequence = 0, before = 0;  // units of earlier sequences; chunks come in rising order
-  const auto attend = [&](int unit) {
-    for (;;) {
-      const int n = a.query_start[sequence + 1] - a.query_start[sequence];
-      const int here = (n + u.tokens_per_tile - 1) / u.tokens_per_tile * per_tile;
-      if (unit < before + here) break;
-      before += here;
-      sequence++;
+  team.phase((total + each - 1) / each, [&](int c) {
+    for (int unit = c * each; unit < (c + 1) * each && unit < total; unit++) {
+      while (unit >= before + order.units(sequence)) before += order.units(sequence++);
+      run_unit(job, order.tile(sequence, unit - before, each, unit > c * each), own);
     }
-    const int local = unit - before, tile = local / per_tile, piece = local % per_tile;
-    Tile t;
-    t.sequence = sequence;
-    t.kv_head = piece / u.head_pieces;
-    t.token = a.query_start[sequence] + tile * u.tokens_per_tile;
-    const int left = a.query_start[sequence + 1] - t.token;
-    t.tokens = left < u.tokens_per_tile ? left : u.tokens_per_tile;
-    const int part = piece % u.head_pieces;
-    t.head = t.kv_head * u.per_kv + part * kAttentionRows;
-    const int heads_left = u.per_kv - part * kAttentionRows;
-    t.heads = heads_left < kAttentionRows ? heads_left : kAttentionRows;
-    t.more = each > 1 && t.kv_head + 1 < a.kv_heads && a.head_dim == a.value_dim &&
-             a.num_keys[t.sequence] <= kNearKeys;
-    run_unit(job, t, own);
-  };
-  team.phase(total / each, [&](int c) {
-    for (int unit = c * each; unit < (c + 1) * each; unit++) attend(unit);
   });
 }
 
