@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <new>
 #include <sched.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #if defined(__linux__)
@@ -17,6 +18,8 @@ namespace {
 
 constexpr int kSpins = 3000;  // 50-150 microseconds, by the machine's pause
 constexpr uint32_t kOpen = 0x80000000u;
+
+constexpr int64_t kPage = 4096, kHuge = 2 << 20;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -174,8 +177,14 @@ uint8_t* Pool::scratch(int thread, int64_t bytes) {
   Buffer& b = buffers_[static_cast<size_t>(thread + 1)];
   if (b.bytes < bytes) {
     std::free(b.data);
-    const int64_t rounded = (bytes + bytes / 4 + 4095) / 4096 * 4096;
-    b.data = static_cast<uint8_t*>(std::aligned_alloc(4096, static_cast<size_t>(rounded)));
+    // Panels of many rows would take more pages than the machine remembers.
+    const int64_t page = bytes < kHuge ? kPage : kHuge;
+    const int64_t rounded = (bytes + bytes / 4 + page - 1) / page * page;
+    b.data = static_cast<uint8_t*>(
+        std::aligned_alloc(static_cast<size_t>(page), static_cast<size_t>(rounded)));
+#if defined(MADV_HUGEPAGE)
+    if (page == kHuge) madvise(b.data, static_cast<size_t>(rounded), MADV_HUGEPAGE);
+#endif
     b.bytes = b.data ? rounded : 0;
     if (!b.data) std::abort();
   }
