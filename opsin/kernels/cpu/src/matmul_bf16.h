@@ -284,6 +284,7 @@ constexpr int kWideRows = 6;
 constexpr int kWideRows = 2;
 #endif
 constexpr int kStripRows = 48;  // that meet a lane of weights while it is in the first cache
+static_assert(kStripRows % kLaneRows == 0 && kPanelBf16 % kLaneRows == 0);  // panels stay whole
 
 // Sums of one, two, four and eight lanes that wait for as many others.
 template <int B>

@@ -247,8 +247,10 @@ bool is_gathered(const Matrix* m, const Activations& x, int rows) {
   return m->kind == kBf16 && (kernels()->paired ? rows > kernels()->panel_bf16 : x.tiled);
 }
 
-// Of a block that kernels for many rows read, and of all that are gathered at once.
-int64_t gathered_block_bytes(const Matrix* m) { return m->block_bytes * (kernels()->paired ? 1 : 2); }
+// Of a block as kernels for many rows read it, and of all that are gathered at once.
+int64_t gathered_block_bytes(const Matrix* m) {
+  return m->block_bytes * (kernels()->paired ? 1 : 2);
+}
 
 int64_t gathered_bytes(const Matrix* m) {
   if (m->kind != kBf16 || !(kernels()->paired || kernels()->widen)) return 0;
