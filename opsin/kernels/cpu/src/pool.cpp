@@ -177,8 +177,8 @@ uint8_t* Pool::scratch(int thread, int64_t bytes) {
   Buffer& b = buffers_[static_cast<size_t>(thread + 1)];
   if (b.bytes < bytes) {
     std::free(b.data);
-    // Panels of many rows would take more pages than the machine remembers.
-    const int64_t page = bytes < kHuge ? kPage : kHuge;
+    // Many rows that all threads read would take more pages than the machine remembers.
+    const int64_t page = thread >= 0 || bytes < kHuge ? kPage : kHuge;
     const int64_t rounded = (bytes + bytes / 4 + page - 1) / page * page;
     b.data = static_cast<uint8_t*>(
         std::aligned_alloc(static_cast<size_t>(page), static_cast<size_t>(rounded)));
