@@ -130,6 +130,21 @@ def test_dense_attention_within_runs(native, dim):
     assert (got - want).abs().max() < 0.012
 
 
+@pytest.mark.parametrize("dim", [64, 72])
+def test_dense_attention_of_long_runs_is_the_same_bits_whoever_takes_them(native, dim):
+    torch.manual_seed(dim)
+    lengths = [300, 1100, 20]  # a few tiles of tokens that see keys worth keeping; too many; few
+    q, k, v = torch.randn(3, sum(lengths), 2, dim).bfloat16()
+    got = native.dense_attention(q, k, v, lengths, scale=dim**-0.5)
+    want = Kernels().dense_attention(q.float(), k.float(), v.float(), lengths, scale=dim**-0.5)
+    assert (got - want).abs().max() < 0.03
+    alone = native.dense_attention(q[:300], k[:300], v[:300], [300], scale=dim**-0.5)
+    assert torch.equal(alone, got[:300])
+    native.configure(native.isa, 3)
+    again = native.dense_attention(q, k, v, lengths, scale=dim**-0.5)
+    assert torch.equal(again, got)
+
+
 def test_many_heads_on_one_key(native):
     kv = cache([40], 1, 32)
     query = torch.randn(2, 70, 32).bfloat16()

@@ -12,7 +12,9 @@ from opsin.kernels.native import BETTER_IN_ONEDNN, LEAST_WEIGHTS, NativeKernels
 
 @pytest.mark.parametrize("activation", [None, *get_args(Activation)])
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("shape", [(64, 320, 96), (9, 200, 147), (1, 320, 96), (0, 320, 96)])
+@pytest.mark.parametrize(
+    "shape", [(203, 720, 1056), (64, 320, 96), (9, 200, 147), (1, 320, 96), (0, 320, 96)]
+)
 def test_linear_equals_the_plain_one(native, activation, with_bias, shape):
     rows, n, k = shape
     torch.manual_seed(rows)

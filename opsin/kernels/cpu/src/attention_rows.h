@@ -18,6 +18,12 @@ struct RowProduct {
   float kept;
 };
 
+// What was made of 64 keys or values, of which many rows are multiplied.
+struct Lanes {
+  uint8_t* at;
+  bool* made;
+};
+
 // Rows multiplied together, and with how many vectors: as many as there are registers for. Up to
 // kDirectRows take keys and values from where they lie, kDirectTogether rows at a time; for more
 // it is worth writing them down as lanes, less so where that takes twice the memory.
@@ -249,19 +255,20 @@ static void for_rows(const RowProduct* rows, int count, More... more) {
   }
 }
 
-static void multiply_keys(const uint16_t* const* keys, int dim, uint8_t* turned,
+static void multiply_keys(const uint16_t* const* keys, int dim, Lanes turned,
                           const RowProduct* rows, int count) {
   if (count <= kDirectRows) {
     for_rows<MultiplyKeys>(rows, count, keys, dim);
     return;
   }
   const int steps = dim / 2 * kPairSteps;
-  turn_keys(keys, dim, turned);
+  if (!*turned.made) turn_keys(keys, dim, turned.at);
+  *turned.made = true;
   const int64_t stride = 64 * steps;
-  for_rows<Multiply>(rows, count, (const uint8_t*)turned, stride, steps, kKeyBlock / 16);
+  for_rows<Multiply>(rows, count, (const uint8_t*)turned.at, stride, steps, kKeyBlock / 16);
 }
 
-static void multiply_values(const uint16_t* const* values, int visible, int dim, uint8_t* packed,
+static void multiply_values(const uint16_t* const* values, int visible, int dim, Lanes packed,
                             const RowProduct* rows, int count) {
   const int steps = (visible + kValuesTogether - 1) / kValuesTogether;
   if (count <= kDirectRows) {
@@ -270,8 +277,9 @@ static void multiply_values(const uint16_t* const* values, int visible, int dim,
   }
   // A line apart, so that what is written together does not fall on few sets of the cache.
   const int64_t stride = 64 * (kKeyBlock + 1);
-  pack_lanes(values, steps, dim, stride, packed);
-  for_rows<Multiply>(rows, count, (const uint8_t*)packed, stride, steps, dim / 16);
+  if (!*packed.made) pack_lanes(values, steps, dim, stride, packed.at);
+  *packed.made = true;
+  for_rows<Multiply>(rows, count, (const uint8_t*)packed.at, stride, steps, dim / 16);
 }
 
 // Brings a row of sums over values, as value_lanes has them, back into its order.

@@ -9,6 +9,8 @@ namespace opsin {
 constexpr int kRows = 16;         // rows of a weight matrix in one block
 constexpr int kAttentionRows = 64;  // query rows one attention unit may hold
 constexpr int kKeyBlock = 64;     // keys per step of the online softmax, at fixed positions
+constexpr int kKeptBlocks = 16;   // blocks of keys, of which what kernels make of them is kept
+constexpr int kLaneRows = 12;     // rows of a panel of activations that lie lane by lane
 constexpr int kSegment = 512;     // keys whose partial results are merged as one
 // Whose weights, as bytes, stay in the first cache beside rows.
 constexpr int kNearColumns = 1024;
@@ -48,8 +50,8 @@ struct Matrix {
 // Activations of a product, ready for one kind of matrix; the memory holds whole panels of rows.
 //
 // bfloat16: rows (padded_k), as floats where kernels `widen` them, then (padded_k / 32, odd and even,
-// 16), or `tiled`, lane by lane, (16, padded_k / 32, odd and even); where they are `paired` panels
-// (padded_k / 2, panel_rows, 2).
+// 16), or `tiled`, panels lane by lane, (16, padded_k / 32, odd and even, kLaneRows); where they are
+// `paired` panels (padded_k / 2, panel_rows, 2).
 // Codes: panels (padded_k / 4, rows of this panel, 4), so that what meets the same weights lies
 // together; or `tiled` panels of sixteen rows (padded_k / 64, 16, 64).
 // Scales of codes, and sums (scale * sum of codes): panels (groups, rows of this panel), or
@@ -96,6 +98,8 @@ struct AttentionUnit {
   const float* sinks;       // (rows) or null
   int32_t num_keys;         // keys written for this sequence
   int32_t ahead;            // elements to the rows of the unit that follows, or 0: not near
+  bool keep;                // in the scratch, what was made of keys and values; they are few enough
+  bool again;               // the unit before was of the same keys and values, and kept that
   float* out;               // (rows, padded value_dim)
   uint8_t* scratch;
 };
@@ -124,9 +128,11 @@ struct Kernels {
                    float* sum);
   void (*narrow)(const float* x, int k, int padded_k, uint16_t* out);
   // Bfloat16 activations as floats, as the kernels read them; null where they read bfloat16.
-  void (*widen)(const uint16_t* x, int padded_k, bool by_lane, float* out);
+  void (*widen)(const uint16_t* x, int padded_k, float* out);
+  void (*widen_lanes)(const uint16_t* x, int padded_k, float* out);  // of (kLaneRows, padded_k)
   bool paired;  // bfloat16 is multiplied in tiles: activations beside it lie in panels
-  // Block b of a bf16 matrix tile by tile, (padded_k / 32, 16, 32); where there are tiles.
+  // Block b of a bf16 matrix for many rows: tile by tile, (padded_k / 32, 16, 32), or, where it is
+  // widened, lane by lane, (16, padded_k / 32, odd and even, 16).
   void (*gather)(const Matrix* m, int b, uint8_t* out);
   // rows [row, row + count) of the activations times block b: out (count, 16)
   void (*tile)(const Matrix* m, int b, const Activations* x, int row, int count, float* out,

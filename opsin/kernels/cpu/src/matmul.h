@@ -429,7 +429,7 @@ constexpr int kTiledFrom = 9;  // rows from which tiles beat vectors
 static void tile(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
                  uint8_t* scratch) {
   if (m->kind == opsin::kBf16) {
-    tile_bf16(m, b, x, row, count, out, scratch);
+    tile_bf16(m, b, x, row, count, out);
   } else if (x->tiled) {
     amx_quantized(m, b, x, row, count, out, scratch);
   } else {
@@ -450,16 +450,16 @@ static void matmul_end() { _tile_release(); }
 constexpr int kPanel = 64, kTiledFrom = 0;
 
 static void tile(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
-                 uint8_t* scratch) {
+                 uint8_t*) {
   if (m->kind == opsin::kBf16) {
-    tile_bf16(m, b, x, row, count, out, scratch);
+    tile_bf16(m, b, x, row, count, out);
   } else {
     vector_tile(m, b, x, row, count, out);
   }
 }
 static bool pair(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
-                 float* second, uint8_t* scratch) {
-  return m->kind == opsin::kBf16 && pair_bf16(m, b, x, row, count, out, second, scratch);
+                 float* second, uint8_t*) {
+  return m->kind == opsin::kBf16 && pair_bf16(m, b, x, row, count, out, second);
 }
 static void matmul_begin(const Matrix*, int) {}
 static void matmul_end() {}

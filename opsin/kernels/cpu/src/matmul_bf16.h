@@ -10,6 +10,7 @@
 namespace OPSIN_ISA {
 
 using opsin::Activations;
+using opsin::kLaneRows;
 using opsin::Matrix;
 
 // Fetches `lines` cache lines at p to the second cache.
@@ -24,6 +25,7 @@ OPSIN_INLINE void prefetch_far(const uint8_t* p, int lines) {
 constexpr bool kPaired = true;
 constexpr int kPanelBf16 = 64, kByLaneFrom = 0;
 constexpr auto widen = nullptr;
+constexpr auto widen_lanes = nullptr;
 
 // Sixteen sums a row, (16, columns), to (columns, 16).
 static void turn(const float* sums, int columns, float* out) {
@@ -94,8 +96,8 @@ static void multiply_bf16(const uint8_t* w, int64_t stride, const uint8_t* panel
   turn(sums, rows, out);
 }
 
-static void tile_bf16(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
-                      uint8_t*) {
+static void tile_bf16(const Matrix* m, int b, const Activations* x, int row, int count,
+                      float* out) {
   const int steps = m->padded_k / 32, rows = x->panel_rows;
   const uint8_t* next = b + 1 < m->blocks ? m->at[b + 1] : nullptr;
   for (int done = 0; done < count; done += rows) {
@@ -143,13 +145,14 @@ static void pair_bf16(const Matrix* m, int b, const Activations* x, int row, int
 #else
 
 constexpr bool kPaired = false;
-static void gather(const Matrix*, int, uint8_t*) {}
 
 #if defined(__AVX512BF16__)
 
 constexpr int kRowsAtOnce = 4, kFewRows = 4, kPanelBf16 = 64, kByLaneFrom = 0;
 constexpr int64_t kStep = 64;  // bytes of 32 columns of an activation
 constexpr auto widen = nullptr;
+constexpr auto widen_lanes = nullptr;
+static void gather(const Matrix*, int, uint8_t*) {}
 
 // Adds 32 columns of R rows of weights times MT activations.
 template <int R, int MT>
@@ -173,7 +176,7 @@ constexpr int kRowsAtOnce = 4, kFewRows = 4, kByLaneFrom = 40;
 #else
 constexpr int kRowsAtOnce = 2, kFewRows = 2, kByLaneFrom = 12;
 #endif
-constexpr int kPanelBf16 = 192;
+constexpr int kPanelBf16 = 96;
 constexpr int64_t kStep = 128;
 
 // Bfloat16 as floats, of each 32 the odd ones first, which dot_bf16 adds first.
@@ -183,22 +186,44 @@ OPSIN_INLINE void widen32(const void* x, float* out) {
   store(out + 16, even_bf16(halves));
 }
 
+static void widen(const uint16_t* x, int padded_k, float* out) {
+  for (int c = 0; c < padded_k; c += 32) widen32(x + c, out + c);
+}
+
 // Where lanes lie of those that reduce16 adds up as quarters: in the order in which it adds.
 constexpr int kOrder[4] = {0, 2, 1, 3};
 
-static void widen(const uint16_t* x, int padded_k, bool by_lane, float* out) {
-  const int steps = padded_k / 32;
-  for (int s = 0; s < steps; s++, x += 32) {
-    if (!by_lane) {
-      widen32(x, out + 32 * s);
-      continue;
-    }
-    for (int i = 0; i < 16; i++) {
-      float* to = out + 2 * (steps * ((i & 12) + kOrder[i & 3]) + s);
-      to[0] = bf16_to_f32(x[2 * i + 1]);
-      to[1] = bf16_to_f32(x[2 * i]);
+// The first W of sixteen rows lane by lane: (16, padded_k / 32, odd and even, W).
+template <int W>
+OPSIN_INLINE void to_lanes(const uint16_t* const* rows, int padded_k, float* out) {
+  const int64_t steps = padded_k / 32;
+  for (int s = 0; s < steps; s++, out += 2 * W) {
+#pragma GCC unroll 4
+    for (int quarter = 0; quarter < 4; quarter++) {
+      V pairs[4];
+      transpose_quads(rows, 32 * s + 8 * quarter, pairs);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        float* lane = out + 2 * W * steps * (4 * quarter + kOrder[i]);
+        store_first<W>(lane, odd_bf16(pairs[i]));
+        store_first<W>(lane + W, even_bf16(pairs[i]));
+      }
     }
   }
+}
+
+// Activations of many rows, (kLaneRows, padded_k), to (16, padded_k / 16, kLaneRows).
+static void widen_lanes(const uint16_t* x, int padded_k, float* out) {
+  const uint16_t* rows[16];
+  for (int r = 0; r < 16; r++) rows[r] = x + (r < kLaneRows ? r : 0) * padded_k;
+  to_lanes<kLaneRows>(rows, padded_k, out);
+}
+
+// The same of the sixteen rows of a block.
+static void gather(const Matrix* m, int b, uint8_t* out) {
+  const uint16_t* rows[16];
+  for (int r = 0; r < 16; r++) rows[r] = (const uint16_t*)(m->at[b] + r * m->row_bytes);
+  to_lanes<16>(rows, m->padded_k, (float*)out);
 }
 
 template <int R, int MT>
@@ -258,115 +283,116 @@ constexpr int kWideRows = 6;
 #else
 constexpr int kWideRows = 2;
 #endif
+constexpr int kStripRows = 48;  // that meet a lane of weights while it is in the first cache
+static_assert(kStripRows % kLaneRows == 0 && kPanelBf16 % kLaneRows == 0);  // panels stay whole
 
-// Blocks [b, b + B) lane by lane: (16, padded_k / 32, odd and even, B, 16).
+// Sums of one, two, four and eight lanes that wait for as many others.
 template <int B>
-static void widen_blocks(const Matrix* m, int b, float* out) {
-  const int64_t steps = m->padded_k / 32;
-  for (int n = 0; n < B; n++) {
-    const uint16_t* rows[16];
-    for (int r = 0; r < 16; r++) rows[r] = (const uint16_t*)(m->at[b + n] + r * m->row_bytes);
-    float* to = out + 16 * n;
-    for (int s = 0; s < steps; s++, to += 32 * B) {
-#pragma GCC unroll 4
-      for (int quarter = 0; quarter < 4; quarter++) {
-        V pairs[4];
-        transpose_quads(rows, 32 * s + 8 * quarter, pairs);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-          float* lane = to + 32 * B * steps * (4 * quarter + kOrder[i]);
-          store(lane, odd_bf16(pairs[i]));
-          store(lane + 16 * B, even_bf16(pairs[i]));
-        }
-      }
-    }
-  }
-}
+struct Waiting {
+  F sums[4][kStripRows][B];
+};
 
-// One lane of the sums of R rows of activations.
+// One lane of the sums of R rows of activations and B blocks that lie `block` floats apart.
 template <int B, int R>
-OPSIN_INLINE void lane_sums(const float* w, const float* x, int64_t x_stride, int columns,
+OPSIN_INLINE void lane_sums(const float* w, int64_t block, const float* x, int64_t columns,
                             F (&acc)[R][B]) {
 #pragma GCC unroll 12
   for (int r = 0; r < R; r++) {
 #pragma GCC unroll 2
     for (int n = 0; n < B; n++) acc[r][n] = set1(0.0f);
   }
-  for (const float* end = x + columns; x < end; x++, w += 16 * B) {
+  const float* next = x + 16 * columns * kLaneRows;  // the same lane of the panel after this one
+  for (const float* end = x + columns * kLaneRows; x < end; w += 16) {
     F weight[B];
+    prefetch(next);
 #pragma GCC unroll 2
-    for (int n = 0; n < B; n++) weight[n] = in_register(load(w + 16 * n));
-    const float* row = x;
+    for (int n = 0; n < B; n++) weight[n] = in_register(load(w + block * n));
 #pragma GCC unroll 12
-    for (int r = 0; r < R; r++, row += x_stride) {
-      const F factor = set1(*row);
+    for (int r = 0; r < R; r++) {
+      const F factor = set1(x[r]);
 #pragma GCC unroll 2
       for (int n = 0; n < B; n++) acc[r][n] = fma(weight[n], factor, acc[r][n]);
     }
+    x += kLaneRows;
+    next += kLaneRows;
   }
 }
 
-// R rows of activations times B blocks of weights that lie lane by lane. As reduce16 does, adds up
-// lanes (0, 2), (1, 3), both pairs, and so with fours and eights.
+// One lane of rows [row, row + R) of a strip, added to those before it as reduce16 does: lanes
+// (0, 2), (1, 3), both pairs, and so with fours and eights.
 template <int B, int R>
-static void wide_rows(const float* w, const float* x, int64_t x_stride, int64_t columns,
-                      float* const* out) {
-  F held[4][R][B];  // sums of one, two, four and eight lanes that wait for as many others
-  for (int i = 0; i < 16; i++) {
-    F acc[R][B];
-    lane_sums<B, R>(w + 16 * B * columns * i, x + columns * i, x_stride, columns, acc);
-    int level = 0;
-    for (; i >> level & 1; level++) {
-#pragma GCC unroll 12
-      for (int r = 0; r < R; r++) {
-#pragma GCC unroll 2
-        for (int n = 0; n < B; n++) acc[r][n] = add(held[level][r][n], acc[r][n]);
-      }
-    }
+static void add_lane(const float* w, int64_t block, const float* x, int64_t columns, int lane,
+                     int row, Waiting<B>* waiting, float* const* out) {
+  F acc[R][B];
+  lane_sums<B, R>(w, block, x, columns, acc);
+  int level = 0;
+  for (; lane >> level & 1; level++) {
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
 #pragma GCC unroll 2
-      for (int n = 0; n < B; n++) {
-        if (level < 4) {
-          held[level][r][n] = acc[r][n];
-        } else {
-          store(out[n] + 16 * r, acc[r][n]);
-        }
+      for (int n = 0; n < B; n++) acc[r][n] = add(waiting->sums[level][row + r][n], acc[r][n]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++) {
+#pragma GCC unroll 2
+    for (int n = 0; n < B; n++) {
+      if (level < 4) {
+        waiting->sums[level][row + r][n] = acc[r][n];
+      } else {
+        store(out[n] + 16 * (row + r), acc[r][n]);
       }
     }
   }
 }
 
-// Blocks [b, b + B) times `count` rows of activations that lie lane by lane; out: B of (count, 16).
+// `count` rows of activations from the beginning of a panel on times B gathered blocks; out: B of
+// (count, 16).
 template <int B>
-static void many_bf16(const Matrix* m, int b, const uint8_t* x, int64_t x_stride, int count,
-                      float* const* out, uint8_t* scratch) {
-  const int64_t columns = m->padded_k / 16, stride = x_stride / 4;
-  float* weights = (float*)scratch;
-  widen_blocks<B>(m, b, weights);
-  int done = 0;
-  const auto multiply = [&](int rows, auto kernel) {
-    for (; done + rows <= count; done += rows) {
-      float* to[2] = {out[0] + 16 * done, out[B - 1] + 16 * done};
-      kernel(weights, (const float*)x + done * stride, stride, columns, to);
-    }
-  };
-  multiply(kWideRows, wide_rows<B, kWideRows>);
-  if (kWideRows > 4) multiply(4, wide_rows<B, 4>);
-  multiply(1, wide_rows<B, 1>);
+static void strip_bf16(const float* w, int64_t block, const float* x, int64_t columns, int count,
+                       float* const* out) {
+  Waiting<B> waiting;
+  for (int lane = 0; lane < 16; lane++) {
+    int done = 0;
+    const auto multiply = [&](int rows, auto kernel) {
+      for (; done + rows <= count; done += rows) {
+        const float* panel = x + done / kLaneRows * 16 * columns * kLaneRows;
+        kernel(w + 16 * columns * lane, block,
+               panel + columns * kLaneRows * lane + done % kLaneRows, columns, lane, done,
+               &waiting, out);
+      }
+    };
+    multiply(kWideRows, add_lane<B, kWideRows>);
+    if (kWideRows > 4) multiply(4, add_lane<B, 4>);
+    multiply(1, add_lane<B, 1>);
+  }
+}
+
+// Gathered blocks [b, b + B) times `count` rows of activations that lie lane by lane.
+template <int B>
+static void many_bf16(const Matrix* m, int b, const Activations* x, int row, int count,
+                      float* const* out) {
+  const float* w = (const float*)m->at[b];
+  const int64_t block = (const float*)m->at[b + B - 1] - w;
+  for (int done = 0; done < count; done += kStripRows) {
+    const float* panel = (const float*)(x->data + (row + done) / kLaneRows * x->stride);
+    float* to[] = {out[0] + 16 * done, out[B - 1] + 16 * done};
+    const int rows = count - done < kStripRows ? count - done : kStripRows;
+    strip_bf16<B>(w, block, panel, m->padded_k / 16, rows, to);
+  }
 }
 
 #endif
 
-static void tile_bf16(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
-                      uint8_t* scratch) {
-  const uint8_t* at = x->data + row * x->stride;
+static void tile_bf16(const Matrix* m, int b, const Activations* x, int row, int count,
+                      float* out) {
 #if !defined(__AVX512BF16__)
   if (x->tiled) {
-    many_bf16<1>(m, b, at, x->stride, count, &out, scratch);
+    many_bf16<1>(m, b, x, row, count, &out);
     return;
   }
 #endif
+  const uint8_t* at = x->data + row * x->stride;
   int done = 0;
   for (; done + kFewRows <= count; done += kFewRows) {
     few_bf16<kFewRows>(m, b, at + done * x->stride, x->stride, out + 16 * done);
@@ -375,11 +401,11 @@ static void tile_bf16(const Matrix* m, int b, const Activations* x, int row, int
 }
 
 static bool pair_bf16(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
-                      float* second, uint8_t* scratch) {
+                      float* second) {
 #if defined(__AVX512F__) && !defined(__AVX512BF16__)
   if (x->tiled) {
     float* const to[] = {out, second};
-    many_bf16<2>(m, b, x->data + row * x->stride, x->stride, count, to, scratch);
+    many_bf16<2>(m, b, x, row, count, to);
     return true;
   }
 #endif

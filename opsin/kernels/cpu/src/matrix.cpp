@@ -129,17 +129,16 @@ Matrix* describe(int kind, int n, int k, int group, int scale_dtype, int rotated
 }  // namespace
 
 int64_t tile_scratch_bytes(const Matrix* m) {
-  // two blocks of widened bfloat16
-  if (m->kind == kBf16) return kernels()->widen ? int64_t{2 * kRows * 4} * m->padded_k : 0;
   // narrow codes as bytes: eight groups, or as many as are near
   const int columns = m->group * 8 < kNearColumns ? kNearColumns : m->group * 8;
-  return m->kind != kQ8 ? int64_t{kRows} * columns : 0;
+  return m->kind == kQ4 || m->kind == kQ6 ? int64_t{kRows} * columns : 0;
 }
 
 int64_t attention_scratch_bytes(int head_dim, int value_dim) {
   const int64_t dim = (head_dim + 31) / 32 * 32, wide = (value_dim + 31) / 32 * 32;
-  return kKeyBlock * 6 * (dim + wide) + kAttentionRows * 4 * (dim + wide) +
-         kKeyBlock * kAttentionRows * 6 + 4 * wide + 2 * (dim > wide ? dim : wide) + 64;
+  return kKeyBlock * 2 * (dim + wide) + kKeptBlocks * (kKeyBlock * 4 * (dim + wide) + 4 * wide) +
+         kAttentionRows * 4 * (dim + wide) + kKeyBlock * kAttentionRows * 6 +
+         2 * (dim > wide ? dim : wide) + 64 + 2 * kKeptBlocks;
 }
 
 }  // namespace opsin

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <new>
 #include <sched.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #if defined(__linux__)
@@ -17,6 +18,8 @@ namespace {
 
 constexpr int kSpins = 3000;  // 50-150 microseconds, by the machine's pause
 constexpr uint32_t kOpen = 0x80000000u;
+
+constexpr int64_t kPage = 4096, kHuge = 2 << 20;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -174,14 +177,20 @@ uint8_t* Pool::scratch(int thread, int64_t bytes) {
   Buffer& b = buffers_[static_cast<size_t>(thread + 1)];
   if (b.bytes < bytes) {
     std::free(b.data);
+    // Many rows that all threads read would take more pages than the machine remembers.
+    const int64_t page = thread >= 0 || bytes < kHuge ? kPage : kHuge;
 #if defined(__SANITIZE_ADDRESS__)
     const int64_t rounded = bytes;  // room to spare would hide what is written past the end
 #else
-    const int64_t rounded = (bytes + bytes / 4 + 4095) / 4096 * 4096;
+    const int64_t rounded = (bytes + bytes / 4 + page - 1) / page * page;
 #endif
     void* data = nullptr;
-    const bool failed = posix_memalign(&data, 4096, static_cast<size_t>(rounded)) != 0;
+    const bool failed = posix_memalign(&data, static_cast<size_t>(page),
+                                       static_cast<size_t>(rounded)) != 0;
     b.data = failed ? nullptr : static_cast<uint8_t*>(data);
+#if defined(MADV_HUGEPAGE)
+    if (page == kHuge && !failed) madvise(b.data, static_cast<size_t>(rounded), MADV_HUGEPAGE);
+#endif
     b.bytes = b.data ? rounded : 0;
     if (!b.data) std::abort();
   }

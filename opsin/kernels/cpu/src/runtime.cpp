@@ -20,7 +20,11 @@ constexpr int kNearKeys = 256;  // whose rows the caches keep until the next hea
 
 int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
-int padded_rows(int rows) { return (rows + 63) / 64 * 64; }
+// Whole panels of any kind of kernel.
+int padded_rows(int rows) {
+  const int codes = (rows + 63) / 64 * 64, lanes = (rows + kLaneRows - 1) / kLaneRows * kLaneRows;
+  return codes > lanes ? codes : lanes;
+}
 
 int64_t row_bytes(const Matrix* m) {
   const int size = m->kind != kBf16 ? 1 : kernels()->widen ? 4 : 2;
@@ -40,15 +44,15 @@ struct Prepared {
 Prepared lay_out(const Matrix* m, int rows, uint8_t* at) {
   const int64_t padded = padded_rows(rows);
   const Kernels* k = kernels();
-  const int most = m->kind != kBf16 ? k->code_rows : k->paired ? kRows : 1;
   Prepared p;
   p.data = at;
   const int tiled_from = m->kind == kBf16 ? k->by_lane_from : k->tiled_from;
   p.tiled = tiled_from && rows >= tiled_from;
+  const int most = m->kind != kBf16 ? k->code_rows : k->paired ? kRows : p.tiled ? kLaneRows : 1;
   p.panel_rows = rows < most ? rows : most;
   p.stride = row_bytes(m);
-  if (m->kind == kBf16 && k->paired) {
-    p.stride = static_cast<int64_t>(p.panel_rows) * m->padded_k * 2;
+  if (m->kind == kBf16 && most > 1) {
+    p.stride = static_cast<int64_t>(p.panel_rows) * m->padded_k * (k->paired ? 2 : 4);
   } else if (m->kind != kBf16) {
     p.stride = p.tiled ? (m->padded_k + 63) / 64 * 1024 : p.stride * p.panel_rows;
   }
@@ -90,12 +94,18 @@ void place_codes(const Matrix* m, const Prepared& to, int r, int rows, const flo
   }
 }
 
-// Row r as bfloat16, to where the kernels read it; `narrow` holds a row.
+// Row r as bfloat16, to where the kernels read it; `narrow` holds rows of a panel, one at least.
 void place_bf16(const Product& p, const Prepared& to, int r, const float* x, uint16_t* narrow) {
   const Matrix* m = p.linear.matrix;
   const Kernels* k = kernels();
-  uint8_t* row = to.data + r * to.stride;
-  uint16_t* out = to.panel_rows > 1 || k->widen ? narrow : reinterpret_cast<uint16_t*>(row);
+  uint8_t* row = to.data + r / to.panel_rows * to.stride;
+  const int t = r % to.panel_rows;
+  uint16_t* out = narrow;
+  if (to.tiled) {
+    out += static_cast<int64_t>(t) * m->padded_k;
+  } else if (to.panel_rows == 1 && !k->widen) {
+    out = reinterpret_cast<uint16_t*>(row);
+  }
   if (x) {
     k->narrow(x, m->k, m->padded_k, out);
   } else {
@@ -103,15 +113,27 @@ void place_bf16(const Product& p, const Prepared& to, int r, const float* x, uin
     std::memcpy(out, stored, 2u * m->k);
     std::memset(out + m->k, 0, 2u * (m->padded_k - m->k));
   }
-  if (k->widen) k->widen(narrow, m->padded_k, to.tiled, reinterpret_cast<float*>(row));
-  if (to.panel_rows == 1) return;
-  uint8_t* panel = to.data + r / to.panel_rows * to.stride + r % to.panel_rows * 4;
-  for (int c = 0; c < m->padded_k; c += 2) {
-    std::memcpy(panel + static_cast<int64_t>(c) * 2 * to.panel_rows, narrow + c, 4);
+  if (to.tiled) {
+    if (t == kLaneRows - 1 || r == p.linear.rows - 1) {
+      k->widen_lanes(narrow, m->padded_k, reinterpret_cast<float*>(row));
+    }
+  } else if (k->widen) {
+    k->widen(narrow, m->padded_k, reinterpret_cast<float*>(row));
+  } else if (to.panel_rows > 1) {
+    uint8_t* panel = row + 4 * t;
+    for (int c = 0; c < m->padded_k; c += 2) {
+      std::memcpy(panel + static_cast<int64_t>(c) * 2 * to.panel_rows, narrow + c, 4);
+    }
   }
 }
 
-// Rows [from, to): read, normalise, and quantise or narrow. `row` holds two rows of floats.
+// What preparing takes: two rows of floats, or one and bfloat16 of a panel's rows.
+int64_t preparing_bytes(const Matrix* m) {
+  const int64_t second = m->kind == kBf16 && kernels()->widen ? 2 * kLaneRows : 4;
+  return aligned(m->padded_k * (4 + second));
+}
+
+// Rows [from, to): read, normalise, and quantise or narrow. `row` holds preparing_bytes.
 void prepare(const Product& p, const Prepared& to, int from, int until, float* row) {
   const Matrix* m = p.linear.matrix;
   const Kernels* k = kernels();
@@ -218,12 +240,25 @@ void sums(const Matrix* m, bool gated, int first, int blocks, const Activations&
 // cache while every panel of rows passes by.
 int64_t run_of(const Matrix* m, int step) {
   const int64_t run = kNear / (m->block_bytes * step);
-  return run < 2 ? 1 : run / 2 * 2;
+  return run < 2 ? 2 / step : run / 2 * 2;
 }
 
-bool in_tiles(const Matrix* m) { return m->kind == kBf16 && kernels()->paired; }
+bool is_gathered(const Matrix* m, const Activations& x, int rows) {
+  return m->kind == kBf16 && (kernels()->paired ? rows > kernels()->panel_bf16 : x.tiled);
+}
 
-// Blocks [from, until) of a bf16 matrix tile by tile; they are numbered from 0.
+// Of a block as kernels for many rows read it, and of all that are gathered at once.
+int64_t gathered_block_bytes(const Matrix* m) {
+  return m->block_bytes * (kernels()->paired ? 1 : 2);
+}
+
+int64_t gathered_bytes(const Matrix* m) {
+  if (m->kind != kBf16 || !(kernels()->paired || kernels()->widen)) return 0;
+  const int64_t run = run_of(m, 1);
+  return run * gathered_block_bytes(m) + aligned(run * static_cast<int64_t>(sizeof(*m->at)));
+}
+
+// Blocks [from, until) of a bf16 matrix as `gather` lays them out; they are numbered from 0.
 Matrix gathered(const Matrix* m, int from, int until, uint8_t* at) {
   Matrix tiled = *m;
   tiled.blocks = until - from;
@@ -231,16 +266,11 @@ Matrix gathered(const Matrix* m, int from, int until, uint8_t* at) {
   tiled.step_bytes = 64 * kRows;
   tiled.at = reinterpret_cast<const uint8_t**>(at);
   at += aligned(tiled.blocks * static_cast<int64_t>(sizeof(*tiled.at)));
-  for (int b = from; b < until; b++, at += m->block_bytes) {
+  for (int b = from; b < until; b++, at += gathered_block_bytes(m)) {
     tiled.at[b - from] = at;
     kernels()->gather(m, b, at);
   }
   return tiled;
-}
-
-int64_t gathered_bytes(const Matrix* m) {
-  const int64_t blocks = 2 * run_of(m, 1);
-  return in_tiles(m) ? blocks * m->block_bytes + aligned(blocks * 8) : 0;
 }
 
 void multiply(const Product& p, const Activations& x, int from, int until, uint8_t* own) {
@@ -256,7 +286,7 @@ void multiply(const Product& p, const Activations& x, int from, int until, uint8
     const int last = static_cast<int>(first + run < until ? first + run : until);
     const Matrix* m = l.matrix;
     int before = 0;  // blocks (or pairs) that m leaves out in front
-    if (in_tiles(m) && l.rows > panel) {
+    if (is_gathered(m, x, l.rows)) {
       before = static_cast<int>(first);
       tiled = gathered(m, before * step, last * step, held.scratch);
       m = &tiled;
@@ -299,7 +329,7 @@ int64_t activation_bytes(const Matrix* m, int rows) {
 }
 
 int64_t product_thread_bytes(const Matrix* m) {
-  return activation_bytes(m, kPrivateRows) + aligned(m->padded_k * 8) + kHeldRows * 16 * 4 +
+  return activation_bytes(m, kPrivateRows) + preparing_bytes(m) + kHeldRows * 16 * 4 +
          tile_scratch_bytes(m) + gathered_bytes(m);
 }
 
@@ -323,13 +353,14 @@ void product(Team& team, const Product& p, uint8_t* shared, uint8_t* own) {
   const int unit = rows > kRows ? 2 : 1;  // blocks that kernels for many take together
   const int chunks = product_chunks(p, (blocks + unit - 1) / unit, team.size());
   float* row = reinterpret_cast<float*>(own + activation_bytes(m, kPrivateRows));
-  uint8_t* scratch = own + activation_bytes(m, kPrivateRows) + aligned(m->padded_k * 8);
+  uint8_t* scratch = own + activation_bytes(m, kPrivateRows) + preparing_bytes(m);
   const bool alone = rows <= (m->kind == kBf16 ? kPrivateRowsBf16 : kPrivateRows);
   const Prepared prepared = lay_out(m, rows, alone ? own : shared);
   bool ready = !alone;
   if (!alone) {
-    // A panel of codes is one thread's: two that write to the same lines wait for each other.
-    const int panel = m->kind == kBf16 ? 1 : prepared.panel_rows;
+    // A panel is one thread's: two that write to the same lines wait for each other.
+    const bool apart = m->kind == kBf16 && !prepared.tiled;
+    const int panel = apart ? 1 : prepared.panel_rows;
     const int pieces = chunks_for((rows + panel - 1) / panel, team.size(), panel == 1 ? 4 : 1);
     team.phase(pieces, [&](int c) {
       prepare(p, prepared, chunk_start(rows, panel, c, pieces),
@@ -358,10 +389,13 @@ namespace {
 
 struct Tile {
   int sequence, token, tokens, kv_head, head, heads;
-  bool more;  // the same thread takes the next head
+  bool more;   // the same thread takes the next head
+  bool keep;   // all tokens see the same keys, which are few,
+  bool again;  // and the same thread has just taken others of this head
 };
 
-// Which rows a unit holds: units count over sequences, then tiles of tokens, then kv heads.
+// Which rows a unit holds: units count over sequences, then tiles of tokens, then kv heads; or heads
+// first, where keys are taken again by one tile of tokens after the other.
 struct Units {
   int per_kv, head_pieces, tokens_per_tile;
 };
@@ -447,6 +481,8 @@ void run_unit(const AttentionJob& job, const Tile& t, uint8_t* own) {
       a.block_size ? a.block_tables + static_cast<int64_t>(t.sequence) * a.max_blocks : nullptr;
   unit.num_keys = a.num_keys[t.sequence];
   unit.ahead = t.more ? a.head_dim : 0;
+  unit.keep = t.keep;
+  unit.again = t.again;
   unit.out = out;
   unit.scratch = scratch;
   k->attention(&shape, &unit);
@@ -459,46 +495,77 @@ void run_unit(const AttentionJob& job, const Tile& t, uint8_t* own) {
   }
 }
 
+// Where units lie among those of all sequences.
+class Order {
+ public:
+  Order(const AttentionJob& job, const Units& u) : a_(job.a), u_(u) {
+    // Tiles of registers read keys from where they lie: there is nothing to keep.
+    whole_ = !kernels()->paired && !a_.visible_from && !a_.visible_until && !job.window &&
+             !job.kept_last && !job.packed.bits && u.head_pieces == 1;
+  }
+
+  int units(int sequence) const { return tiles(sequence) * a_.kv_heads * u_.head_pieces; }
+
+  // Heads go first where each of them has many keys; else all heads of the same tokens go together,
+  // since they lie on the same pages.
+  bool heads_first(int sequence) const { return whole_ && a_.num_keys[sequence] > kNearKeys; }
+
+  // How many units a thread takes at once, of `total`.
+  int together(int total, int threads) const {
+    const int few = total / (4 * threads), per_tile = a_.kv_heads * u_.head_pieces;
+    if (!heads_first(0)) return per_tile <= few ? per_tile : 1;
+    return few < 2 ? 1 : tiles(0) < few && tiles(0) > 0 ? tiles(0) : few;
+  }
+
+  // Unit `local` of a sequence, where `each` are taken at once and it is not the first of them.
+  Tile tile(int sequence, int local, int each, bool begun) const {
+    const int per_tile = a_.kv_heads * u_.head_pieces, count = tiles(sequence);
+    const bool heads = heads_first(sequence);
+    const int at = heads ? local % count : local / per_tile;
+    const int piece = heads ? local / count : local % per_tile;
+    Tile t;
+    t.sequence = sequence;
+    t.kv_head = piece / u_.head_pieces;
+    t.token = a_.query_start[sequence] + at * u_.tokens_per_tile;
+    const int left = a_.query_start[sequence + 1] - t.token;
+    t.tokens = left < u_.tokens_per_tile ? left : u_.tokens_per_tile;
+    const int part = piece % u_.head_pieces;
+    t.head = t.kv_head * u_.per_kv + part * kAttentionRows;
+    const int heads_left = u_.per_kv - part * kAttentionRows;
+    t.heads = heads_left < kAttentionRows ? heads_left : kAttentionRows;
+    t.more = !heads && each > 1 && t.kv_head + 1 < a_.kv_heads && a_.head_dim == a_.value_dim &&
+             a_.num_keys[sequence] <= kNearKeys;
+    t.keep = heads && a_.num_keys[sequence] <= kKeptBlocks * kKeyBlock;
+    t.again = t.keep && begun && at > 0;
+    return t;
+  }
+
+ private:
+  int tiles(int sequence) const {
+    const int tokens = a_.query_start[sequence + 1] - a_.query_start[sequence];
+    return (tokens + u_.tokens_per_tile - 1) / u_.tokens_per_tile;
+  }
+
+  const OpsinAttention& a_;
+  Units u_;
+  bool whole_;
+};
+
 }  // namespace
 
 void attention(Team& team, const AttentionJob& job, uint8_t* own) {
   const OpsinAttention& a = job.a;
-  const Units u = cut(a);
-  const int per_tile = a.kv_heads * u.head_pieces;
+  const Order order(job, cut(a));
   int total = 0;
-  for (int s = 0; s < a.sequences; s++) {
-    const int n = a.query_start[s + 1] - a.query_start[s];
-    total += (n + u.tokens_per_tile - 1) / u.tokens_per_tile * per_tile;
-  }
-  // Units differ in length: hand them out one by one. Where there are many, all heads of the same
-  // tokens go together, since they lie on the same pages.
-  const int each = total / per_tile >= 4 * team.size() ? per_tile : 1;
+  for (int s = 0; s < a.sequences; s++) total += order.units(s);
+  // Units differ in length: hand them out one by one, where there are not many.
+  const int each = total ? order.together(total, team.size()) : 1;
   int sequence = 0, before = 0;  // units of earlier sequences; chunks come in rising order
-  const auto attend = [&](int unit) {
-    for (;;) {
-      const int n = a.query_start[sequence + 1] - a.query_start[sequence];
-      const int here = (n + u.tokens_per_tile - 1) / u.tokens_per_tile * per_tile;
-      if (unit < before + here) break;
-      before += here;
-      sequence++;
+  team.phase((total + each - 1) / each, [&](int c) {
+    for (int unit = c * each; unit < (c + 1) * each && unit < total; unit++) {
+      while (unit >= before + order.units(sequence)) before += order.units(sequence++);
+      run_unit(job, order.tile(sequence, unit - before, each, unit > c * each), own);
     }
-    const int local = unit - before, tile = local / per_tile, piece = local % per_tile;
-    Tile t;
-    t.sequence = sequence;
-    t.kv_head = piece / u.head_pieces;
-    t.token = a.query_start[sequence] + tile * u.tokens_per_tile;
-    const int left = a.query_start[sequence + 1] - t.token;
-    t.tokens = left < u.tokens_per_tile ? left : u.tokens_per_tile;
-    const int part = piece % u.head_pieces;
-    t.head = t.kv_head * u.per_kv + part * kAttentionRows;
-    const int heads_left = u.per_kv - part * kAttentionRows;
-    t.heads = heads_left < kAttentionRows ? heads_left : kAttentionRows;
-    t.more = each > 1 && t.kv_head + 1 < a.kv_heads && a.head_dim == a.value_dim &&
-             a.num_keys[t.sequence] <= kNearKeys;
-    run_unit(job, t, own);
-  };
-  team.phase(total / each, [&](int c) {
-    for (int unit = c * each; unit < (c + 1) * each; unit++) attend(unit);
   });
 }
 

@@ -62,6 +62,10 @@ struct I { __m512i v; };  // 16 int32
 
 OPSIN_INLINE F load(const float* p) { return {_mm512_loadu_ps(p)}; }
 OPSIN_INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
+template <int N>  // the first N floats
+OPSIN_INLINE void store_first(float* p, F a) {
+  _mm512_mask_storeu_ps(p, (__mmask16)((1 << N) - 1), a.v);
+}
 OPSIN_INLINE F set1(float x) { return {_mm512_set1_ps(x)}; }
 // Compilers would load again what they can, which takes more than adding does.
 OPSIN_INLINE F in_register(F a) {
@@ -236,6 +240,15 @@ OPSIN_INLINE F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_p
 OPSIN_INLINE void store(float* p, F x) {
   _mm256_storeu_ps(p, x.a);
   _mm256_storeu_ps(p + 8, x.b);
+}
+template <int N>  // the first N floats, twelve or all of them
+OPSIN_INLINE void store_first(float* p, F x) {
+  _mm256_storeu_ps(p, x.a);
+  if (N == 12) {
+    _mm_storeu_ps(p + 8, _mm256_castps256_ps128(x.b));
+  } else {
+    _mm256_storeu_ps(p + 8, x.b);
+  }
 }
 OPSIN_INLINE F set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 // Compilers would load again what they can, which takes more than adding does.

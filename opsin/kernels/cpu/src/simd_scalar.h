@@ -13,6 +13,10 @@ OPSIN_INLINE F load(const float* p) {
   return r;
 }
 OPSIN_INLINE void store(float* p, F a) { __builtin_memcpy(p, a.v, 64); }
+template <int N>
+OPSIN_INLINE void store_first(float* p, F a) {
+  __builtin_memcpy(p, a.v, 4 * N);
+}
 OPSIN_INLINE F in_register(F a) { return a; }
 OPSIN_INLINE F set1(float x) {
   F r;
