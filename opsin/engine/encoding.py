@@ -44,6 +44,8 @@ class Sliced:
         self._work: Future[None] | None = None
         self._until = 0.0
         self._beside = False
+        self._resumed = 0.0
+        self._seconds = 0.0  # that it last went on
         self._ended = False
         self._abandoned = False
         self._go = threading.Semaphore(0)
@@ -86,11 +88,14 @@ class Sliced:
         self._go.release()
         self._apart.acquire()
 
-    def end_beside(self) -> None:
-        """Stop at the next module; what the work raised, the next `advance` tells."""
+    def end_beside(self) -> float:
+        """Stop at the next module; for how many seconds it went on. What the work raised, the next
+        `advance` tells.
+        """
         self._until = 0.0
         self._back.acquire()
         self._beside = False
+        return self._seconds
 
     def abandon(self) -> None:
         """End the work where it stands."""
@@ -137,8 +142,10 @@ class Sliced:
             assert self._library is not None
             self._library.set_aside(self._library.threads // 2)  # else the calls take turns
             self._apart.release()
+        self._resumed = time.perf_counter()
 
     def _stop(self) -> None:
+        self._seconds = time.perf_counter() - self._resumed
         if self._library is not None:
             self._library.set_aside(0)
         self._back.release()
@@ -155,9 +162,10 @@ class MediaEncoder:
         self.sliced = Sliced(runner.model.towers, self.library)
         self.on_cpu = runner.model.device.type == "cpu"
         self.sequences: list[Sequence] = []  # whose media are being encoded
-        self._began = 0.0  # when a step did that has a tower beside it; 0: none has
-        self._was_beside = False  # whether the last step had
-        self._prefilled = 0.0  # seconds of steps that the sequences themselves were in
+        self._ahead: Sequence | None = None  # the one of them that needs its medium later
+        self._prefilling = 0.0  # seconds of that beside its own steps
+        self._beside = False  # whether that goes on beside a step
+        self._was_beside = False  # whether it did beside the last one
 
     def ready(
         self, step: list[Scheduled], before_slice: Callable[[], None] = lambda: None
@@ -177,8 +185,7 @@ class MediaEncoder:
             now = time.perf_counter()
             for scheduled in lacking:  # its wait in the queue is over
                 scheduled.sequence.started = scheduled.sequence.started or now
-            wanted = [each for scheduled in lacking for each in self.runner.lacking(scheduled)]
-            self._start(wanted)
+            self._start([each for s in lacking for each in self.runner.lacking(s)])
         had_time, self._was_beside = self._was_beside and len(lacking) < len(step), False
         if self.sliced.busy and not had_time:
             before_slice()
@@ -197,39 +204,41 @@ class MediaEncoder:
             if wanted is None:
                 return
             self._start([wanted])
-        self._began = time.perf_counter()
+            self._ahead = wanted[0]
+        self._beside = True
         self.sliced.begin_beside()
 
     def end_beside(self, step: list[Scheduled]) -> bool:
         """Stop what goes on beside a step; whether anything did."""
-        if not self._began:
+        if not self._beside:
             return False
-        self.sliced.end_beside()
-        if any(scheduled.sequence in self.sequences for scheduled in step):
-            self._prefilled += time.perf_counter() - self._began
-        self._began, self._was_beside = 0.0, True
+        self._beside, self._was_beside = False, True
+        seconds = self.sliced.end_beside()
+        if self._ahead is not None and any(s.sequence is self._ahead for s in step):
+            self._prefilling += seconds
         return True
 
     def _start(self, wanted: list[tuple[Sequence, int]]) -> None:
         self.sequences = list({sequence.request_id: sequence for sequence, _ in wanted}.values())
-        self._prefilled = 0.0
+        self._ahead, self._prefilling = None, 0.0
         self.sliced.start(lambda: self.runner.encode(wanted))
 
     def _advance(self) -> None:
         self.sliced.advance(SLICE_SECONDS)
-        if not self.sliced.busy:
-            for sequence in self.sequences:
-                sequence.timings.encode -= self._prefilled
-            self.sequences = []
+        if self._ahead is not None and not self.sliced.busy:
+            self._ahead.timings.encode -= self._prefilling
+            self._ahead = None
 
     def forget(self, sequence: Sequence) -> None:
         """Go on without a sequence that has ended; with none left, the work ends too."""
         if sequence in self.sequences:
             self.sequences.remove(sequence)
             if not self.sequences:
+                self._ahead = None
                 self.sliced.abandon()
 
     def close(self) -> None:
         """End what runs, and the thread."""
         self.sequences.clear()
+        self._ahead = None
         self.sliced.close()

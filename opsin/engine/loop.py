@@ -391,7 +391,8 @@ class Engine:
         except STEP_ERRORS as error:
             for sequence in list(self.encoder.sequences):
                 self._finish(self._requests[sequence.request_id], "error", error)
-            return [s for s in step if s.sequence.request_id in self._requests]
+            left = [s for s in step if s.sequence.request_id in self._requests]
+            return [s for s in left if not self.runner.lacks_media(s)]
         self.steps += not ready  # a slice of a tower's work alone is one too
         return ready
 

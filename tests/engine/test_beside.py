@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -246,6 +248,31 @@ def test_a_request_that_ends_ends_its_next_picture(
     assert not engine.encoder.sliced.busy
     assert engine.encoder.library is not None
     assert engine.encoder.library.threads == 2
+
+
+@pytest.mark.parametrize("cancels", [False, True])
+def test_the_pixels_of_a_request_go_when_it_ends(
+    loaded: tuple[Any, Any], engine: Engine, monkeypatch: pytest.MonkeyPatch, cancels: bool
+) -> None:
+    watched, seen, gone = Watched(loaded[0], monkeypatch), Inbox(), threading.Event()
+    prompt, known = shown(engine), threading.Event()
+    copied = {name: value.clone() for name, value in prompt.media[1].features.items()}
+    weakref.finalize(next(iter(copied.values())), gone.set)
+    prompt.media[1] = dataclasses.replace(prompt.media[1], features=copied)
+    del copied
+
+    def leave() -> None:
+        assert known.wait(60)
+        assert watched.began[1].wait(60)
+        if cancels:
+            engine.cancel(number)
+
+    watched.until = leave
+    number = engine.submit(prompt, SCORED, seen)
+    del prompt
+    known.set()
+    assert seen.reason() == ("cancelled" if cancels else "length")
+    assert gone.wait(10), "the engine keeps them while it waits for the next request"
 
 
 def test_steps_that_only_generate_have_all_threads(
