@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -248,6 +249,25 @@ def test_a_request_that_ends_ends_its_next_picture(
     assert not engine.encoder.sliced.busy
     assert engine.encoder.library is not None
     assert engine.encoder.library.threads == 2
+
+
+def test_what_goes_on_beside_its_own_prompt_is_among_its_prefill(
+    loaded: tuple[Any, Any], engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched, slow = Watched(loaded[0], monkeypatch), 0.5
+    encode = loaded[0].family.encode
+
+    def dawdles(towers: nn.ModuleDict, items: Sequence[MediaInput]) -> list[Encoded]:
+        if watched.num_begun == 1:
+            time.sleep(slow)
+        return encode(towers, items)
+
+    monkeypatch.setattr(loaded[0].family, "encode", dawdles)
+    timings = answer(engine, shown(engine, 2)).events[-1].timings
+    assert watched.num_done == 2
+    assert timings is not None
+    assert timings.prefill >= slow
+    assert timings.encode > 0
 
 
 @pytest.mark.parametrize("cancels", [False, True])
