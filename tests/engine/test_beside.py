@@ -194,7 +194,7 @@ def test_a_picture_that_fails_beside_a_step_fails_its_request_alone(
         return result
 
     monkeypatch.setattr(loaded[0].family, "encode", breaks)
-    watched.until = lambda: watched.num_begun != 1 and failed.wait(60)
+    watched.until = lambda: engine.encoder._beside and watched.num_begun > 1 and failed.wait(60)
     text, seen = Inbox(), Inbox()
     engine.submit(shown(engine), SCORED, seen)
     engine.submit(words, SCORED, text)
