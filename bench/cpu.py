@@ -40,6 +40,7 @@ FIGURES = {
     "streams": "8 sequences at once, total tok/s",
     "prefill": "prefill of 512 text tokens, tok/s",
     "ttft_picture": "first token, 1024x768 picture, s",
+    "ttft_pictures": "first token, 4 pictures, s",
     "decode_picture": "decode after the picture, tok/s",
     "peak_memory_gb": "peak memory, GB",
     "load_s": "load, s",

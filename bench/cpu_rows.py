@@ -18,6 +18,7 @@ NEW_TOKENS = 32  # generated after a short prompt
 STREAMS, STREAM_TOKENS = 8, 12  # sequences at once, and what each generates
 PREFILL = 512  # tokens of a long prompt
 AFTER_PICTURE = 32  # generated after a picture
+PICTURES = 4  # of one request
 FIRST_ID = 300  # of the text tokens
 
 CLOCK = "BENCH_CLOCK"  # environment: "cpu" counts processor seconds of the whole process

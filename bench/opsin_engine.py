@@ -13,7 +13,7 @@ from pathlib import Path
 
 import cpu_rows as rows
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 
 from opsin.engine.loop import Engine, EngineLimits
 from opsin.engine.model import load_model
@@ -29,7 +29,7 @@ class Opsin:
 
     def __init__(self, folder: Path, bits: int, picture: bytes) -> None:
         self.model = load_model(folder, device="cpu", quantize=None if bits == 16 else bits)
-        limits = EngineLimits(prefix_cache=False, media_cache=0, max_context=1280, memory=2 << 30)
+        limits = EngineLimits(prefix_cache=False, media_cache=0, max_context=5120, memory=2 << 30)
         self.engine = Engine(self.model, None, limits)
         self.picture = Image.frombytes("RGB", SIZE, picture)
         self.num_tokens = 0
@@ -72,18 +72,30 @@ class Opsin:
         prompts = [self.text(rows.SHORT, s) for s in range(rows.STREAMS)]
         return {"streams": rows.streams_rate(self.moments(prompts, rows.STREAM_TOKENS))}
 
+    def shown(self, count: int) -> Prompt:
+        """Some text around so many pictures, each another one."""
+        family, token = self.model.family, self.model.config["image_token_id"]
+        ids, media = rows.text_ids(10), []
+        for i in range(count):
+            media.append(family.prepare_image(ImageChops.offset(self.picture, i), {}))
+            first = len(ids)
+            ids += [token] * media[i].num_tokens
+            media[i].indices = torch.arange(first, len(ids))
+            ids += rows.text_ids(10, 1 + i)
+        positions, following = family.positions(ids, media)
+        return Prompt(ids, positions, following, media, family.atomic_spans(ids, media))
+
     def row_picture(self) -> rows.Figures:
         start = rows.now()
-        family, token = self.model.family, self.model.config["image_token_id"]
-        media = [family.prepare_image(self.picture, {})]
-        ids = [*rows.text_ids(10), *[token] * media[0].num_tokens, *rows.text_ids(10, 1)]
-        media[0].indices = (torch.tensor(ids) == token).nonzero().flatten()
-        positions, following = family.positions(ids, media)
-        spans = family.atomic_spans(ids, media)
-        prompt = Prompt(ids, positions, following, media, spans)
-        self.num_tokens = len(ids)
+        prompt = self.shown(1)
+        self.num_tokens = len(prompt.token_ids)
         times = self.moments([prompt], 1 + rows.AFTER_PICTURE)[0]
         return {"ttft_picture": times[0] - start, "decode_picture": rows.rate(times)}
+
+    def row_pictures(self) -> rows.Figures:
+        prompt = self.shown(rows.PICTURES)
+        start = rows.now()
+        return {"ttft_pictures": self.moments([prompt], 1)[0][0] - start}
 
     def row_tokens(self) -> rows.Figures:
         return {"prompt_tokens": self.num_tokens}
@@ -103,7 +115,7 @@ def main() -> None:
     for thread in threading.enumerate():
         if thread.name == KEEPER:
             thread.join()  # a first load's file is written beside what follows
-    names = ("decode", "prefill", "streams", "picture", "tokens")
+    names = ("decode", "prefill", "streams", "picture", "pictures", "tokens")
     rows.answer({name: getattr(engine, f"row_{name}") for name in names}, load_seconds)
     engine.engine.close()
 

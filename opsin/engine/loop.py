@@ -30,7 +30,7 @@ from opsin.engine.processor import Processor
 from opsin.engine.repetition import no_repeat_ngram
 from opsin.engine.runner import Runner
 from opsin.engine.sampler import LogitsProcessor, Sampler
-from opsin.engine.scheduler import Scheduled, Scheduler
+from opsin.engine.scheduler import Scheduled, Scheduler, prompt_tokens
 from opsin.engine.sequence import Sequence
 from opsin.engine.speaking import likeliest
 from opsin.engine.speculation import Speculator
@@ -160,6 +160,7 @@ class Engine:
             prefix_cache=self.limits.prefix_cache and not model.decoder.config.has_states,
             long_after=model.decoder.config.long_after,
             kept=kept,
+            leaves_media=model.shared_library is not None,
         )
         self.runner = Runner(model, self.cache, self.limits.media_cache, kept)
         self.encoder = MediaEncoder(self.runner)
@@ -390,7 +391,8 @@ class Engine:
         except STEP_ERRORS as error:
             for sequence in list(self.encoder.sequences):
                 self._finish(self._requests[sequence.request_id], "error", error)
-            return [s for s in step if s.sequence.request_id in self._requests]
+            left = [s for s in step if s.sequence.request_id in self._requests]
+            return [s for s in left if not self.runner.lacks_media(s)]
         self.steps += not ready  # a slice of a tower's work alone is one too
         return ready
 
@@ -401,14 +403,17 @@ class Engine:
             if scheduled.sequence.started == 0.0:
                 scheduled.sequence.started = now
         misses = self.runner.encoded.misses
-        logits = self.runner.run(step, self._tell)
-        if self.runner.encoded.misses == misses:  # else a tower's time is among the step's
-            tokens = sum(s.known_end - s.start - 1 for s in step)  # of prompts alone
-            self.scheduler.pace.observe(tokens, time.perf_counter() - now)
+        try:
+            logits = self.runner.run(step, lambda: self._before_layers(step))
+        finally:
+            beside = self.encoder.end_beside(step)
+        alone = not beside and self.runner.encoded.misses == misses
+        if alone:  # else a tower's time is among the step's, or it had half of the threads
+            self.scheduler.pace.observe(prompt_tokens(step), time.perf_counter() - now)
         self.scheduler.computed(step)
         self.steps += 1
         greedy = likeliest(logits)
-        if self.speculator is not None and self.runner.encoded.misses == misses:
+        if self.speculator is not None and alone:
             self.speculator.observe(step, time.perf_counter() - now)
         sampling = [s for s in step if s.samples]
         samplers = [self._requests[s.sequence.request_id].sampler for s in sampling]
@@ -425,6 +430,11 @@ class Engine:
             own = None if rows is None else rows[row:after]
             self._choose(request, _Rows(own, drafts), greedy[row:after])
             row = after
+
+    def _before_layers(self, step: list[Scheduled]) -> None:
+        """What is done right before the decoder computes, outside Python."""
+        self._tell()
+        self.encoder.begin_beside(step)
 
     def _choose(self, request: _Request, given: _Rows, greedy: SequenceOf[int]) -> None:
         """Choose a request's next token, and more as long as drafts turn out to be what is chosen.

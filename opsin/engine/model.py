@@ -23,6 +23,7 @@ from opsin.engine.memory import give_back_startup
 from opsin.engine.packing import (
     Formats,
     Recipe,
+    are_packed,
     joined_matrices,
     late_matrices,
     native_formats,
@@ -65,9 +66,11 @@ class Model(nn.Module):
         super().__init__()
         self.family = family
         self.config = config
+        self.arithmetic = arithmetic
         self.decoder = Decoder(arithmetic, family.decoder())
         self.towers = family.towers(arithmetic)
         self.num_parameters = sum(parameter.numel() for parameter in self.parameters())
+        self.shared_library: Library | None = None  # see library_to_share
         self.engine: Any = None  # the one that serves `opsin.generate`, made on first use
         self.limits = EngineLimits()  # that engine's, where a call does not say otherwise
         self.processor: Any = None  # the one that was loaded with it
@@ -202,6 +205,7 @@ def load_model(
     family.connect(model.decoder, model.towers)
     if native is not None:
         model.decoder.native = NativeStack(native, model.decoder)
+        model.shared_library = library_to_share(native, model, recipe.formats)
     give_back_startup()
     if cache is not None and not kept:
         cache.keep()
@@ -287,6 +291,14 @@ def pick_recipe(
     late = late_matrices(model.towers) if nothing.device.type == "cpu" else frozenset()
     joined = joined_matrices(late, formats) if nothing.dtype == torch.bfloat16 else frozenset()
     return Recipe(formats, library, nothing, alternating, late, joined)
+
+
+def library_to_share(library: Library, model: Model, formats: Formats) -> Library | None:
+    """The library whose threads towers and the native stack share, each at work with some of them;
+    None where the towers' products are not its own, and would not leave it any.
+    """
+    own = model.arithmetic.has_native_products or are_packed(model.towers, formats)
+    return library if own and library.threads > 1 else None
 
 
 def cache_of(

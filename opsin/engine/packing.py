@@ -168,6 +168,13 @@ def late_matrices(towers: nn.Module) -> frozenset[nn.Module]:
     return frozenset(module for module in _matrices(towers) if isinstance(module, Linear))
 
 
+def are_packed(towers: nn.Module, formats: Formats) -> bool:
+    """Whether towers multiply by packed matrices, but for those of few outputs and first layers."""
+    linear = [module for module in _matrices(towers) if isinstance(module, Linear)]
+    large = [module for module in linear if sum(module.splits) >= LEAST_ROWS]
+    return bool(large) and all(module in formats for module in large)
+
+
 def joined_matrices(late: Iterable[nn.Module], formats: Formats) -> frozenset[nn.Module]:
     """Of late matrices those that are not packed, are large, and stand in more than one tensor."""
     return frozenset(

@@ -73,18 +73,22 @@ class Runner:
         """Whether media are not encoded yet that a sequence's next tokens need."""
         return bool(_lacking(scheduled))
 
+    def lacking(self, scheduled: Scheduled) -> list[tuple[Sequence, int]]:
+        """Those media, by their number."""
+        return [(scheduled.sequence, i) for i in _lacking(scheduled)]
+
     def encode_media(self, step: list[Scheduled]) -> None:
         """Run the towers over the media whose tokens this step meets first, by kind."""
-        if any(map(_lacking, step)):
-            self._encode_media(step)
+        wanted = [each for scheduled in step for each in self.lacking(scheduled)]
+        if wanted:
+            self.encode(wanted)
 
     @torch.inference_mode()
-    def _encode_media(self, step: list[Scheduled]) -> None:
+    def encode(self, media: list[tuple[Sequence, int]]) -> None:
+        """Run the towers over media, each of a sequence and by its number, by kind."""
         pending: dict[str, list[tuple[Sequence, int]]] = defaultdict(list)
-        for scheduled in step:
-            for i in _lacking(scheduled):
-                sequence = scheduled.sequence
-                pending[sequence.prompt.media[i].kind].append((sequence, i))
+        for sequence, i in media:
+            pending[sequence.prompt.media[i].kind].append((sequence, i))
         for wanted in pending.values():
             started = time.perf_counter()
             items = [sequence.prompt.media[i] for sequence, i in wanted]

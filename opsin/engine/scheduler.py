@@ -21,6 +21,8 @@ from opsin.engine.pace import Pace
 from opsin.engine.prefix import extend_keys, is_cacheable, usable_tokens
 from opsin.engine.sequence import Sequence
 
+LEAST_TOKENS = 256  # of a step that ends before a medium: one of fewer costs more than that gains
+
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
@@ -50,12 +52,18 @@ class Scheduled:
         return [*self.sequence.token_ids[self.start : self.known_end], *self.drafts]
 
 
+def prompt_tokens(step: list[Scheduled]) -> int:
+    """A step's tokens without the one that each sequence has while it generates, and drafts."""
+    return sum(scheduled.known_end - scheduled.start - 1 for scheduled in step)
+
+
 class Scheduler:
     """Continuous batching with chunked prefill over a pool of blocks.
 
     `source_pool` hands out the blocks for encoded media, which a sequence holds while it runs. A
     sequence of more than `long_after` tokens has other rope angles: when one grows past that, all
-    of it is computed again. With `kept`, blocks that no later token sees are given back.
+    of it is computed again. With `kept`, blocks that no later token sees are given back. With
+    `leaves_media`, steps end before media that can be encoded meanwhile.
     """
 
     def __init__(
@@ -69,8 +77,10 @@ class Scheduler:
         prefix_cache: bool = True,
         long_after: int | None = None,
         kept: KeptTokens | None = None,
+        leaves_media: bool = False,
     ) -> None:
         self.pool = pool
+        self.leaves_media = leaves_media
         self.prefix_cache = prefix_cache
         self.long_after = long_after
         self.source_pool = source_pool or BlockPool(0)
@@ -151,7 +161,7 @@ class Scheduler:
         """
         if budget <= 0 or sequence not in self.running:
             return 0
-        end = sequence.chunk_end(sequence.media_end(sequence.num_computed + budget, media))
+        end = self._end(sequence, budget, media)
         if end == sequence.num_computed:
             return 0
         while not self._grow(sequence, end):
@@ -164,6 +174,13 @@ class Scheduler:
                 return 0
         step.append(Scheduled(sequence, sequence.num_computed, end))
         return end - sequence.num_computed
+
+    def _end(self, sequence: Sequence, budget: int, media: int | None) -> int:
+        """Up to where a step computes a sequence, of at most `budget` tokens and so many media."""
+        end = sequence.media_end(sequence.num_computed + budget, media)
+        if self.leaves_media:
+            end = sequence.ahead_end(end, LEAST_TOKENS)
+        return sequence.chunk_end(end)
 
     def _add_drafts(
         self, step: list[Scheduled], drafts: Mapping[int, SequenceOf[int]], budget: int
@@ -184,7 +201,7 @@ class Scheduler:
         """Start the sequence that waits longest, if all is there that it needs; tokens taken."""
         sequence.lengthen(self.long_after)
         self._reuse(sequence)
-        end = sequence.chunk_end(sequence.media_end(sequence.num_computed + budget, media))
+        end = self._end(sequence, budget, media)
         if end == sequence.num_computed or not self._start(sequence, end):
             self._release(sequence)
             sequence.num_computed = 0

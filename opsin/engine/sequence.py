@@ -92,6 +92,26 @@ class Sequence:
         )
         return min(limit, starts[count]) if count < len(starts) else limit
 
+    def next_medium(self, end: int) -> int | None:
+        """The number of the first medium that begins at token `end` or behind, if it is still to be
+        encoded.
+        """
+        starts = [(int(item.indices[0]), i) for i, item in enumerate(self.prompt.media)]
+        first = min((each for each in starts if each[0] >= end), default=None)
+        return None if first is None or first[1] in self.encoded else first[1]
+
+    def ahead_end(self, limit: int, least: int) -> int:
+        """The furthest token, at most `limit`, that leaves a medium to be encoded meanwhile: where
+        one begins, at least `least` tokens on.
+        """
+        starts = (
+            int(item.indices[0])
+            for i, item in enumerate(self.prompt.media)
+            if i not in self.encoded
+        )
+        least += self.num_computed
+        return min((start for start in starts if least <= start < limit), default=limit)
+
     def chunk_end(self, limit: int) -> int:
         """The furthest token, at most `limit` exclusive, that the next step may compute up to.
 

@@ -71,6 +71,7 @@ class Kernels:
     """
 
     name = "torch"
+    has_native_products = False  # whether the native library multiplies in bfloat16
 
     def linear(
         self,

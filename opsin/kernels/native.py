@@ -32,6 +32,7 @@ class NativeKernels(Kernels):
         self.library = library
         better = library.isa in BETTER_IN_ONEDNN and onednn.is_supported()
         self.products = onednn.OneDnnKernels() if better else None
+        self.has_native_products = not better
         self._batch: AttentionBatch | None = None
         self._paged: dict[tuple[int | None, int | None], Paged] = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +11,7 @@ from opsin.engine.blocks import BlockPool
 from opsin.engine.pace import Pace
 from opsin.engine.scheduler import Scheduler
 from opsin.engine.sequence import Sequence
-from opsin.families.base import MediaInput, Prompt
+from opsin.families.base import Encoded, MediaInput, Prompt
 from opsin.types import SamplingParams
 
 
@@ -312,13 +313,14 @@ def test_many_prompts_that_wait_hold_up_a_few_requests_for_longer() -> None:
     assert run_step(plan) == [(0, 3, 4), *((number, 0, 100) for number in range(1, 5))]
 
 
-def test_one_picture_a_step_while_others_generate() -> None:
-    def item(first: int, count: int) -> MediaInput:
-        indices = torch.arange(first, first + count)
-        return MediaInput("image", {}, "", count, key=bytes([first]), indices=indices)
+def three_pictures() -> Prompt:
+    """Forty tokens, of which six each from 4, 12 and 20 on are a picture's."""
+    pictures = [picture(bytes([first]), range(first, first + 6)) for first in (4, 12, 20)]
+    return Prompt(list(range(40)), torch.arange(40)[None], 40, pictures, [])
 
-    ids = list(range(40))
-    prompt = Prompt(ids, torch.arange(40)[None], 40, [item(4, 6), item(12, 6), item(20, 6)], [])
+
+def test_one_picture_a_step_while_others_generate() -> None:
+    prompt = three_pictures()
     alone = scheduler(blocks=64, tokens=64)
     alone.add(Sequence.start(0, prompt, SamplingParams()))
     assert run_step(alone) == [(0, 0, 40)]
@@ -331,3 +333,22 @@ def test_one_picture_a_step_while_others_generate() -> None:
     assert run_step(plan) == [(0, 4, 5), (1, 12, 20)]
     assert run_step(plan) == [(0, 5, 6), (1, 20, 40)]
     assert run_step(plan) == [(0, 6, 7), (1, 40, 41), (2, 4, 12)]
+
+
+def test_a_step_ends_where_a_picture_begins_that_can_be_encoded_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("opsin.engine.scheduler.LEAST_TOKENS", 5)
+    plan = scheduler(blocks=64, tokens=64)
+    plan.leaves_media = True
+    shown = Sequence.start(0, three_pictures(), SamplingParams())
+    plan.add(shown)
+    assert shown.next_medium(4) == 0
+    assert run_step(plan) == [(0, 0, 12)]  # four tokens before the first are too few
+    assert shown.next_medium(12) == 1
+    shown.encoded[1] = Encoded(torch.zeros(6, 1))
+    assert shown.next_medium(12) is None  # one is ready, no more are made so far ahead
+    assert run_step(plan) == [(0, 12, 20)]
+    assert shown.next_medium(20) == 2
+    assert run_step(plan) == [(0, 20, 40)]
+    assert shown.next_medium(40) is None

@@ -171,6 +171,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "opsin_isa": (c_char_p, ()),
     "opsin_threads": (c_int, ()),
     "opsin_set_threads": (c_int, (c_int,)),
+    "opsin_aside": (c_int, (c_int,)),
     "opsin_isa_count": (c_int, ()),
     "opsin_isa_name": (c_char_p, (c_int,)),
     "opsin_matrix_new": (c_void_p, (c_int,) * 6),
@@ -206,4 +207,4 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 def abi_number() -> int:
     """What `opsin_abi` answers when these structures are those of the library."""
     sizes = ((Linear, 1), (Layer, 3), (Stack, 5), (Step, 7), (Attention, 11), (RowAdd, 13))
-    return sum(ctypes.sizeof(structure) * factor for structure, factor in sizes) + 1
+    return sum(ctypes.sizeof(structure) * factor for structure, factor in sizes) + 2

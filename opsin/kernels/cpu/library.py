@@ -172,8 +172,19 @@ class Library:
 
     @property
     def threads(self) -> int:
-        """Threads that share each call."""
+        """Threads that share the calling thread's next call."""
         return int(self.handle.opsin_threads())
+
+    def set_aside(self, threads: int) -> bool:
+        """Let the calling thread's calls run beside those of others from now on, by a team of so
+        many threads, which the others' next calls lack; 0: in turn with them, as before.
+
+        False, and nothing is changed, where there are no more threads than that, or another thread
+        has such a team.
+        """
+        code = self.handle.opsin_aside(threads)
+        self.check(code, "aside")
+        return bool(code)
 
     def rms_norm(
         self, x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None = None

@@ -135,7 +135,7 @@ int opsin_init(const char* isa, int threads) {
   }
   if (!pick) return OPSIN_NO_ISA;
   opsin::chosen = pick;
-  Pool::instance().resize(threads);
+  Pool::main().resize(threads);
   return OPSIN_OK;
 }
 
@@ -143,8 +143,13 @@ const char* opsin_isa() { return kernels()->name; }
 int opsin_threads() { return Pool::instance().size(); }
 int opsin_set_threads(int threads) {
   if (threads < 1 || threads > 1024) return OPSIN_BAD_ARGUMENT;
-  Pool::instance().resize(threads);
+  Pool::main().resize(threads);
   return OPSIN_OK;
+}
+
+int opsin_aside(int threads) {
+  if (threads < 0 || threads > 1024) return OPSIN_BAD_ARGUMENT;
+  return Pool::lend(threads);
 }
 
 int opsin_isa_count() {
@@ -162,7 +167,7 @@ int opsin_abi() {
   return static_cast<int>(sizeof(OpsinLinear) + 3 * sizeof(OpsinLayer) + 5 * sizeof(OpsinStack) +
                           7 * sizeof(OpsinStep) + 11 * sizeof(OpsinAttention) +
                           13 * sizeof(OpsinRowAdd)) +
-         1;
+         2;
 }
 
 int opsin_linear(const OpsinLinear* l) {

@@ -1,7 +1,7 @@
 // The C interface of the native library: plain pointers and descriptors, no exceptions.
 //
 // Functions return 0 or a negative error code unless they say otherwise. Calls from several
-// threads take turns.
+// threads take turns, but for those of a thread that opsin_aside gave a team.
 #pragma once
 
 #include <stdint.h>
@@ -144,8 +144,12 @@ struct OpsinAttention {
 // Selects an instruction set by name ("" or "auto": the best one here) and the thread count.
 OPSIN_API int opsin_init(const char* isa, int threads);
 OPSIN_API const char* opsin_isa();
-OPSIN_API int opsin_threads();
+OPSIN_API int opsin_threads();               // that share the calling thread's next call
 OPSIN_API int opsin_set_threads(int threads);
+// From now on the calling thread's calls run beside those of others, with a team of `threads`, which
+// theirs lack from the next call on; 0: as before. 1, or 0 where there are no more threads than that
+// or another thread has a team.
+OPSIN_API int opsin_aside(int threads);
 OPSIN_API int opsin_isa_count();             // instruction sets of this build that run here
 OPSIN_API const char* opsin_isa_name(int i);
 OPSIN_API int opsin_abi();                   // changes with this file

@@ -21,6 +21,8 @@ constexpr uint32_t kOpen = 0x80000000u;
 
 constexpr int64_t kPage = 4096, kHuge = 2 << 20;
 
+thread_local Pool* aside = nullptr;  // what the thread was lent
+
 inline void relax() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -66,7 +68,7 @@ void Word::wait(uint32_t seen) {
   sleepers.fetch_sub(1);
 }
 
-int Team::size() const { return pool_->size_; }
+int Team::size() const { return pool_->team_; }
 
 Phase& Team::take() {
   if (index_ >= pool_->used_) std::abort();  // more phases than the region announced
@@ -83,9 +85,33 @@ void Team::await(const Phase& p, int chunks) {
   }
 }
 
-Pool& Pool::instance() {
+Pool& Pool::main() {
   static Pool* pool = new Pool();  // never destroyed: threads may outlive static destructors
   return *pool;
+}
+
+Pool& Pool::instance() { return aside ? *aside : main(); }
+
+bool Pool::lend(int threads) {
+  Pool& all = main();
+  if (threads == 0) {
+    if (aside) {
+      aside = nullptr;
+      all.lent_.store(0);
+      all.epoch_.bump();  // or they would sleep until the next region
+    }
+    return true;
+  }
+  {
+    std::lock_guard<std::mutex> lock(all.region_);
+    all.after_fork();
+    int none = 0;
+    if (threads >= all.size_ || !all.lent_.compare_exchange_strong(none, threads)) return false;
+  }
+  static Pool* second = new Pool();
+  second->resize(threads);
+  aside = second;
+  return true;
 }
 
 void Pool::resize(int threads) {
@@ -118,6 +144,7 @@ void Pool::after_fork() {
   epoch_.sleepers.store(0);
   progress_.sleepers.store(0);
   left_.sleepers.store(0);
+  lent_.store(0);
   pid_ = getpid();
   const uint32_t seen = epoch_.value.load();
   for (int i = 1; i < size_; i++) threads_.emplace_back([this, i, seen] { serve(i, seen); });
@@ -130,6 +157,7 @@ void Pool::serve(int thread, uint32_t seen) {
     const uint32_t now = epoch_.value.load();
     if (now == seen) continue;
     seen = now;
+    if (thread >= size()) continue;  // it is lent
     uint32_t gate = gate_.load();
     bool inside = false;
     while ((gate & kOpen) && !inside) inside = gate_.compare_exchange_weak(gate, gate + 1);
@@ -154,6 +182,7 @@ void Pool::launch(int phases, Entry entry, void* work) {
     }
   }
   used_ = phases;
+  team_ = size();
   entry_ = entry;
   work_ = work;
   Team team(this, 0);

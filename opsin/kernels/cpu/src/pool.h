@@ -5,6 +5,7 @@
 // down no more than they must.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -62,9 +63,16 @@ class Team {
 
 class Pool {
  public:
-  static Pool& instance();
+  static Pool& main();
+  static Pool& instance();  // the calling thread's: the main one, or the one aside
   void resize(int threads);
-  int size() const { return size_; }
+  // Threads of a region that is launched now: all that are not lent.
+  int size() const { return std::max(1, size_ - lent_.load()); }
+
+  // Lends `threads` of the main pool's to the calling thread: its regions run in a pool of their
+  // own, beside those that the main one launches from now on with the rest. 0 gives them back, to
+  // the region that runs too. False if the main pool has no more than that, or has lent some.
+  static bool lend(int threads);
 
   // Runs work(team) on up to size() threads; at most `phases` phases. One region at a time.
   template <class Work>
@@ -88,6 +96,8 @@ class Pool {
 
   std::mutex region_;
   int size_ = 1;
+  int team_ = 1;  // threads that the running region cuts its work for
+  std::atomic<int> lent_{0};
   int64_t pid_ = 0;
   std::vector<std::thread> threads_;
   std::unique_ptr<Phase[]> phases_;
