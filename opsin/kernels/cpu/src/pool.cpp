@@ -211,7 +211,8 @@ uint8_t* Pool::scratch(int thread, int64_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
     const int64_t rounded = bytes;  // room to spare would hide what is written past the end
 #else
-    const int64_t rounded = (bytes + bytes / 4 + page - 1) / page * page;
+    const int64_t spare = page == kHuge ? 0 : bytes / 4;
+    const int64_t rounded = (bytes + spare + page - 1) / page * page;
 #endif
     void* data = nullptr;
     const bool failed = posix_memalign(&data, static_cast<size_t>(page),
