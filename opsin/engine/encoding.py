@@ -23,7 +23,9 @@ from opsin.engine.sequence import Sequence
 from opsin.kernels.cpu.library import Library
 
 SLICE_SECONDS = 0.25  # of each step; as long as the prompts of others may take in one
-BESIDE_TOKENS = 64  # of prompts in a step; one of fewer is over before a tower got far beside it
+# A step's prompts that take less are over before a tower got far beside them: then it costs more to
+# share the threads than that gains.
+BESIDE_SECONDS = 0.5
 
 
 class _Abandoned(Exception):
@@ -192,11 +194,11 @@ class MediaEncoder:
             self._advance()
         return [s for s in step if s not in lacking or not self.runner.lacks_media(s)]
 
-    def begin_beside(self, step: list[Scheduled]) -> None:
-        """Encode beside a step's layers, if it has prompts: what was begun, or else what the first
-        of its sequences needs next.
+    def begin_beside(self, step: list[Scheduled], seconds: float) -> None:
+        """Encode beside a step's layers, if it has prompts that should take so many seconds: what
+        was begun, or else what the first of its sequences needs next.
         """
-        if self.library is None or prompt_tokens(step) < BESIDE_TOKENS:
+        if self.library is None or not prompt_tokens(step) or seconds < BESIDE_SECONDS:
             return
         if not self.sliced.busy:
             ahead = ((s.sequence, s.sequence.next_medium(s.end)) for s in step)

@@ -434,7 +434,7 @@ class Engine:
     def _before_layers(self, step: list[Scheduled]) -> None:
         """What is done right before the decoder computes, outside Python."""
         self._tell()
-        self.encoder.begin_beside(step)
+        self.encoder.begin_beside(step, self.scheduler.pace.seconds(prompt_tokens(step)))
 
     def _choose(self, request: _Request, given: _Rows, greedy: SequenceOf[int]) -> None:
         """Choose a request's next token, and more as long as drafts turn out to be what is chosen.

@@ -40,6 +40,9 @@ from opsin.quant import mlx
 from opsin.quant.formats import check_bits
 
 LOG = logging.getLogger("opsin")
+LEAST_SHARED = (
+    4  # threads: on two, a tower and a step beside each other get no more done than in turn
+)
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -295,10 +298,10 @@ def pick_recipe(
 
 def library_to_share(library: Library, model: Model, formats: Formats) -> Library | None:
     """The library whose threads towers and the native stack share, each at work with some of them;
-    None where the towers' products are not its own, and would not leave it any.
+    None where the towers' products are not its own, or there are too few threads to gain by it.
     """
     own = model.arithmetic.has_native_products or are_packed(model.towers, formats)
-    return library if own and library.threads > 1 else None
+    return library if own and library.threads >= LEAST_SHARED else None
 
 
 def cache_of(

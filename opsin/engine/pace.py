@@ -27,6 +27,10 @@ class Pace:
         known = self.tokens_per_second
         self.tokens_per_second = measured if known is None else max(measured, 0.8 * known)
 
+    def seconds(self, tokens: int) -> float:
+        """What so many tokens should take; 0 before any were timed."""
+        return tokens / self.tokens_per_second if self.tokens_per_second else 0.0
+
     def budget(self, generating: int, prompts: int) -> int:
         """Prompt tokens of the next step, in which some requests generate and prompts wait.
 

@@ -37,9 +37,9 @@ SCORED = SamplingParams(max_tokens=6, ignore_eos=True, logprobs=2)
 
 
 def load(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Any, Any]:
-    """A model on two threads, whose small matrices are quantised too if any are."""
+    """A model on four threads, whose small matrices are quantised too if any are."""
     monkeypatch.setattr(packing, "LEAST_ROWS", 1)
-    monkeypatch.setattr(loading, "native_library", lambda: cpu.load(threads=2))
+    monkeypatch.setattr(loading, "native_library", lambda: cpu.load(threads=4))
     return opsin.load(folder, device="cpu", dtype="bfloat16", **options)
 
 
@@ -55,7 +55,7 @@ def loaded(
 
 @pytest.fixture(autouse=True)
 def small_steps_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opsin.engine.encoding.BESIDE_TOKENS", 2)
+    monkeypatch.setattr("opsin.engine.encoding.BESIDE_SECONDS", 0.0)
     monkeypatch.setattr("opsin.engine.scheduler.LEAST_TOKENS", 8)
 
 
@@ -70,7 +70,7 @@ def engine(loaded: tuple[Any, Any]) -> Iterator[Engine]:
         yield engine
         assert not engine.encoder.sliced.busy
         assert engine.encoder.library is not None
-        assert engine.encoder.library.threads == 2
+        assert engine.encoder.library.threads == 4
         engine.scheduler.pool.forget()
         engine.scheduler.check_integrity()
 
@@ -248,7 +248,7 @@ def test_a_request_that_ends_ends_its_next_picture(
         engine.close()
     assert not engine.encoder.sliced.busy
     assert engine.encoder.library is not None
-    assert engine.encoder.library.threads == 2
+    assert engine.encoder.library.threads == 4
 
 
 def test_what_goes_on_beside_its_own_prompt_is_among_its_prefill(
@@ -312,6 +312,16 @@ def test_steps_that_only_generate_have_all_threads(
     assert len(begun) == 1
 
 
+def test_steps_that_are_soon_over_have_all_threads(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[None] = []
+    monkeypatch.setattr(engine.encoder.sliced, "begin_beside", lambda: begun.append(None))
+    monkeypatch.setattr("opsin.engine.encoding.BESIDE_SECONDS", 60.0)
+    assert answer(engine, shown(engine)).tokens
+    assert not begun
+
+
 def test_work_goes_on_beside_the_caller_and_tells_its_error_later() -> None:
     library = cpu.load(threads=2)
     assert library is not None
@@ -348,7 +358,7 @@ def test_threads_are_shared_where_towers_multiply_natively(
 ) -> None:
     case = next(case for case in CASES if case.name == "qwen3_vl-saved_untied")
     folder = write_checkpoint(case, tmp_path)
-    library = cpu.load(threads=2)
+    library = cpu.load(threads=4)
     assert library is not None
     quantised, _ = load(folder, monkeypatch, quantize=4)
     assert quantised.shared_library is library
@@ -360,6 +370,6 @@ def test_threads_are_shared_where_towers_multiply_natively(
     monkeypatch.setattr(plain.arithmetic, "has_native_products", False)
     assert library_to_share(library, plain, {}) is None
     monkeypatch.setattr(plain.arithmetic, "has_native_products", True)
-    cpu.load(threads=1)
+    cpu.load(threads=3)
     assert library_to_share(library, plain, {}) is None
     cpu.load()

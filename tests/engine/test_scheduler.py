@@ -280,7 +280,9 @@ def test_prompts_are_bounded_by_the_time_that_they_take() -> None:
     assert pace.budget(1, 1) == 256
     pace.observe(8, 1.0)  # too few to say anything
     assert pace.tokens_per_second is None
+    assert pace.seconds(500) == 0.0
     pace.observe(1000, 1.0)
+    assert pace.seconds(500) == 0.5
     assert (pace.budget(0, 1), pace.budget(1, 1)) == (1000, 250)
     pace.observe(1000, 100.0)  # a disturbed step does not spoil what is known
     assert pace.budget(0, 1) == 800
