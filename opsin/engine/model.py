@@ -40,9 +40,8 @@ from opsin.quant import mlx
 from opsin.quant.formats import check_bits
 
 LOG = logging.getLogger("opsin")
-LEAST_SHARED = (
-    4  # threads: on two, a tower and a step beside each other get no more done than in turn
-)
+# Threads: on two, a tower and a step beside each other get no more done than in turn.
+LEAST_SHARED = 4
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,

@@ -124,7 +124,7 @@ void put_codes(const Matrix* m, const Place& at, int count, int group, const uin
 void quantise_group(const Matrix* m, const Place& at, int count, int group, int columns,
                     const float* tile, uint8_t* codes) {
   const bool f16 = m->scale_f16 != 0, wide = m->kind == kQ8;
-  const float top = wide ? 255.0f : m->kind == kQ6 ? 63.0f : 15.0f;
+  const float top = static_cast<float>((1 << code_bits(m->kind)) - 1);
   float scale[kRows], bias[kRows];
   const Kernels* k = kernels();
   if (wide) {
@@ -321,8 +321,7 @@ int opsin_matrix_fill_affine(OpsinMatrix* m, int row, int rows, int spread, cons
   if (!opsin::fits(m, row, rows, spread) || !m->capacity || m->kind == opsin::kBf16) {
     return OPSIN_BAD_ARGUMENT;
   }
-  const int most = m->kind == opsin::kQ8 ? 8 : m->kind == opsin::kQ6 ? 6 : 4;
-  if (m->rotated || bits < 2 || bits > most) return OPSIN_BAD_ARGUMENT;
+  if (m->rotated || bits < 2 || bits > opsin::code_bits(m->kind)) return OPSIN_BAD_ARGUMENT;
   if (static_cast<int64_t>(m->k) * bits % 32 != 0 || m->group > 1024) return OPSIN_BAD_ARGUMENT;
   const int64_t words = static_cast<int64_t>(m->k) * bits / 32;
   opsin::over_rows(rows, [&](int from, int to) {

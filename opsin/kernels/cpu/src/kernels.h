@@ -17,6 +17,9 @@ constexpr int kNearColumns = 1024;
 
 enum MatrixKind : int32_t { kBf16 = 0, kQ8 = 1, kQ4 = 2, kQ6 = 3 };
 
+// Bits of a quantised kind's codes.
+static constexpr int code_bits(int kind) { return kind == kQ8 ? 8 : kind == kQ6 ? 6 : 4; }
+
 // A weight matrix (n, k) in blocks of sixteen rows.
 //
 // bf16: row after row, each block wherever it lies, so that a checkpoint's own bytes can be one.

@@ -124,7 +124,7 @@ static void tile_affine(const Matrix* m, const uint8_t* w, const Panel& x, float
     } else {
       group_q8<MT, COLUMNS>(w + 64, codes, group, sum);
     }
-    w += 64 + group * (KIND == opsin::kQ4 ? 8 : KIND == opsin::kQ6 ? 12 : 16);
+    w += 64 + group * 2 * opsin::code_bits(KIND);
     codes += group * MT;
 #pragma GCC unroll 8
     for (int t = 0; t < MT; t++) {

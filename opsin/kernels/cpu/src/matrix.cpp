@@ -92,8 +92,7 @@ void unmap_bytes(uint8_t* data, int64_t capacity) {
 
 // A matrix without memory; null when the arguments do not do.
 Matrix* describe(int kind, int n, int k, int group, int scale_dtype, int rotated) {
-  const int code_bytes = kind == kQ8 ? 16 : kind == kQ6 ? 12 : kind == kQ4 ? 8 : 0;  // of a column
-  const bool quantised = code_bytes > 0;
+  const bool quantised = kind == kQ8 || kind == kQ6 || kind == kQ4;
   if (n <= 0 || k <= 0 || (!quantised && kind != kBf16)) return nullptr;
   if (quantised && group != 0 && (group % 32 != 0 || k % group != 0)) return nullptr;
   if (quantised && group > 64 && group % 64 != 0) return nullptr;
@@ -111,7 +110,7 @@ Matrix* describe(int kind, int n, int k, int group, int scale_dtype, int rotated
     m->groups = m->padded_k / m->group;
     m->scale_f16 = scale_dtype == OPSIN_F16;
     m->rotated = !rotated ? 0 : k % 64 == 0 ? 64 : 32;
-    m->group_bytes = 64 + static_cast<int64_t>(m->group) * code_bytes;
+    m->group_bytes = 64 + static_cast<int64_t>(m->group) * 2 * code_bits(kind);
     m->block_bytes = m->groups * m->group_bytes;
   } else {
     m->padded_k = (k + 31) / 32 * 32;
