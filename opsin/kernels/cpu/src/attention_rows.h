@@ -63,46 +63,15 @@ OPSIN_INLINE void end_sums(const RowProduct* rows, int at, const F (&sums)[R][N]
   }
 }
 
-// Of one step of a product: sixteen lanes, ready to be multiplied with the factors of many rows.
-// Pairs of elements are one step where an instruction adds both, else they are two.
+// Pairs of two keys' values, of 32 elements; or one key's, the even ones, then the odd ones.
+OPSIN_INLINE void value_lanes(const uint16_t* const* values, int at, Step* out) {
 #if defined(__AVX512BF16__)
-
-struct Step { V pairs; };
-constexpr int kPairSteps = 1;
-
-OPSIN_INLINE void split(V pairs, Step* out) { out[0] = {pairs}; }
-OPSIN_INLINE Step lanes_at(const uint8_t* p) { return {vload(p)}; }
-OPSIN_INLINE void keep(uint8_t* p, Step x) { vstore(p, x.pairs); }
-OPSIN_INLINE F plus(F sum, Step x, const uint8_t* factor) {
-  return dot_bf16(sum, x.pairs, bcast4(factor));
-}
-// Pairs of two keys' values, of 32 elements.
-OPSIN_INLINE void value_lanes(const uint16_t* const* values, int at, Step* out) {
   interleave16(vload(values[0] + at), vload(values[1] + at), &out[0].pairs, &out[1].pairs);
-}
-constexpr int kValuesTogether = 2;
-
 #else
-
-struct Step { F one; };
-constexpr int kPairSteps = 2;
-
-OPSIN_INLINE void split(V pairs, Step* out) {
-  out[0] = {even_bf16(pairs)};
-  out[1] = {odd_bf16(pairs)};
-}
-OPSIN_INLINE Step lanes_at(const uint8_t* p) { return {in_register(load((const float*)p))}; }
-OPSIN_INLINE void keep(uint8_t* p, Step x) { store((float*)p, x.one); }
-OPSIN_INLINE F plus(F sum, Step x, const uint8_t* factor) {
-  return fma(x.one, set1(*(const float*)factor), sum);
-}
-// One key's values, of 32 elements the even ones, then the odd ones.
-OPSIN_INLINE void value_lanes(const uint16_t* const* values, int at, Step* out) {
   split(vload(values[0] + at), out);
-}
-constexpr int kValuesTogether = 1;
-
 #endif
+}
+constexpr int kValuesTogether = 2 / kPairSteps;
 
 // R rows times N vectors that lie `stride` bytes apart, (N, steps, 64 bytes).
 template <int R, int N>

@@ -53,8 +53,9 @@ struct Matrix {
 // Activations of a product, ready for one kind of matrix; the memory holds whole panels of rows.
 //
 // bfloat16: rows (padded_k), as floats where kernels `widen` them, then (padded_k / 32, odd and even,
-// 16), or `tiled`, panels lane by lane, (16, padded_k / 32, odd and even, kLaneRows); where they are
-// `paired` panels (padded_k / 2, panel_rows, 2).
+// 16), or `tiled`, panels lane by lane, (16, padded_k / 32, kLaneRows, a pair), where widened (16,
+// padded_k / 32, odd and even, kLaneRows); where they are `paired` panels (padded_k / 2, panel_rows,
+// 2).
 // Codes: panels (padded_k / 4, rows of this panel, 4), so that what meets the same weights lies
 // together; or `tiled` panels of sixteen rows (padded_k / 64, 16, 64).
 // Scales of codes, and sums (scale * sum of codes): panels (groups, rows of this panel), or
@@ -132,10 +133,11 @@ struct Kernels {
   void (*narrow)(const float* x, int k, int padded_k, uint16_t* out);
   // Bfloat16 activations as floats, as the kernels read them; null where they read bfloat16.
   void (*widen)(const uint16_t* x, int padded_k, float* out);
-  void (*widen_lanes)(const uint16_t* x, int padded_k, float* out);  // of (kLaneRows, padded_k)
+  // Those of (kLaneRows, padded_k) lane by lane; null where kernels for many rows have tiles.
+  void (*lay_lanes)(const uint16_t* x, int padded_k, uint8_t* out);
   bool paired;  // bfloat16 is multiplied in tiles: activations beside it lie in panels
-  // Block b of a bf16 matrix for many rows: tile by tile, (padded_k / 32, 16, 32), or, where it is
-  // widened, lane by lane, (16, padded_k / 32, odd and even, 16).
+  // Block b of a bf16 matrix for many rows: tile by tile, (padded_k / 32, 16, 32), or lane by lane,
+  // as the activations beside it, sixteen rows.
   void (*gather)(const Matrix* m, int b, uint8_t* out);
   // rows [row, row + count) of the activations times block b: out (count, 16)
   void (*tile)(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
@@ -147,7 +149,7 @@ struct Kernels {
   void (*matmul_end)();
   int panel, panel_bf16;  // rows handed to one tile call at most
   int code_rows;   // rows of codes in a panel of activations
-  int by_lane_from;  // rows from which widened bfloat16 lies lane by lane
+  int by_lane_from;  // rows from which bfloat16 lies lane by lane, 0: never
   int tiled_from;    // rows from which codes are multiplied in tiles, 0: never
   void (*rms_norm)(const float* x, const float* weight, float eps, int dim, float* out);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int dim,

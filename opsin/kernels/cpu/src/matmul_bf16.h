@@ -25,7 +25,7 @@ OPSIN_INLINE void prefetch_far(const uint8_t* p, int lines) {
 constexpr bool kPaired = true;
 constexpr int kPanelBf16 = 64, kByLaneFrom = 0;
 constexpr auto widen = nullptr;
-constexpr auto widen_lanes = nullptr;
+constexpr auto lay_lanes = nullptr;
 
 // Sixteen sums a row, (16, columns), to (columns, 16).
 static void turn(const float* sums, int columns, float* out) {
@@ -146,13 +146,17 @@ static void pair_bf16(const Matrix* m, int b, const Activations* x, int row, int
 
 constexpr bool kPaired = false;
 
+#if defined(__AVX512F__)
+constexpr int kRowsAtOnce = 4, kFewRows = 4, kByLaneFrom = 40;
+#else
+constexpr int kRowsAtOnce = 2, kFewRows = 2, kByLaneFrom = 12;
+#endif
+constexpr int kPanelBf16 = 96;
+constexpr int64_t kStep = 64 * kPairSteps;  // bytes of 32 columns of an activation
+
 #if defined(__AVX512BF16__)
 
-constexpr int kRowsAtOnce = 4, kFewRows = 4, kPanelBf16 = 64, kByLaneFrom = 0;
-constexpr int64_t kStep = 64;  // bytes of 32 columns of an activation
 constexpr auto widen = nullptr;
-constexpr auto widen_lanes = nullptr;
-static void gather(const Matrix*, int, uint8_t*) {}
 
 // Adds 32 columns of R rows of weights times MT activations.
 template <int R, int MT>
@@ -171,59 +175,13 @@ OPSIN_INLINE void add_columns(const uint8_t* w, int64_t stride, const uint8_t* x
 
 #else
 
-#if defined(__AVX512F__)
-constexpr int kRowsAtOnce = 4, kFewRows = 4, kByLaneFrom = 40;
-#else
-constexpr int kRowsAtOnce = 2, kFewRows = 2, kByLaneFrom = 12;
-#endif
-constexpr int kPanelBf16 = 96;
-constexpr int64_t kStep = 128;
-
 // Bfloat16 as floats, of each 32 the odd ones first, which dot_bf16 adds first.
-OPSIN_INLINE void widen32(const void* x, float* out) {
-  const V halves = vload(x);
-  store(out, odd_bf16(halves));
-  store(out + 16, even_bf16(halves));
-}
-
 static void widen(const uint16_t* x, int padded_k, float* out) {
-  for (int c = 0; c < padded_k; c += 32) widen32(x + c, out + c);
-}
-
-// Where lanes lie of those that reduce16 adds up as quarters: in the order in which it adds.
-constexpr int kOrder[4] = {0, 2, 1, 3};
-
-// The first W of sixteen rows lane by lane: (16, padded_k / 32, odd and even, W).
-template <int W>
-OPSIN_INLINE void to_lanes(const uint16_t* const* rows, int padded_k, float* out) {
-  const int64_t steps = padded_k / 32;
-  for (int s = 0; s < steps; s++, out += 2 * W) {
-#pragma GCC unroll 4
-    for (int quarter = 0; quarter < 4; quarter++) {
-      V pairs[4];
-      transpose_quads(rows, 32 * s + 8 * quarter, pairs);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) {
-        float* lane = out + 2 * W * steps * (4 * quarter + kOrder[i]);
-        store_first<W>(lane, odd_bf16(pairs[i]));
-        store_first<W>(lane + W, even_bf16(pairs[i]));
-      }
-    }
+  for (int c = 0; c < padded_k; c += 32) {
+    const V halves = vload(x + c);
+    store(out + c, odd_bf16(halves));
+    store(out + c + 16, even_bf16(halves));
   }
-}
-
-// Activations of many rows, (kLaneRows, padded_k), to (16, padded_k / 16, kLaneRows).
-static void widen_lanes(const uint16_t* x, int padded_k, float* out) {
-  const uint16_t* rows[16];
-  for (int r = 0; r < 16; r++) rows[r] = x + (r < kLaneRows ? r : 0) * padded_k;
-  to_lanes<kLaneRows>(rows, padded_k, out);
-}
-
-// The same of the sixteen rows of a block.
-static void gather(const Matrix* m, int b, uint8_t* out) {
-  const uint16_t* rows[16];
-  for (int r = 0; r < 16; r++) rows[r] = (const uint16_t*)(m->at[b] + r * m->row_bytes);
-  to_lanes<16>(rows, m->padded_k, (float*)out);
 }
 
 template <int R, int MT>
@@ -242,6 +200,46 @@ OPSIN_INLINE void add_columns(const uint8_t* w, int64_t stride, const uint8_t* x
 }
 
 #endif
+
+// Where lanes lie of those that reduce16 adds up as quarters: in the order in which it adds.
+constexpr int kOrder[4] = {0, 2, 1, 3};
+
+// The first W of sixteen rows lane by lane: (16, steps, W, 4 bytes). The last step of a pair is its
+// first element, which dot_bf16 adds last.
+template <int W>
+OPSIN_INLINE void to_lanes(const uint16_t* const* rows, int padded_k, uint8_t* out) {
+  const int64_t steps = (int64_t)padded_k / 32 * kPairSteps;
+  for (int s = 0; s < padded_k / 32; s++, out += 4 * W * kPairSteps) {
+#pragma GCC unroll 4
+    for (int quarter = 0; quarter < 4; quarter++) {
+      V pairs[4];
+      transpose_quads(rows, 32 * s + 8 * quarter, pairs);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        uint8_t* lane = out + 4 * W * steps * (4 * quarter + kOrder[i]);
+        Step parts[kPairSteps];
+        split(pairs[i], parts);
+        for (int j = 0; j < kPairSteps; j++) {
+          keep_first<W>(lane + 4 * W * j, parts[kPairSteps - 1 - j]);
+        }
+      }
+    }
+  }
+}
+
+// Activations of many rows, (kLaneRows, padded_k), to (16, steps, kLaneRows, 4 bytes).
+static void lay_lanes(const uint16_t* x, int padded_k, uint8_t* out) {
+  const uint16_t* rows[16];
+  for (int r = 0; r < 16; r++) rows[r] = x + (r < kLaneRows ? r : 0) * padded_k;
+  to_lanes<kLaneRows>(rows, padded_k, out);
+}
+
+// The same of the sixteen rows of a block.
+static void gather(const Matrix* m, int b, uint8_t* out) {
+  const uint16_t* rows[16];
+  for (int r = 0; r < 16; r++) rows[r] = (const uint16_t*)(m->at[b] + r * m->row_bytes);
+  to_lanes<16>(rows, m->padded_k, out);
+}
 
 // Rows [first, first + kRowsAtOnce) of a block times MT rows of activations: sums (MT, 16).
 template <int MT>
@@ -271,11 +269,9 @@ static void few_bf16(const Matrix* m, int b, const uint8_t* x, int64_t x_stride,
   for (int t = 0; t < MT; t++) store(out + 16 * t, reduce16(sums + 16 * t));
 }
 
-#if !defined(__AVX512BF16__)
-
 // Many rows: one after the other, the sixteen lanes that sums of few rows have, as vectors of
-// sixteen rows of weights. Those are widened once for all rows of activations, which lie lane by
-// lane too. Every sum is added up as of few rows.
+// sixteen rows of weights. Those are laid out (and widened, where bfloat16 is) once for all rows of
+// activations, which lie lane by lane too. Every sum is added up as of few rows.
 #if defined(__AVX512F__)
 constexpr int kWideRows = 12;
 #elif defined(__AVX2__)
@@ -292,39 +288,39 @@ struct Waiting {
   F sums[4][kStripRows][B];
 };
 
-// One lane of the sums of R rows of activations and B blocks that lie `block` floats apart.
+// One lane of the sums of R rows of activations and B blocks that lie `block` bytes apart.
 template <int B, int R>
-OPSIN_INLINE void lane_sums(const float* w, int64_t block, const float* x, int64_t columns,
+OPSIN_INLINE void lane_sums(const uint8_t* w, int64_t block, const uint8_t* x, int64_t steps,
                             F (&acc)[R][B]) {
 #pragma GCC unroll 12
   for (int r = 0; r < R; r++) {
 #pragma GCC unroll 2
     for (int n = 0; n < B; n++) acc[r][n] = set1(0.0f);
   }
-  const float* next = x + 16 * columns * kLaneRows;  // the same lane of the panel after this one
-  for (const float* end = x + columns * kLaneRows; x < end; w += 16) {
-    F weight[B];
+  constexpr int kWide = 4 * kLaneRows;
+  const uint8_t* next = x + 16 * steps * kWide;  // the same lane of the panel after this one
+  for (const uint8_t* end = x + steps * kWide; x < end; w += 64) {
+    Step weight[B];
     prefetch(next);
 #pragma GCC unroll 2
-    for (int n = 0; n < B; n++) weight[n] = in_register(load(w + block * n));
+    for (int n = 0; n < B; n++) weight[n] = lanes_at(w + block * n);
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
-      const F factor = set1(x[r]);
 #pragma GCC unroll 2
-      for (int n = 0; n < B; n++) acc[r][n] = fma(weight[n], factor, acc[r][n]);
+      for (int n = 0; n < B; n++) acc[r][n] = plus(acc[r][n], weight[n], x + 4 * r);
     }
-    x += kLaneRows;
-    next += kLaneRows;
+    x += kWide;
+    next += kWide;
   }
 }
 
 // One lane of rows [row, row + R) of a strip, added to those before it as reduce16 does: lanes
 // (0, 2), (1, 3), both pairs, and so with fours and eights.
 template <int B, int R>
-static void add_lane(const float* w, int64_t block, const float* x, int64_t columns, int lane,
+static void add_lane(const uint8_t* w, int64_t block, const uint8_t* x, int64_t steps, int lane,
                      int row, Waiting<B>* waiting, float* const* out) {
   F acc[R][B];
-  lane_sums<B, R>(w, block, x, columns, acc);
+  lane_sums<B, R>(w, block, x, steps, acc);
   int level = 0;
   for (; lane >> level & 1; level++) {
 #pragma GCC unroll 12
@@ -349,17 +345,17 @@ static void add_lane(const float* w, int64_t block, const float* x, int64_t colu
 // `count` rows of activations from the beginning of a panel on times B gathered blocks; out: B of
 // (count, 16).
 template <int B>
-static void strip_bf16(const float* w, int64_t block, const float* x, int64_t columns, int count,
+static void strip_bf16(const uint8_t* w, int64_t block, const uint8_t* x, int64_t steps, int count,
                        float* const* out) {
   Waiting<B> waiting;
+  constexpr int kWide = 4 * kLaneRows;
   for (int lane = 0; lane < 16; lane++) {
     int done = 0;
     const auto multiply = [&](int rows, auto kernel) {
       for (; done + rows <= count; done += rows) {
-        const float* panel = x + done / kLaneRows * 16 * columns * kLaneRows;
-        kernel(w + 16 * columns * lane, block,
-               panel + columns * kLaneRows * lane + done % kLaneRows, columns, lane, done,
-               &waiting, out);
+        const uint8_t* panel = x + done / kLaneRows * 16 * steps * kWide;
+        kernel(w + 64 * steps * lane, block, panel + steps * kWide * lane + done % kLaneRows * 4,
+               steps, lane, done, &waiting, out);
       }
     };
     multiply(kWideRows, add_lane<B, kWideRows>);
@@ -372,26 +368,22 @@ static void strip_bf16(const float* w, int64_t block, const float* x, int64_t co
 template <int B>
 static void many_bf16(const Matrix* m, int b, const Activations* x, int row, int count,
                       float* const* out) {
-  const float* w = (const float*)m->at[b];
-  const int64_t block = (const float*)m->at[b + B - 1] - w;
+  const uint8_t* w = m->at[b];
+  const int64_t block = m->at[b + B - 1] - w, steps = (int64_t)m->padded_k / 32 * kPairSteps;
   for (int done = 0; done < count; done += kStripRows) {
-    const float* panel = (const float*)(x->data + (row + done) / kLaneRows * x->stride);
+    const uint8_t* panel = x->data + (row + done) / kLaneRows * x->stride;
     float* to[] = {out[0] + 16 * done, out[B - 1] + 16 * done};
     const int rows = count - done < kStripRows ? count - done : kStripRows;
-    strip_bf16<B>(w, block, panel, m->padded_k / 16, rows, to);
+    strip_bf16<B>(w, block, panel, steps, rows, to);
   }
 }
 
-#endif
-
 static void tile_bf16(const Matrix* m, int b, const Activations* x, int row, int count,
                       float* out) {
-#if !defined(__AVX512BF16__)
   if (x->tiled) {
     many_bf16<1>(m, b, x, row, count, &out);
     return;
   }
-#endif
   const uint8_t* at = x->data + row * x->stride;
   int done = 0;
   for (; done + kFewRows <= count; done += kFewRows) {
@@ -402,7 +394,7 @@ static void tile_bf16(const Matrix* m, int b, const Activations* x, int row, int
 
 static bool pair_bf16(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
                       float* second) {
-#if defined(__AVX512F__) && !defined(__AVX512BF16__)
+#if defined(__AVX512F__)
   if (x->tiled) {
     float* const to[] = {out, second};
     many_bf16<2>(m, b, x, row, count, to);

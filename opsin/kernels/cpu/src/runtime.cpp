@@ -52,7 +52,7 @@ Prepared lay_out(const Matrix* m, int rows, uint8_t* at) {
   p.panel_rows = rows < most ? rows : most;
   p.stride = row_bytes(m);
   if (m->kind == kBf16 && most > 1) {
-    p.stride = static_cast<int64_t>(p.panel_rows) * m->padded_k * (k->paired ? 2 : 4);
+    p.stride = static_cast<int64_t>(p.panel_rows) * m->padded_k * (k->widen ? 4 : 2);
   } else if (m->kind != kBf16) {
     p.stride = p.tiled ? (m->padded_k + 63) / 64 * 1024 : p.stride * p.panel_rows;
   }
@@ -115,7 +115,7 @@ void place_bf16(const Product& p, const Prepared& to, int r, const float* x, uin
   }
   if (to.tiled) {
     if (t == kLaneRows - 1 || r == p.linear.rows - 1) {
-      k->widen_lanes(narrow, m->padded_k, reinterpret_cast<float*>(row));
+      k->lay_lanes(narrow, m->padded_k, row);
     }
   } else if (k->widen) {
     k->widen(narrow, m->padded_k, reinterpret_cast<float*>(row));
@@ -129,7 +129,7 @@ void place_bf16(const Product& p, const Prepared& to, int r, const float* x, uin
 
 // What preparing takes: two rows of floats, or one and bfloat16 of a panel's rows.
 int64_t preparing_bytes(const Matrix* m) {
-  const int64_t second = m->kind == kBf16 && kernels()->widen ? 2 * kLaneRows : 4;
+  const int64_t second = m->kind == kBf16 && kernels()->lay_lanes ? 2 * kLaneRows : 4;
   return aligned(m->padded_k * (4 + second));
 }
 
@@ -249,11 +249,11 @@ bool is_gathered(const Matrix* m, const Activations& x, int rows) {
 
 // Of a block as kernels for many rows read it, and of all that are gathered at once.
 int64_t gathered_block_bytes(const Matrix* m) {
-  return m->block_bytes * (kernels()->paired ? 1 : 2);
+  return m->block_bytes * (kernels()->widen ? 2 : 1);
 }
 
 int64_t gathered_bytes(const Matrix* m) {
-  if (m->kind != kBf16 || !(kernels()->paired || kernels()->widen)) return 0;
+  if (m->kind != kBf16) return 0;
   const int64_t run = run_of(m, 1);
   return run * gathered_block_bytes(m) + aligned(run * static_cast<int64_t>(sizeof(*m->at)));
 }

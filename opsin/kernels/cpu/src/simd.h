@@ -68,7 +68,8 @@ OPSIN_INLINE void store_first(float* p, F a) {
 }
 OPSIN_INLINE F set1(float x) { return {_mm512_set1_ps(x)}; }
 // Compilers would load again what they can, which takes more than adding does.
-OPSIN_INLINE F in_register(F a) {
+template <typename T>
+OPSIN_INLINE T in_register(T a) {
   __asm__("" : "+v"(a.v));
   return a;
 }
@@ -472,10 +473,44 @@ OPSIN_INLINE void transpose_quads(const uint16_t* const* rows, int at, V* out) {
 #include "simd_scalar.h"
 #endif
 
-#if !defined(__AVX512BF16__)
+// Of one step of sums: sixteen lanes, ready to be multiplied with one factor each of many rows.
+// Pairs of bfloat16 are one step where an instruction adds both, else they are two, of floats.
+#if defined(__AVX512BF16__)
+
+struct Step { V pairs; };
+constexpr int kPairSteps = 1;
+
+OPSIN_INLINE void split(V pairs, Step* out) { out[0] = {pairs}; }
+OPSIN_INLINE Step lanes_at(const uint8_t* p) { return {in_register(vload(p))}; }
+OPSIN_INLINE void keep(uint8_t* p, Step x) { vstore(p, x.pairs); }
+template <int N>  // the first N lanes
+OPSIN_INLINE void keep_first(uint8_t* p, Step x) {
+  store_first<N>((float*)p, {_mm512_castsi512_ps(x.pairs.v)});
+}
+OPSIN_INLINE F plus(F sum, Step x, const uint8_t* factor) {
+  return dot_bf16(sum, x.pairs, bcast4(factor));
+}
+
+#else
+
+struct Step { F one; };
+constexpr int kPairSteps = 2;
+
 OPSIN_INLINE F dot_bf16(F acc, V x, V y) {
   return fma(even_bf16(x), even_bf16(y), fma(odd_bf16(x), odd_bf16(y), acc));
 }
+OPSIN_INLINE void split(V pairs, Step* out) {
+  out[0] = {even_bf16(pairs)};
+  out[1] = {odd_bf16(pairs)};
+}
+OPSIN_INLINE Step lanes_at(const uint8_t* p) { return {in_register(load((const float*)p))}; }
+OPSIN_INLINE void keep(uint8_t* p, Step x) { store((float*)p, x.one); }
+template <int N>
+OPSIN_INLINE void keep_first(uint8_t* p, Step x) { store_first<N>((float*)p, x.one); }
+OPSIN_INLINE F plus(F sum, Step x, const uint8_t* factor) {
+  return fma(x.one, set1(*(const float*)factor), sum);
+}
+
 #endif
 
 #if !defined(OPSIN_DOT_AT)
