@@ -19,8 +19,6 @@ OPSIN_INLINE F load_scale(const uint8_t* p, bool f16) {
   return f16 ? load_f16((const uint16_t*)p) : load_bf16((const uint16_t*)p);
 }
 
-constexpr int kAhead = 2048;  // bytes between a weight's use and its prefetch
-
 // Integer sums of one group of four-bit codes with MT rows of activations. With few rows the two
 // halves of a byte have sums of their own, so that one does not wait for the other; whole numbers
 // add up to the same.
