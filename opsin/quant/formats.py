@@ -9,8 +9,8 @@ import torch
 
 from opsin.errors import InputError
 
-Kind = Literal["bf16", "q8", "q6", "q4"]
-WIDTHS: dict[Kind, int] = {"bf16": 16, "q8": 8, "q6": 6, "q4": 4}
+Kind = Literal["bf16", "bf13", "q8", "q6", "q4"]
+WIDTHS: dict[Kind, int] = {"bf16": 16, "bf13": 13, "q8": 8, "q6": 6, "q4": 4}
 BITS = (4, 8)
 GROUP = 64
 MOST_COLUMNS = 65536  # of a row with one scale: its sums fit in 32 bits
@@ -18,7 +18,8 @@ MOST_COLUMNS = 65536  # of a row with one scale: its sums fit in 32 bits
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A matrix as bfloat16, or as affine codes with a 16-bit scale and bias per `group` columns.
+    """A matrix as bfloat16, as it is or without loss in thirteen bits, or as affine codes with a
+    16-bit scale and bias per `group` columns.
 
     Group 0 is one scale and bias a row. Rotated: columns are mixed (`quant/rotation.py`) before
     they are rounded, and activations with them.
@@ -28,6 +29,11 @@ class Format:
     group: int = 0
     scale_dtype: torch.dtype = torch.float16
     rotated: bool = False
+
+    @property
+    def is_bfloat16(self) -> bool:
+        """Whether its values are bfloat16 rather than codes."""
+        return self.kind in ("bf16", "bf13")
 
     @property
     def bits(self) -> float:

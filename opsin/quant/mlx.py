@@ -42,7 +42,7 @@ class AffineTensor(StoredTensor):
     def fits(self, form: Format) -> bool:
         """Whether a matrix of a format takes the codes as they are."""
         same = (self.group, self.dtype, False) == (form.group, form.scale_dtype, form.rotated)
-        return form.kind != "bf16" and self.bits <= WIDTHS[form.kind] and same
+        return not form.is_bfloat16 and self.bits <= WIDTHS[form.kind] and same
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """Codes, scales and biases as stored."""

@@ -16,7 +16,7 @@ from opsin.kernels.cpu import abi
 from opsin.kernels.cpu.library import Library, pointer
 from opsin.quant.formats import Format, Kind
 
-_KINDS = {"bf16": 0, "q8": 1, "q4": 2, "q6": 3}
+_KINDS = {"bf16": 0, "q8": 1, "q4": 2, "q6": 3, "bf13": 4}
 ROWS, COLUMNS = 16, 32  # of bfloat16 in one block
 SLACK = 4096  # bytes past its end that a matrix's memory has
 
@@ -33,11 +33,12 @@ class Region:
 class PackedMatrix:
     """A weight (n, k) in blocks of sixteen rows, in place of the tensor.
 
-    Kinds: "bf16", row by row, where a checkpoint's own bytes may be read in place; "q8", "q6" and
-    "q4", affine codes with a 16-bit scale and bias per `group` columns (0: one a row, where
-    k <= 65536), sixteen rows interleaved. Activations of quantised kinds are quantised to int8 per
-    group; those of a `rotated` one, whose k is a multiple of 32, are mixed before as its columns
-    were.
+    Kinds: "bf16", row by row, where a checkpoint's own bytes may be read in place; "bf13", the same
+    values in thirteen bits, where k is a multiple of 64 (and "bf16" after all, if few of its rows
+    can be); "q8", "q6" and "q4", affine codes with a 16-bit scale and bias per `group` columns (0:
+    one a row, where k <= 65536), sixteen rows interleaved. Activations of quantised kinds are
+    quantised to int8 per group; those of a `rotated` one, whose k is a multiple of 32, are mixed
+    before as its columns were.
     """
 
     def __init__(
@@ -136,8 +137,13 @@ class PackedMatrix:
         return self.nbytes + SLACK
 
     def memory(self) -> memoryview:
-        """The packed bytes themselves, for as long as the matrix lives."""
+        """The packed bytes themselves, for as long as the matrix lives.
+
+        Raises EngineError for a matrix in bfloat16 as it is, which need not lie in one place.
+        """
         address = self.library.handle.opsin_matrix_data(self.handle)
+        if not address:
+            raise EngineError("a matrix is not packed", why="too much of it needs all its bits")
         return memoryview((ctypes.c_uint8 * self.nbytes).from_address(address)).cast("B")
 
     def fill(self, weight: Tensor, row: int = 0, *, spread: int = 1) -> None:

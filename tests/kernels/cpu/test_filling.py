@@ -17,7 +17,7 @@ def whole(matrix: PackedMatrix) -> torch.Tensor:
     return matrix.rows(torch.arange(matrix.n), torch.float32)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "q8", "q6", "q4"])
+@pytest.mark.parametrize("kind", ["bf16", "bf13", "q8", "q6", "q4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("first", "rows", "spread"), [(0, 75, 1), (5, 40, 1), (16, 40, 2)])
 def test_a_file_gives_what_memory_gives(
@@ -33,7 +33,7 @@ def test_a_file_gives_what_memory_gives(
     places = torch.arange(rows)
     places = first + places // 16 * 16 * spread + places % 16
     near = whole(got)[places] - weight.float()
-    assert near.abs().max() < {"bf16": 0.02, "q8": 0.03, "q6": 0.12, "q4": 0.6}[kind]
+    assert near.abs().max() < {"bf16": 0.02, "bf13": 0.02, "q8": 0.03, "q6": 0.12, "q4": 0.6}[kind]
     rest = torch.ones(96, dtype=torch.bool)
     rest[places] = False
     assert not whole(got)[rest].any(), "no other row was touched"
@@ -82,7 +82,8 @@ def test_a_file_that_ends_too_soon_is_an_error(best: Library, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "rotated"), [("q8", False), ("q6", True), ("q4", False), ("q4", True)]
+    ("kind", "rotated"),
+    [("bf13", False), ("q8", False), ("q6", True), ("q4", False), ("q4", True)],
 )
 def test_a_view_of_packed_bytes_is_the_same_matrix(best: Library, kind, rotated: bool):
     matrix = PackedMatrix.dense(best, torch.randn(75, 192), kind, rotated=rotated)

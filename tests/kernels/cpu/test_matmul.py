@@ -144,6 +144,7 @@ def test_bfloat16_product_equals_torch(native, rows, k):
     ("kind", "group", "rotated"),
     [
         ("bf16", 0, False),
+        ("bf13", 0, False),
         ("q8", 64, False),
         ("q6", 64, False),
         ("q4", 64, False),
@@ -155,7 +156,7 @@ def test_bfloat16_product_equals_torch(native, rows, k):
 )
 def test_a_row_is_the_same_bits_beside_any_rows_and_on_any_threads(native, kind, group, rotated):
     torch.manual_seed(0)
-    k = 900 if group == 0 else 512
+    k = 448 if kind == "bf13" else 900 if group == 0 else 512
     weight = torch.randn(130, k) * 0.02
     packed = PackedMatrix.dense(native, weight, kind, group=group, rotated=rotated)
     x = torch.randn(205, k)  # more than any panel
@@ -173,7 +174,7 @@ def test_a_row_is_the_same_bits_beside_any_rows_and_on_any_threads(native, kind,
 
 @pytest.mark.parametrize("rows", [7, 70])
 @pytest.mark.parametrize(
-    ("kind", "group"), [("bf16", 0), ("q8", 64), ("q6", 64), ("q4", 64), ("q8", 0)]
+    ("kind", "group"), [("bf16", 0), ("bf13", 0), ("q8", 64), ("q6", 64), ("q4", 64), ("q8", 0)]
 )
 def test_gate_and_up_alternate(native, kind, group, rows):
     torch.manual_seed(1)
@@ -204,7 +205,7 @@ def test_bias_and_activation_follow_one_scale_a_row(native, rows):
 
 def test_what_is_not_finite_stays_so(native):
     for kind, rotated in (
-        ("bf16", False), ("q8", False), ("q6", False), ("q4", False), ("q4", True),
+        ("bf16", False), ("bf13", False), ("q8", False), ("q6", False), ("q4", False), ("q4", True),
     ):  # fmt: skip
         packed = PackedMatrix.dense(native, torch.rand(16, 128) + 1, kind, rotated=rotated)
         x = torch.ones(3, 128)
@@ -222,6 +223,8 @@ def test_wrong_shapes_are_refused(best):
         PackedMatrix(best, "q8", 16, 1 << 17, group=0)
     with pytest.raises(EngineError):
         PackedMatrix(best, "q8", 16, 100, group=0, rotated=True)
+    with pytest.raises(EngineError):
+        PackedMatrix(best, "bf13", 16, 96)
     mixed = PackedMatrix(best, "q4", 16, 128, group=64, rotated=True)
     codes, scales, biases = affine(16, 128, 64, 4, torch.float16)
     with pytest.raises(EngineError, match="fill"):
@@ -241,7 +244,7 @@ def test_wrong_shapes_are_refused(best):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bf16", "q4"])
+@pytest.mark.parametrize("kind", ["bf16", "bf13", "q4"])
 def test_two_hundred_thousand_rows(best, kind):
     n = 200_000
     weight = torch.randn(n, 64)

@@ -158,7 +158,8 @@ OPSIN_API int opsin_abi();                   // changes with this file
 // do not do. Source row i of a fill goes to row + i / 16 * 16 * spread + i % 16: spread 2 lets gate
 // and up rows alternate by sixteen.
 // Rotated: columns are mixed as in rotate.h before they are quantised, as activations then are, and
-// back where rows are read; k is whole 32s.
+// back where rows are read; k is whole 32s. A bf13 matrix, whose k is whole 64s, has room for some
+// rows that it cannot pack; with more of them it becomes a bf16 one.
 OPSIN_API OpsinMatrix* opsin_matrix_new(int kind, int n, int k, int group, int scale_dtype,
                                         int rotated);
 // Weights as they are; a quantised kind takes its scales from them (8 bits: symmetric, fewer: by
@@ -179,11 +180,12 @@ OPSIN_API int opsin_matrix_fill_affine(OpsinMatrix* m, int row, int rows, int sp
                                        const uint16_t* biases);
 OPSIN_API int opsin_matrix_fill_bias(OpsinMatrix* m, int row, int rows, int spread,
                                      const float* bias);
-// A quantised matrix over memory that lies elsewhere, aligned to 64 bytes and laid out as this library does:
-// `bytes` are the matrix's and 4096 more that can be read. The caller keeps it; fills refuse it.
+// A matrix, not bf16, over memory that lies elsewhere, aligned to 64 bytes and laid out as this
+// library does: `bytes` are opsin_matrix_bytes of it and 4096 more that can be read. The caller keeps
+// it; fills refuse it.
 OPSIN_API OpsinMatrix* opsin_matrix_view(int kind, int n, int k, int group, int scale_dtype,
                                          const void* data, int64_t bytes, int rotated);
-OPSIN_API const void* opsin_matrix_data(const OpsinMatrix* m);
+OPSIN_API const void* opsin_matrix_data(const OpsinMatrix* m);  // null if it is a bf16 one
 OPSIN_API void opsin_matrix_free(OpsinMatrix* m);
 OPSIN_API int64_t opsin_matrix_bytes(const OpsinMatrix* m);
 // Rows as numbers (an embedding table): out (count, k), rows in float32 or bfloat16

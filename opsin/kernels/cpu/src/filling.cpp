@@ -173,6 +173,7 @@ struct Source {
   int dtype;
 };
 
+constexpr int kNoRoom = 1;  // of a bf13 matrix for what it cannot pack
 constexpr int64_t kReadAhead = 256 << 10;  // bytes of a file in one read: they stay in the cache
 
 bool read_bytes(int file, int64_t offset, int64_t bytes, uint8_t* out) {
@@ -190,7 +191,7 @@ bool read_bytes(int file, int64_t offset, int64_t bytes, uint8_t* out) {
 // Floats that fill_rows works in.
 int64_t fill_floats(const Matrix* m) {
   const int64_t k = m->k;
-  return m->kind == kBf16 ? k : k * kRows + static_cast<int64_t>(m->group) * (kRows + kRows / 4);
+  return is_bf16(m->kind) ? 2 * k : k * kRows + static_cast<int64_t>(m->group) * (kRows + kRows / 4);
 }
 
 void quantise_rows(const Matrix* m, const Place& at, int count, const uint8_t* rows,
@@ -215,12 +216,41 @@ void quantise_rows(const Matrix* m, const Place& at, int count, const uint8_t* r
   }
 }
 
-// Some rows of one block; `own` holds fill_floats.
-void fill_rows(const Matrix* m, const Place& at, int count, const uint8_t* rows, int64_t stride,
+// A row of a block of bf13; false where there is no more room for what that cannot say.
+bool put_row13(Matrix* m, uint8_t* block, int r, const uint16_t* values) {
+  int16_t* least = reinterpret_cast<int16_t*>(block) + r;
+  uint8_t* out = block + 64 + r * m->row_bytes;
+  if (kernels()->pack(values, m->k, out, least)) return true;
+  const int32_t number = __atomic_fetch_add(&m->elsewhere, 1, __ATOMIC_RELAXED);
+  if (number >= m->room) {
+    __atomic_fetch_sub(&m->elsewhere, 1, __ATOMIC_RELAXED);
+    return false;
+  }
+  *least = kElsewhere;
+  std::memcpy(out, &number, 4);
+  std::memcpy(m->data + m->bytes + number * int64_t{2} * m->k, values, 2u * m->k);
+  return true;
+}
+
+// Some rows of one block; `own` holds fill_floats. False if the kind cannot hold them.
+bool fill_rows(Matrix* m, const Place& at, int count, const uint8_t* rows, int64_t stride,
                int dtype, float* own) {
-  if (m->kind != kBf16) {
+  if (!is_bf16(m->kind)) {
     quantise_rows(m, at, count, rows, stride, dtype, own);
-    return;
+    return true;
+  }
+  if (m->kind == kBf13) {
+    uint16_t* values = reinterpret_cast<uint16_t*>(own + m->k);
+    for (int r = 0; r < count; r++) {
+      if (dtype == OPSIN_BF16) {
+        std::memcpy(values, rows + r * stride, 2u * m->k);
+      } else {
+        read_weights(rows + r * stride, dtype, 0, m->k, own);
+        kernels()->to_bf16(own, m->k, values);
+      }
+      if (!put_row13(m, at.block, at.row + r, values)) return false;
+    }
+    return true;
   }
   take_back(m, at.block);
   for (int r = 0; r < count; r++) {
@@ -232,6 +262,7 @@ void fill_rows(const Matrix* m, const Place& at, int count, const uint8_t* rows,
       kernels()->to_bf16(own, m->k, reinterpret_cast<uint16_t*>(out));
     }
   }
+  return true;
 }
 
 // Runs of rows that lie in one block: the first ends where the block of `row` does.
@@ -244,7 +275,7 @@ struct Runs {
   }
 };
 
-int fill(const Matrix* m, int row, int rows, int spread, const Source& source) {
+int fill_once(Matrix* m, int row, int rows, int spread, const Source& source) {
   if (!fits(m, row, rows, spread) || !m->capacity || source.dtype < OPSIN_F32 ||
       source.dtype > OPSIN_F16) {
     return OPSIN_BAD_ARGUMENT;
@@ -257,7 +288,7 @@ int fill(const Matrix* m, int row, int rows, int spread, const Source& source) {
   const int piece = static_cast<int>(fit < 1 ? 1 : fit > 4096 ? 4096 : fit);  // runs of one read
   const int pieces = (runs.count() + piece - 1) / piece;
   const int64_t floats = fill_floats(m) * 4;
-  std::atomic<bool> failed{false};
+  std::atomic<int> failure{OPSIN_OK};
   pool.run(1, [&](Team& team) {
     uint8_t* own = pool.scratch(team.thread(), floats + piece * kRows * width);
     team.phase(pieces, [&](int c) {
@@ -268,7 +299,7 @@ int fill(const Matrix* m, int row, int rows, int spread, const Source& source) {
         uint8_t* buffer = own + floats;
         const int64_t bytes = (until - from) * width;
         if (!read_bytes(source.file, source.offset + from * width, bytes, buffer)) {
-          failed = true;
+          failure = OPSIN_NO_DATA;
           return;
         }
         data = buffer;
@@ -276,12 +307,20 @@ int fill(const Matrix* m, int row, int rows, int spread, const Source& source) {
       for (int run = c * piece; run < last; run++) {
         const int i = runs.start(run), count = runs.start(run + 1) - i;
         const Place at = spread == 1 ? place(m, row + i, 0, 1) : place(m, row, i, spread);
-        fill_rows(m, at, count, data + (i - from) * source.stride, source.stride, source.dtype,
-                  reinterpret_cast<float*>(own));
+        if (!fill_rows(m, at, count, data + (i - from) * source.stride, source.stride, source.dtype,
+                       reinterpret_cast<float*>(own))) {
+          failure = kNoRoom;
+        }
       }
     });
   });
-  return failed ? OPSIN_NO_DATA : OPSIN_OK;
+  return failure;
+}
+
+int fill(Matrix* m, int row, int rows, int spread, const Source& source) {
+  const int code = fill_once(m, row, rows, spread, source);
+  if (code != kNoRoom) return code;
+  return make_plain(m) ? fill_once(m, row, rows, spread, source) : OPSIN_NO_MEMORY;
 }
 
 }  // namespace
@@ -318,7 +357,7 @@ int opsin_matrix_fill_file(OpsinMatrix* m, int row, int rows, int spread, int fi
 
 int opsin_matrix_fill_affine(OpsinMatrix* m, int row, int rows, int spread, const uint32_t* codes,
                              int bits, const uint16_t* scales, const uint16_t* biases) {
-  if (!opsin::fits(m, row, rows, spread) || !m->capacity || m->kind == opsin::kBf16) {
+  if (!opsin::fits(m, row, rows, spread) || !m->capacity || opsin::is_bf16(m->kind)) {
     return OPSIN_BAD_ARGUMENT;
   }
   if (m->rotated || bits < 2 || bits > opsin::code_bits(m->kind)) return OPSIN_BAD_ARGUMENT;

@@ -56,7 +56,7 @@ static double peak(int kind, int64_t iterations) {
 }
 
 static const opsin::Kernels table = {
-    OPSIN_ISA_NAME, quantize, narrow,  widen, lay_lanes, kPaired, gather, tile,    pair,     matmul_begin, matmul_end,     kPanel,   kPanelBf16, kCodeRows, kByLaneFrom, kTiledFrom, rms_norm,
+    OPSIN_ISA_NAME, quantize, narrow,  widen, lay_lanes, kPaired, gather, pack, unpack_one, tile,    pair,     matmul_begin, matmul_end,     kPanel,   kPanelBf16, kCodeRows, kByLaneFrom, kTiledFrom, rms_norm,
     layer_norm,     emit,     activate, rope,   to_bf16,      from_bf16,      axpy,     argmax,
     softmax,        attention, pack_row, dequantize_row,  read_sum,     peak,
     fit_eight,      fit_few,  affine_codes, rotate,

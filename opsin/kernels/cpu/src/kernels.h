@@ -15,7 +15,11 @@ constexpr int kSegment = 512;     // keys whose partial results are merged as on
 // Whose weights, as bytes, stay in the first cache beside rows.
 constexpr int kNearColumns = 1024;
 
-enum MatrixKind : int32_t { kBf16 = 0, kQ8 = 1, kQ4 = 2, kQ6 = 3 };
+enum MatrixKind : int32_t { kBf16 = 0, kQ8 = 1, kQ4 = 2, kQ6 = 3, kBf13 = 4 };
+
+// Whether products are of bfloat16: activations are narrowed to it, not to codes.
+static constexpr bool is_bf16(int kind) { return kind == kBf16 || kind == kBf13; }
+constexpr int16_t kElsewhere = 0x7fff;
 
 // Bits of a quantised kind's codes.
 static constexpr int code_bits(int kind) { return kind == kQ8 ? 8 : kind == kQ6 ? 6 : 4; }
@@ -23,7 +27,15 @@ static constexpr int code_bits(int kind) { return kind == kQ8 ? 8 : kind == kQ6 
 // A weight matrix (n, k) in blocks of sixteen rows.
 //
 // bf16: row after row, each block wherever it lies, so that a checkpoint's own bytes can be one.
-// Quantised kinds are one run of memory, block after block.
+// bf13: the same values, bit for bit, in thirteen bits. A weight's exponent is a code of five bits:
+// 0 for the exponent 0, else what is added to the row's least exponent, 31 below its greatest. A block
+// is 64 bytes, of them sixteen least exponents (int16, as they lie in a bfloat16), then sixteen rows;
+// of a row each 64 columns are 104 bytes: signs with mantissas (64), those of column 8 i + j at
+// 16 i + j and of column 32 + 8 i + j at 16 i + 8 + j; the lower four bits of codes (32), of columns c
+// and 32 + c in one byte, the first in the low nibble; the fifth (8), a bit a column. A row with a
+// weight that this cannot say has kElsewhere for its least exponent, begins with a number (int32), and
+// is that one of the rows of bf16 that follow the blocks.
+// The other kinds but bf16 are one run of memory, block after block.
 // q8, q6, q4: for each group of columns sixteen scales, sixteen biases (16 bits each), then codes:
 //   q8: for each four columns the four codes of the sixteen rows (unsigned bytes);
 //   q6: for each sixteen columns three times 64 bytes: four columns each in the lower six bits, the
@@ -43,10 +55,12 @@ struct Matrix {
   int32_t rotated;     // columns that are mixed as one block (64 or 32), or 0: see rotate.h
   int64_t group_bytes;
   int64_t block_bytes;
-  int64_t row_bytes;   // bf16: from row to row of a block,
+  int64_t row_bytes;   // bf16, bf13: from row to row of a block,
   int64_t step_bytes;  // and from 32 of its columns to the next
   const uint8_t** at;  // bf16: (blocks) where each lies; null: it has no values yet
   float* bias;         // (blocks * 16), or null
+  int32_t elsewhere;   // bf13: rows that follow the blocks,
+  int32_t room;        // and for how many there is room
   int64_t capacity;    // bytes mapped at data, 0: none, or another's, to be read alone
 };
 
@@ -137,8 +151,11 @@ struct Kernels {
   void (*lay_lanes)(const uint16_t* x, int padded_k, uint8_t* out);
   bool paired;  // bfloat16 is multiplied in tiles: activations beside it lie in panels
   // Block b of a bf16 matrix for many rows: tile by tile, (padded_k / 32, 16, 32), or lane by lane,
-  // as the activations beside it, sixteen rows.
-  void (*gather)(const Matrix* m, int b, uint8_t* out);
+  // as the activations beside it, sixteen rows. `plain` holds a block of bf16.
+  void (*gather)(const Matrix* m, int b, uint8_t* out, uint8_t* plain);
+  // A row of a bf13 matrix and its least exponent; false if that cannot say it.
+  bool (*pack)(const uint16_t* w, int k, uint8_t* out, int16_t* least);
+  void (*unpack)(const Matrix* m, int row, uint8_t* out);  // the way back: (padded_k) bfloat16
   // rows [row, row + count) of the activations times block b: out (count, 16)
   void (*tile)(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
                uint8_t* scratch);

@@ -398,9 +398,9 @@ static void scale_rows(const Matrix* m, const uint8_t* head, const Activations* 
 }
 
 static bool pair(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
-                 float* second, uint8_t*) {
-  if (count > 16 && m->kind == opsin::kBf16) {
-    pair_bf16(m, b, x, row, count, out, second);
+                 float* second, uint8_t* scratch) {
+  if (count > 16 && opsin::is_bf16(m->kind)) {
+    pair_bf16(m, b, x, row, count, out, second, scratch);
     return true;
   }
   if (count <= 16 || m->kind != opsin::kQ8 || m->groups != 1 || m->group % 64) return false;
@@ -426,8 +426,8 @@ constexpr int kTiledFrom = 9;  // rows from which tiles beat vectors
 
 static void tile(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
                  uint8_t* scratch) {
-  if (m->kind == opsin::kBf16) {
-    tile_bf16(m, b, x, row, count, out);
+  if (opsin::is_bf16(m->kind)) {
+    tile_bf16(m, b, x, row, count, out, scratch);
   } else if (x->tiled) {
     amx_quantized(m, b, x, row, count, out, scratch);
   } else {
@@ -435,7 +435,7 @@ static void tile(const Matrix* m, int b, const Activations* x, int row, int coun
   }
 }
 static void matmul_begin(const Matrix* m, int rows) {
-  if (m->kind == opsin::kBf16) {
+  if (opsin::is_bf16(m->kind)) {
     configure_bf16(rows < 16 ? rows : 16);
   } else {
     configure(m->group < 64 ? m->group / 4 : 16, 16);
@@ -448,16 +448,16 @@ static void matmul_end() { _tile_release(); }
 constexpr int kPanel = 64, kTiledFrom = 0;
 
 static void tile(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
-                 uint8_t*) {
-  if (m->kind == opsin::kBf16) {
-    tile_bf16(m, b, x, row, count, out);
+                 uint8_t* scratch) {
+  if (opsin::is_bf16(m->kind)) {
+    tile_bf16(m, b, x, row, count, out, scratch);
   } else {
     vector_tile(m, b, x, row, count, out);
   }
 }
 static bool pair(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
-                 float* second, uint8_t*) {
-  return m->kind == opsin::kBf16 && pair_bf16(m, b, x, row, count, out, second);
+                 float* second, uint8_t* scratch) {
+  return opsin::is_bf16(m->kind) && pair_bf16(m, b, x, row, count, out, second, scratch);
 }
 static void matmul_begin(const Matrix*, int) {}
 static void matmul_end() {}
@@ -475,6 +475,23 @@ OPSIN_INLINE int code_at(int kind, const uint8_t* p, int fours) {
 
 static void dequantize_row(const Matrix* m, int row, float* out) {
   const int r = row % 16;
+  if (m->kind == opsin::kBf13) {
+    const Row stored = row_of(m, row / 16, r);
+    for (int c = 0; c < m->k; c += 64) {
+      V part[2];
+      if (stored.is_plain) {
+        part[0] = vload(stored.at + 2 * c);
+        part[1] = vload(stored.at + 2 * c + 64);
+      } else {
+        unpack64(stored.at + c / 64 * 104, stored.least, part);
+      }
+      uint16_t halves[64];
+      vstore(halves, part[0]);
+      vstore(halves + 32, part[1]);
+      for (int i = 0; i < 64; i += 16) store(out + c + i, load_bf16(halves + i));
+    }
+    return;
+  }
   if (m->kind == opsin::kBf16) {
     const uint16_t* p = (const uint16_t*)(m->at[row / 16] + r * m->row_bytes);
     for (int c = 0; c < m->k; c++) out[c] = bf16_to_f32(p[c]);

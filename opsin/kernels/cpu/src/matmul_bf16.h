@@ -27,6 +27,92 @@ OPSIN_INLINE void prefetch_lines(const uint8_t* p, int lines) {
   for (int i = 0; i < lines; i++) __builtin_prefetch(p + 64 * i, 0, kNearness);
 }
 
+// Bytes between rows of bfloat16.
+OPSIN_INLINE int64_t plain_stride(const Matrix* m) {
+  return m->kind == opsin::kBf13 ? 2 * (int64_t)m->padded_k : m->row_bytes;
+}
+
+// A row of a bf13 matrix: packed, or bfloat16 as it is.
+struct Row {
+  const uint8_t* at;
+  int16_t least;
+  bool is_plain;
+};
+
+OPSIN_INLINE Row row_of(const Matrix* m, int b, int r) {
+  const uint8_t* block = m->data + b * m->block_bytes;
+  Row row = {block + 64 + r * m->row_bytes, ((const int16_t*)block)[r], false};
+  if (row.least == opsin::kElsewhere) {
+    uint32_t number;
+    __builtin_memcpy(&number, row.at, 4);
+    if (number < (uint32_t)m->elsewhere) {  // else it is damaged, and any numbers will do
+      row.at = m->data + m->bytes + number * plain_stride(m);
+      row.is_plain = true;
+    }
+  }
+  return row;
+}
+
+static void unpack(const Matrix* m, const Row& row, uint8_t* out) {
+  if (row.is_plain) {
+    __builtin_memcpy(out, row.at, plain_stride(m));
+    return;
+  }
+  const uint8_t* w = row.at;
+  for (int c = 0; c < m->padded_k; c += 64, w += 104, out += 128) {
+    V part[2];
+    prefetch_lines(w + kAhead, 2);
+    unpack64(w, row.least, part);
+    vstore(out, part[0]);
+    vstore(out + 64, part[1]);
+  }
+}
+
+static void unpack_one(const Matrix* m, int row, uint8_t* out) {
+  unpack(m, row_of(m, row / 16, row % 16), out);
+}
+
+// A row of bfloat16 in thirteen bits; false if it cannot be.
+static bool pack(const uint16_t* w, int k, uint8_t* out, int16_t* least) {
+  int16_t top = 0, bottom = 255;  // of exponents, but for 0
+  for (int c = 0; c < k; c++) {
+    const int16_t e = (int16_t)(w[c] >> 7 & 255), low = e ? e : 255;
+    top = e > top ? e : top;
+    bottom = low < bottom ? low : bottom;
+  }
+  const int16_t base = (int16_t)(top - 31);
+  if (bottom <= base) return false;
+  *least = (int16_t)(base * 128);
+  for (int from = 0; from < k; from += 64, out += 104) {
+    uint8_t own[64], code[64];
+    for (int c = 0; c < 64; c++) {
+      const uint16_t x = w[from + c];
+      const int16_t e = (int16_t)(x >> 7 & 255);
+      own[c] = (uint8_t)((x >> 8 & 0x80) | (x & 0x7f));
+      code[c] = (uint8_t)(e ? e - base : 0);
+    }
+    for (int i = 0; i < 4; i++) {
+      __builtin_memcpy(out + 16 * i, own + 8 * i, 8);
+      __builtin_memcpy(out + 16 * i + 8, own + 32 + 8 * i, 8);
+    }
+    for (int c = 0; c < 32; c++) out[64 + c] = (uint8_t)((code[c] & 15) | code[32 + c] << 4);
+    for (int i = 0; i < 8; i++) {
+      uint64_t eight;
+      __builtin_memcpy(&eight, code + 8 * i, 8);
+      eight = eight >> 4 & 0x0101010101010101u;  // each to the bit of its column in the last byte
+      out[96 + i] = (uint8_t)(eight * 0x0102040810204080u >> 56);
+    }
+  }
+  return true;
+}
+
+// The rows of a block: where they lie as bfloat16, or unpacked to `plain`.
+static const uint8_t* plain_rows(const Matrix* m, int b, uint8_t* plain) {
+  if (m->kind == opsin::kBf16) return m->at[b];
+  for (int r = 0; r < 16; r++) unpack(m, row_of(m, b, r), plain + r * plain_stride(m));
+  return plain;
+}
+
 #if defined(__AMX_BF16__)
 
 // Activations lie in panels of up to sixteen rows, pairs of columns beside each other:
@@ -79,10 +165,11 @@ static void turn(const float* sums, int columns, float* out) {
 
 // A block tile by tile: what lies at its rows' distances falls on few sets of the caches, and on two
 // lines each where the file does not begin on one. Worth it where many panels pass by.
-static void gather(const Matrix* m, int b, uint8_t* out) {
+static void gather(const Matrix* m, int b, uint8_t* out, uint8_t* plain) {
   const int steps = m->padded_k / 32;
+  const uint8_t* rows = plain_rows(m, b, plain);
   for (int r = 0; r < 16; r++) {
-    const uint8_t* w = m->at[b] + r * m->row_bytes;
+    const uint8_t* w = rows + r * plain_stride(m);
     for (int s = 0; s < steps; s++) vstore(out + 1024 * s + 64 * r, vload(w + 64 * s));
   }
 }
@@ -106,23 +193,25 @@ static void multiply_bf16(const uint8_t* w, int64_t stride, const uint8_t* panel
 }
 
 static void tile_bf16(const Matrix* m, int b, const Activations* x, int row, int count,
-                      float* out) {
+                      float* out, uint8_t* scratch) {
   const int steps = m->padded_k / 32, rows = x->panel_rows;
-  const uint8_t* next = b + 1 < m->blocks ? m->at[b + 1] : nullptr;
+  const uint8_t* w = plain_rows(m, b, scratch);
+  const uint8_t* next = b + 1 < m->blocks && m->at ? m->at[b + 1] : nullptr;
   for (int done = 0; done < count; done += rows) {
     const uint8_t* panel = x->data + (row + done) / rows * x->stride;
     const auto multiply = m->step_bytes == 64 ? multiply_bf16<false> : multiply_bf16<true>;
-    multiply(m->at[b], m->row_bytes, panel, rows, steps, done ? nullptr : next, out + 16 * done);
+    multiply(w, plain_stride(m), panel, rows, steps, done ? nullptr : next, out + 16 * done);
   }
 }
 
 // Two blocks with more than sixteen rows of activations: what is loaded serves two products.
 static void pair_bf16(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
-                      float* second) {
+                      float* second, uint8_t* scratch) {
   alignas(64) float sums[4 * 256];
   const int steps = m->padded_k / 32;
-  const int64_t stride = m->row_bytes, step = m->step_bytes;
-  const uint8_t *w = m->at[b], *other = m->at[b + 1];
+  const int64_t stride = plain_stride(m), step = m->step_bytes;
+  const uint8_t* w = plain_rows(m, b, scratch);
+  const uint8_t* other = plain_rows(m, b + 1, scratch + 16 * stride);
   for (int done = 0; done < count; done += 32) {
     const uint8_t* panel = x->data + (row + done) / 16 * x->stride;
     const uint8_t* next = panel + x->stride;
@@ -155,17 +244,18 @@ static void pair_bf16(const Matrix* m, int b, const Activations* x, int row, int
 
 constexpr bool kPaired = false;
 
-// Rows of weights that are read side by side. Processors that run the build with BF16 instructions
-// read one row after the other faster than several.
+// Rows of activations: that are multiplied together, up to which a block of bf13 is not unpacked
+// first, and from which there are lanes. Rows of weights that are read side by side: processors that
+// run the build with BF16 instructions read one row after the other faster than several.
 #if defined(__AVX512BF16__)
 constexpr int rows_at_once(int rows) { return rows == 1 ? 1 : 4; }
-constexpr int kFewRows = 4, kByLaneFrom = 40;
+constexpr int kFewRows = 4, kPackedRows = 8, kByLaneFrom = 40;
 #elif defined(__AVX512F__)
 constexpr int rows_at_once(int) { return 4; }
-constexpr int kFewRows = 4, kByLaneFrom = 40;
+constexpr int kFewRows = 4, kPackedRows = 2, kByLaneFrom = 40;
 #else
 constexpr int rows_at_once(int) { return 2; }
-constexpr int kFewRows = 2, kByLaneFrom = 12;
+constexpr int kFewRows = 2, kPackedRows = 2, kByLaneFrom = 12;
 #endif
 constexpr int kPanelBf16 = 96;
 constexpr int64_t kStep = 64 * kPairSteps;  // bytes of 32 columns of an activation
@@ -174,19 +264,11 @@ constexpr int64_t kStep = 64 * kPairSteps;  // bytes of 32 columns of an activat
 
 constexpr auto widen = nullptr;
 
-// Adds 32 columns of R rows of weights times MT activations.
-template <int R, int MT>
-OPSIN_INLINE void add_columns(const uint8_t* w, int64_t stride, const uint8_t* x, int64_t x_stride,
-                              F (&acc)[R][MT]) {
-  V factor[MT];
-#pragma GCC unroll 4
-  for (int t = 0; t < MT; t++) factor[t] = vload(x + t * x_stride);
-#pragma GCC unroll 4
-  for (int r = 0; r < R; r++) {
-    const V weight = vload(w + r * stride);
-#pragma GCC unroll 4
-    for (int t = 0; t < MT; t++) acc[r][t] = dot_bf16(acc[r][t], weight, factor[t]);
-  }
+// Adds 32 columns of a row of weights times MT activations.
+template <int MT>
+OPSIN_INLINE void add_columns(V weight, const uint8_t* x, int64_t x_stride, F (&acc)[MT]) {
+#pragma GCC unroll 8
+  for (int t = 0; t < MT; t++) acc[t] = dot_bf16(acc[t], weight, vload(x + t * x_stride));
 }
 
 #else
@@ -200,18 +282,13 @@ static void widen(const uint16_t* x, int padded_k, float* out) {
   }
 }
 
-template <int R, int MT>
-OPSIN_INLINE void add_columns(const uint8_t* w, int64_t stride, const uint8_t* x, int64_t x_stride,
-                              F (&acc)[R][MT]) {
-#pragma GCC unroll 4
-  for (int r = 0; r < R; r++) {
-    const V weight = vload(w + r * stride);
-    const F odd = odd_bf16(weight), even = even_bf16(weight);
-#pragma GCC unroll 4
-    for (int t = 0; t < MT; t++) {
-      const float* factor = (const float*)(x + t * x_stride);
-      acc[r][t] = fma(even, load(factor + 16), fma(odd, load(factor), acc[r][t]));
-    }
+template <int MT>
+OPSIN_INLINE void add_columns(V weight, const uint8_t* x, int64_t x_stride, F (&acc)[MT]) {
+  const F odd = odd_bf16(weight), even = even_bf16(weight);
+#pragma GCC unroll 8
+  for (int t = 0; t < MT; t++) {
+    const float* factor = (const float*)(x + t * x_stride);
+    acc[t] = fma(even, load(factor + 16), fma(odd, load(factor), acc[t]));
   }
 }
 
@@ -251,9 +328,10 @@ static void lay_lanes(const uint16_t* x, int padded_k, uint8_t* out) {
 }
 
 // The same of the sixteen rows of a block.
-static void gather(const Matrix* m, int b, uint8_t* out) {
+static void gather(const Matrix* m, int b, uint8_t* out, uint8_t* plain) {
+  const uint8_t* block = plain_rows(m, b, plain);
   const uint16_t* rows[16];
-  for (int r = 0; r < 16; r++) rows[r] = (const uint16_t*)(m->at[b] + r * m->row_bytes);
+  for (int r = 0; r < 16; r++) rows[r] = (const uint16_t*)(block + r * plain_stride(m));
   to_lanes<16>(rows, m->padded_k, out);
 }
 
@@ -268,22 +346,74 @@ static void multiply_bf16(const uint8_t* w, int64_t stride, const uint8_t* x, in
   const uint8_t* next = w + R * stride;
   for (int s = 0; s < steps; s++) {
     prefetch_lines(next + 64 * R * s, R);
-    add_columns<R, MT>(w + 64 * s, stride, x + kStep * s, x_stride, acc);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      add_columns<MT>(vload(w + r * stride + 64 * s), x + kStep * s, x_stride, acc[r]);
+    }
   }
   for (int r = 0; r < R; r++) {
     for (int t = 0; t < MT; t++) sums[16 * t + r] = acc[r][t];
   }
 }
 
+// The same of one packed row.
 template <int MT>
-static void few_bf16(const Matrix* m, int b, const uint8_t* x, int64_t x_stride, float* out) {
+static void multiply_packed(const Row& row, const uint8_t* x, int64_t x_stride, int columns,
+                            F* sums) {
+  F acc[MT];
+  for (int t = 0; t < MT; t++) acc[t] = set1(0.0f);
+  const uint8_t* w = row.at;
+  for (int c = 0; c < columns; c += 64, w += 104, x += 2 * kStep) {
+    V part[2];
+    prefetch_lines(w + kAhead, 2);
+    unpack64(w, row.least, part);
+    add_columns<MT>(part[0], x, x_stride, acc);
+    add_columns<MT>(part[1], x + kStep, x_stride, acc);
+  }
+  for (int t = 0; t < MT; t++) sums[16 * t] = acc[t];
+}
+
+// Sixteen rows of bfloat16, `stride` apart, times MT rows of activations.
+template <int MT>
+static void few_bf16(const uint8_t* rows, int64_t stride, int steps, const uint8_t* x,
+                     int64_t x_stride, float* out) {
   F sums[16 * MT];
   constexpr int kTogether = rows_at_once(MT);
   for (int r = 0; r < 16; r += kTogether) {
-    multiply_bf16<kTogether, MT>(m->at[b] + r * m->row_bytes, m->row_bytes, x, x_stride,
-                                 m->padded_k / 32, sums + r);
+    multiply_bf16<kTogether, MT>(rows + r * stride, stride, x, x_stride, steps, sums + r);
   }
   for (int t = 0; t < MT; t++) store(out + 16 * t, reduce16(sums + 16 * t));
+}
+
+// A block of bf13 times MT rows of activations.
+template <int MT>
+static void few_packed(const Matrix* m, int b, const uint8_t* x, int64_t x_stride, float* out) {
+  F sums[16 * MT];
+  for (int r = 0; r < 16; r++) {
+    const Row row = row_of(m, b, r);
+    if (row.is_plain) {
+      multiply_bf16<1, MT>(row.at, 0, x, x_stride, m->padded_k / 32, sums + r);
+    } else {
+      multiply_packed<MT>(row, x, x_stride, m->padded_k, sums + r);
+    }
+  }
+  for (int t = 0; t < MT; t++) store(out + 16 * t, reduce16(sums + 16 * t));
+}
+
+static void tile_packed(const Matrix* m, int b, const uint8_t* x, int64_t x_stride, int count,
+                        float* out) {
+  switch (count) {
+#if defined(__AVX512BF16__)
+    case 8: few_packed<8>(m, b, x, x_stride, out); break;
+    case 7: few_packed<7>(m, b, x, x_stride, out); break;
+    case 6: few_packed<6>(m, b, x, x_stride, out); break;
+    case 5: few_packed<5>(m, b, x, x_stride, out); break;
+    case 4: few_packed<4>(m, b, x, x_stride, out); break;
+    case 3: few_packed<3>(m, b, x, x_stride, out); break;
+#endif
+    case 2: few_packed<2>(m, b, x, x_stride, out); break;
+    default: few_packed<1>(m, b, x, x_stride, out); break;
+  }
 }
 
 // Many rows: one after the other, the sixteen lanes that sums of few rows have, as vectors of
@@ -396,21 +526,34 @@ static void many_bf16(const Matrix* m, int b, const Activations* x, int row, int
 }
 
 static void tile_bf16(const Matrix* m, int b, const Activations* x, int row, int count,
-                      float* out) {
+                      float* out, uint8_t* scratch) {
   if (x->tiled) {
     many_bf16<1>(m, b, x, row, count, &out);
     return;
   }
-  const uint8_t* at = x->data + row * x->stride;
-  int done = 0;
-  for (; done + kFewRows <= count; done += kFewRows) {
-    few_bf16<kFewRows>(m, b, at + done * x->stride, x->stride, out + 16 * done);
+  if (m->kind == opsin::kBf13 && count <= kPackedRows) {
+    tile_packed(m, b, x->data + row * x->stride, x->stride, count, out);
+    return;
   }
-  for (; done < count; done++) few_bf16<1>(m, b, at + done * x->stride, x->stride, out + 16 * done);
+  const uint8_t* rows = plain_rows(m, b, scratch);
+  const int64_t stride = plain_stride(m);
+  const int steps = m->padded_k / 32;
+  for (int done = 0; done < count; done += kFewRows) {
+    const uint8_t* at = x->data + (row + done) * x->stride;
+    float* to = out + 16 * done;
+    switch (count - done < kFewRows ? count - done : kFewRows) {
+#if defined(__AVX512F__)
+      case 4: few_bf16<4>(rows, stride, steps, at, x->stride, to); break;
+      case 3: few_bf16<3>(rows, stride, steps, at, x->stride, to); break;
+#endif
+      case 2: few_bf16<2>(rows, stride, steps, at, x->stride, to); break;
+      default: few_bf16<1>(rows, stride, steps, at, x->stride, to); break;
+    }
+  }
 }
 
 static bool pair_bf16(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
-                      float* second) {
+                      float* second, uint8_t*) {
 #if defined(__AVX512F__)
   if (x->tiled) {
     float* const to[] = {out, second};

@@ -5,6 +5,7 @@
 #include <mutex>
 #include <sys/mman.h>
 #include <unistd.h>
+#include <utility>
 #include <vector>
 
 #include "runtime.h"
@@ -90,10 +91,14 @@ void unmap_bytes(uint8_t* data, int64_t capacity) {
   }
 }
 
+// Of rows that lie elsewhere, few enough that the others save more.
+constexpr int kLeastRoom = 16, kRoomShare = 64;
+
 // A matrix without memory; null when the arguments do not do.
 Matrix* describe(int kind, int n, int k, int group, int scale_dtype, int rotated) {
   const bool quantised = kind == kQ8 || kind == kQ6 || kind == kQ4;
-  if (n <= 0 || k <= 0 || (!quantised && kind != kBf16)) return nullptr;
+  if (n <= 0 || k <= 0 || (!quantised && !is_bf16(kind))) return nullptr;
+  if (kind == kBf13 && k % 64 != 0) return nullptr;
   if (quantised && group != 0 && (group % 32 != 0 || k % group != 0)) return nullptr;
   if (quantised && group > 64 && group % 64 != 0) return nullptr;
   if (rotated && (!quantised || k % 32 != 0)) return nullptr;
@@ -116,18 +121,44 @@ Matrix* describe(int kind, int n, int k, int group, int scale_dtype, int rotated
     m->padded_k = (k + 31) / 32 * 32;
     m->group = m->padded_k;
     m->groups = 0;
-    m->row_bytes = static_cast<int64_t>(m->padded_k) * 2;
+    m->row_bytes = kind == kBf13 ? k / 64 * int64_t{104} : static_cast<int64_t>(m->padded_k) * 2;
     m->step_bytes = 64;
-    m->block_bytes = m->row_bytes * kRows;
-    m->at = static_cast<const uint8_t**>(std::calloc(static_cast<size_t>(m->blocks), sizeof(*m->at)));
+    m->block_bytes = m->row_bytes * kRows + (kind == kBf13 ? 64 : 0);
+    if (kind == kBf13) m->room = kLeastRoom + n / kRoomShare;
   }
   m->bytes = m->block_bytes * m->blocks;
   return m;
 }
 
+// Memory of its own; false if there is none.
+bool give_memory(Matrix* m) {
+  m->data = map_bytes(m->bytes + m->room * int64_t{2} * m->k, &m->capacity);
+  if (!m->data || m->kind != kBf16) return m->data;
+  m->at = static_cast<const uint8_t**>(std::calloc(static_cast<size_t>(m->blocks), sizeof(*m->at)));
+  for (int b = 0; m->at && b < m->blocks; b++) m->at[b] = m->data + b * m->block_bytes;
+  return m->at;
+}
+
 }  // namespace
 
+bool make_plain(Matrix* m) {
+  Matrix* plain = describe(kBf16, m->n, m->k, 0, 0, 0);
+  if (!plain || !give_memory(plain)) {
+    opsin_matrix_free(plain);
+    return false;
+  }
+  for (int row = 0; row < m->n; row++) {
+    kernels()->unpack(m, row, plain->data + row * plain->row_bytes);
+  }
+  plain->bias = m->bias;
+  m->bias = nullptr;
+  std::swap(*m, *plain);
+  opsin_matrix_free(plain);
+  return true;
+}
+
 int64_t tile_scratch_bytes(const Matrix* m) {
+  if (m->kind == kBf13) return int64_t{2 * kRows} * 2 * m->padded_k;  // two blocks, unpacked
   // narrow codes as bytes: eight groups, or as many as are near
   const int columns = m->group * 8 < kNearColumns ? kNearColumns : m->group * 8;
   return m->kind == kQ4 || m->kind == kQ6 ? int64_t{kRows} * columns : 0;
@@ -147,12 +178,10 @@ using opsin::Matrix;
 OpsinMatrix* opsin_matrix_new(int kind, int n, int k, int group, int scale_dtype, int rotated) {
   Matrix* m = opsin::describe(kind, n, k, group, scale_dtype, rotated);
   if (!m) return nullptr;
-  m->data = opsin::map_bytes(m->bytes, &m->capacity);
-  if (!m->data || (kind == opsin::kBf16 && !m->at)) {
+  if (!opsin::give_memory(m)) {
     opsin_matrix_free(m);
     return nullptr;
   }
-  for (int b = 0; m->at && b < m->blocks; b++) m->at[b] = m->data + b * m->block_bytes;
   return m;
 }
 
@@ -160,15 +189,20 @@ OpsinMatrix* opsin_matrix_view(int kind, int n, int k, int group, int scale_dtyp
                                const void* data, int64_t bytes, int rotated) {
   Matrix* m = kind == opsin::kBf16 ? nullptr : opsin::describe(kind, n, k, group, scale_dtype, rotated);
   if (!m) return nullptr;
-  if (!data || reinterpret_cast<uintptr_t>(data) % 64 != 0 || bytes != m->bytes + opsin::kSlack) {
+  const int64_t more = bytes - m->bytes - opsin::kSlack, row = int64_t{2} * k;
+  const bool fits = kind == opsin::kBf13 ? more >= 0 && more % row == 0 && more / row <= n : more == 0;
+  if (!data || reinterpret_cast<uintptr_t>(data) % 64 != 0 || !fits) {
     std::free(m);
     return nullptr;
   }
+  m->elsewhere = static_cast<int32_t>(more / row);
   m->data = static_cast<uint8_t*>(const_cast<void*>(data));
   return m;
 }
 
-const void* opsin_matrix_data(const OpsinMatrix* m) { return m ? m->data : nullptr; }
+const void* opsin_matrix_data(const OpsinMatrix* m) {
+  return m && m->kind != opsin::kBf16 ? m->data : nullptr;
+}
 
 void opsin_matrix_free(OpsinMatrix* m) {
   if (!m) return;
@@ -178,7 +212,9 @@ void opsin_matrix_free(OpsinMatrix* m) {
   std::free(m);
 }
 
-int64_t opsin_matrix_bytes(const OpsinMatrix* m) { return m ? m->bytes : 0; }
+int64_t opsin_matrix_bytes(const OpsinMatrix* m) {
+  return m ? m->bytes + m->elsewhere * int64_t{2} * m->k : 0;
+}
 
 int opsin_matrix_rows(const OpsinMatrix* m, const int64_t* rows, int count, int dtype, void* out) {
   if (!m || count < 0) return OPSIN_BAD_ARGUMENT;

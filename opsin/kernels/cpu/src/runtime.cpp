@@ -27,7 +27,7 @@ int padded_rows(int rows) {
 }
 
 int64_t row_bytes(const Matrix* m) {
-  const int size = m->kind != kBf16 ? 1 : kernels()->widen ? 4 : 2;
+  const int size = !is_bf16(m->kind) ? 1 : kernels()->widen ? 4 : 2;
   const int64_t lines = (static_cast<int64_t>(m->padded_k) * size + 63) / 64;
   return (lines | 1) * 64;
 }
@@ -46,14 +46,14 @@ Prepared lay_out(const Matrix* m, int rows, uint8_t* at) {
   const Kernels* k = kernels();
   Prepared p;
   p.data = at;
-  const int tiled_from = m->kind == kBf16 ? k->by_lane_from : k->tiled_from;
+  const int tiled_from = is_bf16(m->kind) ? k->by_lane_from : k->tiled_from;
   p.tiled = tiled_from && rows >= tiled_from;
-  const int most = m->kind != kBf16 ? k->code_rows : k->paired ? kRows : p.tiled ? kLaneRows : 1;
+  const int most = !is_bf16(m->kind) ? k->code_rows : k->paired ? kRows : p.tiled ? kLaneRows : 1;
   p.panel_rows = rows < most ? rows : most;
   p.stride = row_bytes(m);
-  if (m->kind == kBf16 && most > 1) {
+  if (is_bf16(m->kind) && most > 1) {
     p.stride = static_cast<int64_t>(p.panel_rows) * m->padded_k * (k->widen ? 4 : 2);
-  } else if (m->kind != kBf16) {
+  } else if (!is_bf16(m->kind)) {
     p.stride = p.tiled ? (m->padded_k + 63) / 64 * 1024 : p.stride * p.panel_rows;
   }
   at += padded * row_bytes(m);
@@ -129,7 +129,7 @@ void place_bf16(const Product& p, const Prepared& to, int r, const float* x, uin
 
 // What preparing takes: two rows of floats, or one and bfloat16 of a panel's rows.
 int64_t preparing_bytes(const Matrix* m) {
-  const int64_t second = m->kind == kBf16 && kernels()->lay_lanes ? 2 * kLaneRows : 4;
+  const int64_t second = is_bf16(m->kind) && kernels()->lay_lanes ? 2 * kLaneRows : 4;
   return aligned(m->padded_k * (4 + second));
 }
 
@@ -142,7 +142,7 @@ void prepare(const Product& p, const Prepared& to, int from, int until, float* r
     const int64_t offset = r * p.linear.x_stride;
     if (p.linear.x_dtype == OPSIN_F32) {
       x = static_cast<const float*>(p.linear.x) + offset;
-    } else if (p.linear.x_dtype == OPSIN_BF16 && m->kind == kBf16 && !p.norm) {
+    } else if (p.linear.x_dtype == OPSIN_BF16 && is_bf16(m->kind) && !p.norm) {
       x = nullptr;
     } else {
       read_row(p.linear.x, p.linear.x_dtype, offset, m->k, row);
@@ -155,7 +155,7 @@ void prepare(const Product& p, const Prepared& to, int from, int until, float* r
       }
       x = row;
     }
-    if (m->kind == kBf16) {
+    if (is_bf16(m->kind)) {
       place_bf16(p, to, r, x, reinterpret_cast<uint16_t*>(row + m->padded_k));
     } else {
       if (m->rotated) {
@@ -244,16 +244,16 @@ int64_t run_of(const Matrix* m, int step) {
 }
 
 bool is_gathered(const Matrix* m, const Activations& x, int rows) {
-  return m->kind == kBf16 && (kernels()->paired ? rows > kernels()->panel_bf16 : x.tiled);
+  return is_bf16(m->kind) && (kernels()->paired ? rows > kernels()->panel_bf16 : x.tiled);
 }
 
 // Of a block as kernels for many rows read it, and of all that are gathered at once.
 int64_t gathered_block_bytes(const Matrix* m) {
-  return m->block_bytes * (kernels()->widen ? 2 : 1);
+  return int64_t{kRows} * m->padded_k * (kernels()->widen ? 4 : 2);
 }
 
 int64_t gathered_bytes(const Matrix* m) {
-  if (m->kind != kBf16) return 0;
+  if (!is_bf16(m->kind)) return 0;
   const int64_t run = run_of(m, 1);
   return run * gathered_block_bytes(m) + aligned(run * static_cast<int64_t>(sizeof(*m->at)));
 }
@@ -261,14 +261,16 @@ int64_t gathered_bytes(const Matrix* m) {
 // Blocks [from, until) of a bf16 matrix as `gather` lays them out; they are numbered from 0.
 Matrix gathered(const Matrix* m, int from, int until, uint8_t* at) {
   Matrix tiled = *m;
+  tiled.kind = kBf16;
   tiled.blocks = until - from;
   tiled.row_bytes = 64;
   tiled.step_bytes = 64 * kRows;
   tiled.at = reinterpret_cast<const uint8_t**>(at);
+  uint8_t* const plain = at + gathered_bytes(m);
   at += aligned(tiled.blocks * static_cast<int64_t>(sizeof(*tiled.at)));
   for (int b = from; b < until; b++, at += gathered_block_bytes(m)) {
     tiled.at[b - from] = at;
-    kernels()->gather(m, b, at);
+    kernels()->gather(m, b, at, plain);
   }
   return tiled;
 }
@@ -278,7 +280,7 @@ void multiply(const Product& p, const Activations& x, int from, int until, uint8
   const Kernels* k = kernels();
   const Buffers held = buffers(own);
   const int step = l.gated ? 2 : 1;
-  const int panel = l.matrix->kind == kBf16 ? k->panel_bf16 : k->panel;
+  const int panel = is_bf16(l.matrix->kind) ? k->panel_bf16 : k->panel;
   const int64_t run = run_of(l.matrix, step);
   Matrix tiled;
   k->matmul_begin(l.matrix, l.rows);
@@ -354,12 +356,12 @@ void product(Team& team, const Product& p, uint8_t* shared, uint8_t* own) {
   const int chunks = product_chunks(p, (blocks + unit - 1) / unit, team.size());
   float* row = reinterpret_cast<float*>(own + activation_bytes(m, kPrivateRows));
   uint8_t* scratch = own + activation_bytes(m, kPrivateRows) + preparing_bytes(m);
-  const bool alone = rows <= (m->kind == kBf16 ? kPrivateRowsBf16 : kPrivateRows);
+  const bool alone = rows <= (is_bf16(m->kind) ? kPrivateRowsBf16 : kPrivateRows);
   const Prepared prepared = lay_out(m, rows, alone ? own : shared);
   bool ready = !alone;
   if (!alone) {
     // A panel is one thread's: two that write to the same lines wait for each other.
-    const bool apart = m->kind == kBf16 && !prepared.tiled;
+    const bool apart = is_bf16(m->kind) && !prepared.tiled;
     const int panel = apart ? 1 : prepared.panel_rows;
     const int pieces = chunks_for((rows + panel - 1) / panel, team.size(), panel == 1 ? 4 : 1);
     team.phase(pieces, [&](int c) {

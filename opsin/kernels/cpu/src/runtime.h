@@ -18,6 +18,9 @@ struct Product {
   float eps = 0.0f;
 };
 
+// Let a bf13 matrix be a bf16 one, with the rows that it has; false without memory.
+bool make_plain(Matrix* m);
+
 int64_t activation_bytes(const Matrix* m, int rows);
 int64_t product_thread_bytes(const Matrix* m);
 // Two phases at most. `shared` holds activation_bytes, `own` (this thread's) product_thread_bytes.

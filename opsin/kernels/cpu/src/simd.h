@@ -473,6 +473,55 @@ OPSIN_INLINE void transpose_quads(const uint16_t* const* rows, int at, V* out) {
 #include "simd_scalar.h"
 #endif
 
+// 64 columns of a row of bf13 as bfloat16; `least` is the row's least exponent.
+OPSIN_INLINE void unpack64(const uint8_t* p, int16_t least, V* out) {
+  uint64_t fifth;
+  __builtin_memcpy(&fifth, p + 96, 8);
+#if defined(__AVX512F__)
+  const __m512i kept = _mm512_set1_epi16((short)0x807f), code = _mm512_set1_epi16(0x780);
+  const __m512i base = _mm512_set1_epi16(least), sixteen = _mm512_set1_epi16(0x800);
+  const __m512i own = _mm512_loadu_si512(p);
+  const __m512i four = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(p + 64)));
+  __m512i e[2] = {_mm512_and_si512(_mm512_slli_epi16(four, 7), code),
+                  _mm512_and_si512(_mm512_slli_epi16(four, 3), code)};
+  const __m512i twice[2] = {_mm512_unpacklo_epi8(own, own), _mm512_unpackhi_epi8(own, own)};
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) {
+    e[i] = _mm512_mask_add_epi16(e[i], (__mmask32)(fifth >> 32 * i), e[i], sixteen);
+    e[i] = _mm512_maskz_add_epi16(_mm512_test_epi16_mask(e[i], e[i]), e[i], base);
+    out[i].v = _mm512_ternarylogic_epi32(kept, twice[i], e[i], 0xca);
+  }
+#elif defined(__AVX2__)
+  const __m256i kept = _mm256_set1_epi16((short)0x807f), code = _mm256_set1_epi16(0x780);
+  const __m256i base = _mm256_set1_epi16(least), sixteen = _mm256_set1_epi16(0x800);
+  const __m256i bit = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096,
+                                        8192, 16384, (short)0x8000);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {  // sixteen columns each
+    const __m256i own = _mm256_loadu_si256((const __m256i*)(p + 32 * (i % 2)));
+    const __m128i part = _mm_loadu_si128((const __m128i*)(p + 64 + 16 * (i % 2)));
+    const __m256i four = _mm256_cvtepu8_epi16(part);
+    __m256i e = _mm256_slli_epi16(four, i < 2 ? 7 : 3);
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi16((short)(fifth >> 16 * i)), bit);
+    e = _mm256_or_si256(_mm256_and_si256(e, code),
+                        _mm256_and_si256(_mm256_cmpeq_epi16(set, bit), sixteen));
+    const __m256i none = _mm256_cmpeq_epi16(e, _mm256_setzero_si256());
+    e = _mm256_andnot_si256(none, _mm256_add_epi16(e, base));
+    const __m256i twice = i < 2 ? _mm256_unpacklo_epi8(own, own) : _mm256_unpackhi_epi8(own, own);
+    const __m256i all = _mm256_or_si256(_mm256_and_si256(kept, twice), _mm256_andnot_si256(kept, e));
+    (i % 2 ? out[i / 2].b : out[i / 2].a) = all;
+  }
+#else
+  for (int c = 0; c < 64; c++) {
+    const int in = c % 32, own = p[in / 8 * 16 + c / 32 * 8 + in % 8];
+    int e = (c < 32 ? p[64 + in] & 15 : p[64 + in] >> 4) | (int)(fifth >> c & 1) << 4;
+    if (e) e = e * 128 + least;
+    const uint16_t whole = (uint16_t)((own & 0x80) << 8 | (e & 0x7f80) | (own & 0x7f));
+    __builtin_memcpy(out[c / 32].v + 2 * in, &whole, 2);
+  }
+#endif
+}
+
 // Of one step of sums: sixteen lanes, ready to be multiplied with one factor each of many rows.
 // Pairs of bfloat16 are one step where an instruction adds both, else they are two, of floats.
 #if defined(__AVX512BF16__)

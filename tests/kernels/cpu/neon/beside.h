@@ -133,7 +133,7 @@ auto both(const std::string& what, Work&& work) {
 struct Form {
   int kind, k, group, scale_dtype, rotated;
   std::string name() const {
-    static const char* const kinds[] = {"bf16", "q8", "q4", "q6"};
+    static const char* const kinds[] = {"bf16", "q8", "q4", "q6", "bf13"};
     return std::string(kinds[kind]) + " k=" + std::to_string(k) +
            " group=" + std::to_string(group) + (scale_dtype == OPSIN_F16 ? " f16" : " bf16") +
            (rotated ? " rotated" : "");
@@ -150,7 +150,7 @@ inline const std::vector<Form> kForms = {
     {opsin::kQ8, 160, 0, OPSIN_F16, 1},    {opsin::kQ4, 96, 32, OPSIN_F16, 1},
     {opsin::kQ4, 192, 64, OPSIN_BF16, 1},  {opsin::kQ6, 96, 32, OPSIN_BF16, 0},
     {opsin::kQ6, 192, 64, OPSIN_F16, 0},   {opsin::kQ6, 100, 0, OPSIN_F16, 0},
-    {opsin::kQ6, 192, 64, OPSIN_F16, 1},
+    {opsin::kQ6, 192, 64, OPSIN_F16, 1},   {opsin::kBf13, 192, 0, OPSIN_BF16, 0},
 };
 
 // A packed matrix, and what it was filled with.
@@ -179,7 +179,7 @@ struct Packed {
     return out;
   }
   Bytes bytes() const {
-    const uint8_t* p = static_cast<const uint8_t*>(opsin_matrix_data(m));
+    const uint8_t* p = m->data;
     return Bytes(p, p + opsin_matrix_bytes(m));
   }
 };

@@ -9,7 +9,7 @@ namespace {
 Floats seen(const Packed& w, const Floats& x, int rows) {
   const opsin::Kernels* k = opsin::portable_kernels();
   const int n = w.form.k, padded = w.m->padded_k;
-  if (w.form.kind == opsin::kBf16) return widened(narrowed(x));
+  if (opsin::is_bf16(w.form.kind)) return widened(narrowed(x));
   Floats out, row(static_cast<size_t>(padded)), scale(w.m->groups), sum(w.m->groups);
   std::vector<int8_t> codes(static_cast<size_t>(padded));
   for (int r = 0; r < rows; r++) {
