@@ -23,9 +23,11 @@ from opsin.engine.memory import give_back_startup
 from opsin.engine.packing import (
     Formats,
     Recipe,
+    are_in_place,
     are_packed,
     joined_matrices,
     late_matrices,
+    lossless,
     native_formats,
     packer_of,
     quantised_formats,
@@ -188,7 +190,7 @@ def load_model(
         LOG.warning(
             "no native CPU kernels (%s): decoding is several times slower", cpu.why_missing()
         )
-    cache = cache_of(repacked_cache, folder, model, recipe, tensors)
+    recipe, cache = recipe_and_cache(repacked_cache, folder, model, recipe, tensors)
     kept = {} if cache is None else cache.read()
     packer = packer_of(recipe, kept)
     weights.assign(
@@ -301,6 +303,25 @@ def library_to_share(library: Library, model: Model, formats: Formats) -> Librar
     """
     own = model.arithmetic.has_native_products or are_packed(model.towers, formats)
     return library if own and library.threads >= LEAST_SHARED else None
+
+
+def recipe_and_cache(
+    named: str | Path | None,
+    folder: Path,
+    model: Model,
+    recipe: Recipe,
+    tensors: list[StoredTensor],
+) -> tuple[Recipe, RepackedCache | None]:
+    """How matrices are packed in the end, and where they are kept; None where they are not.
+
+    Those in bfloat16 are so in fewer bits where that takes little time, or is done once for all.
+    """
+    fewer = lossless(recipe)
+    cache = cache_of(named, folder, model, fewer, tensors)
+    kept = cache is not None and cache.will_keep()
+    if fewer is recipe or kept or not are_in_place(recipe.formats):
+        return fewer, cache
+    return recipe, cache_of(named, folder, model, recipe, tensors)
 
 
 def cache_of(

@@ -7,6 +7,7 @@ import logging
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -141,6 +142,13 @@ class RepackedCache:
             kept.setdefault(slot.module, []).append(matrix)
         return kept
 
+    def will_keep(self) -> bool:
+        """Whether the file is there or is to be written, as far as that can be said before."""
+        sizes = (slot.form.bits * slot.rows * slot.columns / 8 for slot in self.slots)
+        with suppress(OSError):
+            return self.path.is_file() or not self.unasked or self._is_cheap(int(sum(sizes)))
+        return False
+
     def keep(self) -> None:
         """Write the file; beside the first answers if nobody asked for it.
 
@@ -181,7 +189,7 @@ class RepackedCache:
 
 
 def is_kept(form: Format) -> bool:
-    """Whether a matrix of a format is worth keeping: bfloat16 is read as checkpoints store it."""
+    """Whether a matrix of a format is worth keeping: bfloat16 as it is lies in the checkpoint."""
     return form.kind != "bf16"
 
 

@@ -137,6 +137,42 @@ def test_what_is_read_in_place_answers_as_what_was_copied(
     assert seen[0] == seen[1]
 
 
+def test_bfloat16_in_fewer_bits_answers_as_it_is(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it saves time; of large models where it is kept, so that loading takes it once."""
+    library = cpu.load()
+    assert library is not None
+    monkeypatch.setattr(packing, "LOSSLESS_LEAST", 0)
+
+    def loaded(sets: tuple[str, ...], where: str, least: int) -> tuple[set[str], bool, Any]:
+        monkeypatch.setattr(packing, "LOSSLESS_SETS", sets)
+        monkeypatch.setattr(packing, "IN_PLACE_LEAST", least)
+        model, processor = opsin.load(
+            "bundled", device="cpu", dtype="bfloat16", repacked_cache=where
+        )
+        prompt = processor.prepare("What is it?", images=[picture(1, 90, 70)])
+        with Engine(model, processor, EngineLimits(memory=1 << 24, block_size=8)) as engine:
+            events = answers(engine, [prompt], count=16, logprobs=1)[0]
+        found = matrices(model).values()
+        kinds = {each.format.kind for each in found}
+        is_kept = any(each.is_view for each in found)
+        return kinds, is_kept, (tokens(events), [event.logprobs for event in events])
+
+    here, file = (library.isa,), str(cache)
+    seen = [
+        loaded((), "off", 0),
+        loaded(here, "off", 0),
+        loaded(here, "off", 1 << 40),
+        loaded(here, file, 0),
+        loaded(here, file, 0),
+    ]
+    plain, fewer = {"bf16"}, {"bf13"}
+    ways = [(kinds, is_kept) for kinds, is_kept, _ in seen]
+    assert ways == [(plain, False)] * 2 + [(fewer, False)] * 2 + [(fewer, True)]
+    assert all(answer == seen[0][2] for _, _, answer in seen)
+
+
 def test_a_mapped_model_reads_none_of_what_was_packed(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
