@@ -9,6 +9,8 @@ weights at 4 or 8 bits (8 where 16 are asked, which is what it does by default),
 from __future__ import annotations
 
 import argparse
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +126,8 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(args.threads)
     start = rows.now()
-    engine = Transformers(args)
+    with redirect_stdout(sys.stderr):  # an export says much, and here lines are answers
+        engine = Transformers(args)
     names = ("decode", "prefill", "streams", "picture", "tokens")
     rows.answer({name: getattr(engine, f"row_{name}") for name in names}, rows.since(start))
 

@@ -162,7 +162,7 @@ def load(
     takes the checkpoint's. revision: a branch, tag or commit of a hub name. chat_template: jinja
     text, a file, or the name of a bundled one, in place of the checkpoint's. matformer_slice: the
     name of a smaller model within a nested one, as in the table that comes with its family, or in
-    the CSV file matformer_config. repacked_cache: "on", "off" or a folder in which quantised
+    the CSV file matformer_config. repacked_cache: "on", "off" or a folder in which packed
     weights are kept as the CPU's kernels read them, to be mapped the next time; None is what
     OPSIN_REPACKED_CACHE says, or else "auto": on where that takes little of the disk. on_progress
     is called with the bytes read so far and all. A model that has no family here runs through

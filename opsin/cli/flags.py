@@ -150,7 +150,7 @@ RepackedCache: TypeAlias = Annotated[
     str | None,
     typer.Option(
         "--repacked-cache",
-        help="Keep quantised weights as the CPU reads them: auto, on, off or a folder.",
+        help="Keep packed weights as the CPU reads them: auto, on, off or a folder.",
         metavar="WHERE",
         rich_help_panel=ENGINE,
     ),
