@@ -17,7 +17,7 @@ using opsin::Matrix;
 // first cache, 2: to the second). As is fastest where a build runs: the one with BF16 instructions
 // and no tiles is for AMD's processors.
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
-constexpr int kAhead = 4096, kNearness = 3;
+constexpr int kAhead = 8192, kNearness = 3;
 #else
 constexpr int kAhead = 2048, kNearness = 2;
 #endif
