@@ -240,13 +240,13 @@ bool fill_rows(Matrix* m, const Place& at, int count, const uint8_t* rows, int64
     return true;
   }
   if (m->kind == kBf13) {
-    uint16_t* values = reinterpret_cast<uint16_t*>(own + m->k);
+    uint16_t* narrow = reinterpret_cast<uint16_t*>(own + m->k);
     for (int r = 0; r < count; r++) {
-      if (dtype == OPSIN_BF16) {
-        std::memcpy(values, rows + r * stride, 2u * m->k);
-      } else {
+      const uint16_t* values = reinterpret_cast<const uint16_t*>(rows + r * stride);
+      if (dtype != OPSIN_BF16) {
         read_weights(rows + r * stride, dtype, 0, m->k, own);
-        kernels()->to_bf16(own, m->k, values);
+        kernels()->to_bf16(own, m->k, narrow);
+        values = narrow;
       }
       if (!put_row13(m, at.block, at.row + r, values)) return false;
     }

@@ -20,6 +20,7 @@ enum MatrixKind : int32_t { kBf16 = 0, kQ8 = 1, kQ4 = 2, kQ6 = 3, kBf13 = 4 };
 // Whether products are of bfloat16: activations are narrowed to it, not to codes.
 static constexpr bool is_bf16(int kind) { return kind == kBf16 || kind == kBf13; }
 constexpr int16_t kElsewhere = 0x7fff;
+constexpr int kPackedColumns = 64, kPackedBytes = 104;  // of a row of bf13, together
 
 // Bits of a quantised kind's codes.
 static constexpr int code_bits(int kind) { return kind == kQ8 ? 8 : kind == kQ6 ? 6 : 4; }

@@ -475,26 +475,24 @@ OPSIN_INLINE int code_at(int kind, const uint8_t* p, int fours) {
 
 static void dequantize_row(const Matrix* m, int row, float* out) {
   const int r = row % 16;
-  if (m->kind == opsin::kBf13) {
-    const Row stored = row_of(m, row / 16, r);
-    for (int c = 0; c < m->k; c += 64) {
+  if (opsin::is_bf16(m->kind)) {
+    const bool packed = m->kind == opsin::kBf13;
+    const Row stored = packed ? row_of(m, row / 16, r)
+                              : Row{m->at[row / 16] + r * m->row_bytes, 0, true};
+    if (stored.is_plain) {
+      const uint16_t* p = (const uint16_t*)stored.at;
+      for (int c = 0; c < m->k; c++) out[c] = bf16_to_f32(p[c]);
+      return;
+    }
+    const uint8_t* p = stored.at;
+    for (int c = 0; c < m->k; c += kPackedColumns, p += kPackedBytes) {
       V part[2];
-      if (stored.is_plain) {
-        part[0] = vload(stored.at + 2 * c);
-        part[1] = vload(stored.at + 2 * c + 64);
-      } else {
-        unpack64(stored.at + c / 64 * 104, stored.least, part);
-      }
-      uint16_t halves[64];
+      uint16_t halves[kPackedColumns];
+      unpack64(p, stored.least, part);
       vstore(halves, part[0]);
       vstore(halves + 32, part[1]);
-      for (int i = 0; i < 64; i += 16) store(out + c + i, load_bf16(halves + i));
+      for (int i = 0; i < kPackedColumns; i += 16) store(out + c + i, load_bf16(halves + i));
     }
-    return;
-  }
-  if (m->kind == opsin::kBf16) {
-    const uint16_t* p = (const uint16_t*)(m->at[row / 16] + r * m->row_bytes);
-    for (int c = 0; c < m->k; c++) out[c] = bf16_to_f32(p[c]);
     return;
   }
   const uint8_t* w = m->data + (row / 16) * m->block_bytes;

@@ -11,6 +11,8 @@ namespace OPSIN_ISA {
 
 using opsin::Activations;
 using opsin::kLaneRows;
+using opsin::kPackedBytes;
+using opsin::kPackedColumns;
 using opsin::Matrix;
 
 // Of weights: bytes between their use and their prefetch, and how near lines are fetched (3: to the
@@ -59,7 +61,7 @@ static void unpack(const Matrix* m, const Row& row, uint8_t* out) {
     return;
   }
   const uint8_t* w = row.at;
-  for (int c = 0; c < m->padded_k; c += 64, w += 104, out += 128) {
+  for (int c = 0; c < m->padded_k; c += kPackedColumns, w += kPackedBytes, out += 128) {
     V part[2];
     prefetch_lines(w + kAhead, 2);
     unpack64(w, row.least, part);
@@ -83,7 +85,7 @@ static bool pack(const uint16_t* w, int k, uint8_t* out, int16_t* least) {
   const int16_t base = (int16_t)(top - 31);
   if (bottom <= base) return false;
   *least = (int16_t)(base * 128);
-  for (int from = 0; from < k; from += 64, out += 104) {
+  for (int from = 0; from < k; from += kPackedColumns, out += kPackedBytes) {
     uint8_t own[64], code[64];
     for (int c = 0; c < 64; c++) {
       const uint16_t x = w[from + c];
@@ -363,7 +365,7 @@ static void multiply_packed(const Row& row, const uint8_t* x, int64_t x_stride, 
   F acc[MT];
   for (int t = 0; t < MT; t++) acc[t] = set1(0.0f);
   const uint8_t* w = row.at;
-  for (int c = 0; c < columns; c += 64, w += 104, x += 2 * kStep) {
+  for (int c = 0; c < columns; c += kPackedColumns, w += kPackedBytes, x += 2 * kStep) {
     V part[2];
     prefetch_lines(w + kAhead, 2);
     unpack64(w, row.least, part);

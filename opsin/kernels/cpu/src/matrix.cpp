@@ -98,7 +98,7 @@ constexpr int kLeastRoom = 16, kRoomShare = 64;
 Matrix* describe(int kind, int n, int k, int group, int scale_dtype, int rotated) {
   const bool quantised = kind == kQ8 || kind == kQ6 || kind == kQ4;
   if (n <= 0 || k <= 0 || (!quantised && !is_bf16(kind))) return nullptr;
-  if (kind == kBf13 && k % 64 != 0) return nullptr;
+  if (kind == kBf13 && k % kPackedColumns != 0) return nullptr;
   if (quantised && group != 0 && (group % 32 != 0 || k % group != 0)) return nullptr;
   if (quantised && group > 64 && group % 64 != 0) return nullptr;
   if (rotated && (!quantised || k % 32 != 0)) return nullptr;
@@ -121,7 +121,8 @@ Matrix* describe(int kind, int n, int k, int group, int scale_dtype, int rotated
     m->padded_k = (k + 31) / 32 * 32;
     m->group = m->padded_k;
     m->groups = 0;
-    m->row_bytes = kind == kBf13 ? k / 64 * int64_t{104} : static_cast<int64_t>(m->padded_k) * 2;
+    const int64_t packed = int64_t{k} / kPackedColumns * kPackedBytes;
+    m->row_bytes = kind == kBf13 ? packed : static_cast<int64_t>(m->padded_k) * 2;
     m->step_bytes = 64;
     m->block_bytes = m->row_bytes * kRows + (kind == kBf13 ? 64 : 0);
     if (kind == kBf13) m->room = kLeastRoom + n / kRoomShare;
