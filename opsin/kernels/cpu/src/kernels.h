@@ -161,8 +161,9 @@ struct Kernels {
   void (*tile)(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
                uint8_t* scratch);
   // The same of blocks b and b + 1 at once, into out and second; false where one by one is better.
-  bool (*pair)(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
-               float* second, uint8_t* scratch);
+  // `after` is the block that this thread probably takes next, -1: there is none.
+  bool (*pair)(const Matrix* m, int b, int after, const Activations* x, int row, int count,
+               float* out, float* second, uint8_t* scratch);
   void (*matmul_begin)(const Matrix* m, int rows);  // per thread, before tiles
   void (*matmul_end)();
   int panel, panel_bf16;  // rows handed to one tile call at most

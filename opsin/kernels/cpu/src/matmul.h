@@ -15,184 +15,236 @@ namespace OPSIN_ISA {
 using opsin::Activations;
 using opsin::Matrix;
 
+#if defined(__AVX512F__)
+constexpr int kCodeRows = 8, kFewSums = 8;
+#elif defined(__AVX2__)
+constexpr int kCodeRows = 4, kFewSums = 4;
+#else
+constexpr int kCodeRows = 2, kFewSums = 2;
+#endif
+
+template <int KIND>
+OPSIN_INLINE I dot_codes(I sum, V codes, V x) {
+  return KIND == opsin::kQ8 ? dot_u8(sum, codes, x) : dot_u7(sum, codes, x);
+}
+template <int KIND>
+OPSIN_INLINE I dot_codes_at(I sum, V codes, const void* x) {
+  return KIND == opsin::kQ8 ? dot_u8_at(sum, codes, x) : dot_u7_at(sum, codes, x);
+}
+
 OPSIN_INLINE F load_scale(const uint8_t* p, bool f16) {
   return f16 ? load_f16((const uint16_t*)p) : load_bf16((const uint16_t*)p);
 }
 
-// Integer sums of one group of four-bit codes with MT rows of activations. With few rows the two
-// halves of a byte have sums of their own, so that one does not wait for the other; whole numbers
-// add up to the same.
-template <int MT, int COLUMNS>
-OPSIN_INLINE void group_q4(const uint8_t* w, const int8_t* x, int columns, I* sum) {
-  constexpr int kChains = MT <= 4 ? 2 : 1;
-  I other[MT];
-  for (int t = 0; t < MT; t++) sum[t] = other[t] = izero();
-  const int n = (COLUMNS ? COLUMNS : columns) / 8;
-#pragma GCC unroll 4
-  for (int j = 0; j < n; j++) {
-    prefetch(w + 64 * j + kAhead);
-    V v = vload(w + 64 * j);
-    V low = low_nibbles(v), high = high_nibbles(v);
-#pragma GCC unroll 8
-    for (int t = 0; t < MT; t++) {
-      const int8_t* at = x + 8 * MT * j + 4 * t;
-      sum[t] = dot_u7_at(sum[t], low, at);
-      I* second = kChains == 2 ? &other[t] : &sum[t];
-      *second = dot_u7_at(*second, high, at + 4 * MT);
-    }
+// One step of codes: vectors of four columns each, of sixteen rows.
+template <int KIND>
+struct Codes;
+template <>
+struct Codes<opsin::kQ4> {
+  static constexpr int kVectors = 2, kBytes = 64;
+  static void read(const uint8_t* p, V* out) {
+    const V v = vload(p);
+    out[0] = low_nibbles(v);
+    out[1] = high_nibbles(v);
   }
-  if (kChains == 2) {
-    for (int t = 0; t < MT; t++) sum[t] = iadd(sum[t], other[t]);
-  }
-}
-
-// The same of six-bit codes, sixteen columns at a time.
-template <int MT, int COLUMNS>
-OPSIN_INLINE void group_q6(const uint8_t* w, const int8_t* x, int columns, I* sum) {
-  constexpr int kChains = MT <= 4 ? 2 : 1;
-  I other[MT];
-  for (int t = 0; t < MT; t++) sum[t] = other[t] = izero();
-  const int n = (COLUMNS ? COLUMNS : columns) / 16;
-#pragma GCC unroll 4
-  for (int j = 0; j < n; j++) {
-    const uint8_t* p = w + 192 * j;
-    for (int i = 0; i < 3; i++) prefetch(p + 64 * i + kAhead);
+};
+template <>
+struct Codes<opsin::kQ6> {
+  static constexpr int kVectors = 4, kBytes = 192;
+  static void read(const uint8_t* p, V* out) {
     const V a = vload(p), b = vload(p + 64), c = vload(p + 128);
-    const V codes[4] = {low_sixes(a), low_sixes(b), low_sixes(c), high_sixes(a, b, c)};
-#pragma GCC unroll 8
-    for (int t = 0; t < MT; t++) {
-      const int8_t* at = x + 16 * MT * j + 4 * t;
-      I* second = kChains == 2 ? &other[t] : &sum[t];
-      sum[t] = dot_u7_at(sum[t], codes[0], at);
-      *second = dot_u7_at(*second, codes[1], at + 4 * MT);
-      sum[t] = dot_u7_at(sum[t], codes[2], at + 8 * MT);
-      *second = dot_u7_at(*second, codes[3], at + 12 * MT);
-    }
+    out[0] = low_sixes(a);
+    out[1] = low_sixes(b);
+    out[2] = low_sixes(c);
+    out[3] = high_sixes(a, b, c);
   }
-  if (kChains == 2) {
-    for (int t = 0; t < MT; t++) sum[t] = iadd(sum[t], other[t]);
+};
+template <>
+struct Codes<opsin::kQ8> {
+  static constexpr int kVectors = 2, kBytes = 128;
+  static void read(const uint8_t* p, V* out) {
+    out[0] = vload(p);
+    out[1] = vload(p + 64);
   }
-}
+};
 
-template <int MT, int COLUMNS>
-OPSIN_INLINE void group_q8(const uint8_t* w, const int8_t* x, int columns, I* sum) {
-  constexpr int kChains = MT <= 2 ? 2 : 1;
-  I other[MT];
-  for (int t = 0; t < MT; t++) sum[t] = other[t] = izero();
-  const int n = (COLUMNS ? COLUMNS : columns) / 8;
-#pragma GCC unroll 4
-  for (int j = 0; j < n; j++) {
-    prefetch(w + 128 * j + kAhead);
-    prefetch(w + 128 * j + kAhead + 64);
-    V first = vload(w + 128 * j), second = vload(w + 128 * j + 64);
-#pragma GCC unroll 8
-    for (int t = 0; t < MT; t++) {
-      const int8_t* at = x + 8 * MT * j + 4 * t;
-      sum[t] = dot_u8_at(sum[t], first, at);
-      I* chain = kChains == 2 ? &other[t] : &sum[t];
-      *chain = dot_u8_at(*chain, second, at + 4 * MT);
-    }
-  }
-  if (kChains == 2) {
-    for (int t = 0; t < MT; t++) sum[t] = iadd(sum[t], other[t]);
-  }
-}
-
-// A panel of MT rows: codes (padded_k / 4, MT, 4), scales and sums (groups, MT).
+// Some rows of a panel of activations: codes (padded_k / 4, wide, 4), scales and sums (groups,
+// wide). While two blocks are multiplied, memory from `ahead` on is fetched, so many lines with each
+// run of columns.
 struct Panel {
   const int8_t* codes;
   const float *scale, *sum;
+  int wide, lines;
+  const uint8_t* ahead;
 };
 
-template <int MT, int KIND, bool F16, int COLUMNS>
-static void tile_affine(const Matrix* m, const uint8_t* w, const Panel& x, float* out) {
-  F acc[MT];
-  for (int t = 0; t < MT; t++) acc[t] = set1(0.0f);
-  const int8_t* codes = x.codes;
-  const float *xs = x.scale, *xb = x.sum;
-  const int groups = m->groups, group = COLUMNS ? COLUMNS : m->group;
-  for (int g = 0; g < groups; g++) {
-    prefetch(w + kAhead);
-    const F scale = load_scale(w, F16), bias = load_scale(w + 32, F16);
-    I sum[MT];
-    if (KIND == opsin::kQ4) {
-      group_q4<MT, COLUMNS>(w + 64, codes, group, sum);
-    } else if (KIND == opsin::kQ6) {
-      group_q6<MT, COLUMNS>(w + 64, codes, group, sum);
-    } else {
-      group_q8<MT, COLUMNS>(w + 64, codes, group, sum);
+// Columns whose steps are written out one after another, for two blocks.
+constexpr int run_columns(int group) { return group == 64 ? 64 : 32; }
+
+// Integer sums of one group of B blocks with MT rows of activations. Where that makes few sums, every
+// other vector has sums of its own, so that one does not wait for the other; whole numbers add up
+// to the same.
+template <int B, int MT, int KIND, int COLUMNS>
+OPSIN_INLINE void sum_group(const uint8_t* const (&w)[B], const int8_t* x, int wide, int columns,
+                            const uint8_t** ahead, int lines, I (&sum)[B][MT]) {
+  constexpr int kVectors = Codes<KIND>::kVectors, kBytes = Codes<KIND>::kBytes;
+  constexpr int kChains = B * MT <= kFewSums ? 2 : 1;
+  I chains[kChains][B][MT];
+#pragma GCC unroll 2
+  for (int c = 0; c < kChains; c++) {
+#pragma GCC unroll 2
+    for (int b = 0; b < B; b++) {
+#pragma GCC unroll 8
+      for (int t = 0; t < MT; t++) chains[c][b][t] = izero();
     }
-    w += 64 + group * 2 * opsin::code_bits(KIND);
-    codes += group * MT;
+  }
+  const auto step = [&](int j) __attribute__((always_inline)) {
+    V codes[B][kVectors];
+#pragma GCC unroll 2
+    for (int b = 0; b < B; b++) {
+      const uint8_t* p = w[b] + kBytes * j;
+#pragma GCC unroll 3
+      for (int i = 0; B == 1 && i < kBytes; i += 64) prefetch(p + i + kAhead);
+      Codes<KIND>::read(p, codes[b]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; i++) {
+      I(&to)[B][MT] = chains[i % kChains];
+#pragma GCC unroll 8
+      for (int t = 0; t < MT; t++) {
+        const int8_t* at = x + 4 * (wide * (kVectors * j + i) + t);
+        if (B == 1) {
+          to[0][t] = dot_codes_at<KIND>(to[0][t], codes[0][i], at);
+        } else {
+          const V factor = bcast4(at);
+#pragma GCC unroll 2
+          for (int b = 0; b < B; b++) to[b][t] = dot_codes<KIND>(to[b][t], codes[b][i], factor);
+        }
+      }
+    }
+  };
+  const int n = (COLUMNS ? COLUMNS : columns) / (4 * kVectors);
+  if (B == 1) {
+#pragma GCC unroll 4
+    for (int j = 0; j < n; j++) step(j);
+  } else {
+    constexpr int kRun = run_columns(COLUMNS) / (4 * kVectors);
+    for (int from = 0; from < n; from += kRun) {
+      for (int i = 0; i < lines; i++, *ahead += 64) prefetch(*ahead);
+#pragma GCC unroll 8
+      for (int j = 0; j < kRun; j++) step(from + j);
+    }
+  }
+#pragma GCC unroll 2
+  for (int b = 0; b < B; b++) {
 #pragma GCC unroll 8
     for (int t = 0; t < MT; t++) {
-      acc[t] = fma(from_int(sum[t]), mul(scale, set1(xs[t])), acc[t]);
-      acc[t] = fma(bias, set1(xb[t]), acc[t]);
+      sum[b][t] = kChains == 2 ? iadd(chains[0][b][t], chains[1][b][t]) : chains[0][b][t];
     }
-    xs += MT;
-    xb += MT;
   }
-  for (int t = 0; t < MT; t++) store(out + 16 * t, acc[t]);
 }
 
-template <int MT, int KIND, bool F16>
-static void tile_grouped(const Matrix* m, const uint8_t* w, const Panel& x, float* out) {
+// B blocks from w on times MT rows of a panel, to (MT, 16) for each of the blocks.
+template <int B, int MT, int KIND, bool F16, int COLUMNS>
+static void tile_affine(const Matrix* m, const uint8_t* block, const Panel& x, float* const* out) {
+  F acc[B][MT];
+  const uint8_t* w[B];
+#pragma GCC unroll 2
+  for (int b = 0; b < B; b++) {
+    w[b] = block + b * m->block_bytes + 64;
+#pragma GCC unroll 8
+    for (int t = 0; t < MT; t++) acc[b][t] = set1(0.0f);
+  }
+  const int8_t* codes = x.codes;
+  const float *xs = x.scale, *xb = x.sum;
+  const uint8_t* ahead = x.ahead;
+  constexpr int wide = B == 1 ? MT : kCodeRows;  // two blocks take a part of a whole panel
+  const int groups = m->groups, group = COLUMNS ? COLUMNS : m->group;
+  for (int g = 0; g < groups; g++) {
+    if (B == 1) prefetch(w[0] - 64 + kAhead);
+    I sum[B][MT];
+    sum_group<B, MT, KIND, COLUMNS>(w, codes, wide, group, &ahead, x.lines, sum);
+    codes += group * wide;
+#pragma GCC unroll 2
+    for (int b = 0; b < B; b++) {
+      const F scale = load_scale(w[b] - 64, F16), bias = load_scale(w[b] - 32, F16);
+#pragma GCC unroll 8
+      for (int t = 0; t < MT; t++) {
+        acc[b][t] = fma(from_int(sum[b][t]), mul(scale, set1(xs[t])), acc[b][t]);
+        acc[b][t] = fma(bias, set1(xb[t]), acc[b][t]);
+      }
+      w[b] += 64 + group * 2 * opsin::code_bits(KIND);
+    }
+    xs += wide;
+    xb += wide;
+  }
+#pragma GCC unroll 2
+  for (int b = 0; b < B; b++) {
+#pragma GCC unroll 8
+    for (int t = 0; t < MT; t++) store(out[b] + 16 * t, acc[b][t]);
+  }
+}
+
+template <int B, int MT, int KIND, bool F16>
+static void tile_grouped(const Matrix* m, const uint8_t* w, const Panel& x, float* const* out) {
   if (m->group == 64) {
-    tile_affine<MT, KIND, F16, 64>(m, w, x, out);
+    tile_affine<B, MT, KIND, F16, 64>(m, w, x, out);
+  } else if (B > 1 && m->group == 32) {
+    tile_affine<B, MT, KIND, F16, B == 1 ? 0 : 32>(m, w, x, out);
   } else {
-    tile_affine<MT, KIND, F16, 0>(m, w, x, out);
+    tile_affine<B, MT, KIND, F16, 0>(m, w, x, out);
   }
 }
 
-template <int MT, int KIND>
-static void tile_scaled(const Matrix* m, const uint8_t* w, const Panel& x, float* out) {
+template <int B, int MT, int KIND>
+static void tile_scaled(const Matrix* m, const uint8_t* w, const Panel& x, float* const* out) {
   if (m->scale_f16) {
-    tile_grouped<MT, KIND, true>(m, w, x, out);
+    tile_grouped<B, MT, KIND, true>(m, w, x, out);
   } else {
-    tile_grouped<MT, KIND, false>(m, w, x, out);
+    tile_grouped<B, MT, KIND, false>(m, w, x, out);
   }
 }
 
-template <int MT>
-static void tile_rows(const Matrix* m, const uint8_t* w, const Panel& x, float* out) {
+template <int B, int MT>
+static void tile_rows(const Matrix* m, const uint8_t* w, const Panel& x, float* const* out) {
   if (m->kind == opsin::kQ8) {
-    tile_scaled<MT, opsin::kQ8>(m, w, x, out);
+    tile_scaled<B, MT, opsin::kQ8>(m, w, x, out);
   } else if (m->kind == opsin::kQ6) {
-    tile_scaled<MT, opsin::kQ6>(m, w, x, out);
+    tile_scaled<B, MT, opsin::kQ6>(m, w, x, out);
   } else {
-    tile_scaled<MT, opsin::kQ4>(m, w, x, out);
+    tile_scaled<B, MT, opsin::kQ4>(m, w, x, out);
   }
 }
 
+// Rows of codes from `row` on, of the `left` that there are: a panel, or what there is of the last.
+static Panel panel_of(const Matrix* m, const Activations* x, int64_t row, int left) {
+  const int64_t at = row * m->groups;
+  return {(const int8_t*)x->data + row / kCodeRows * x->stride, x->scale + at, x->sum + at,
+          left < kCodeRows ? left : kCodeRows, 0, nullptr};
+}
+
+static void vector_panel(const Matrix* m, const uint8_t* w, const Panel& p, float* out) {
+  switch (p.wide) {
 #if defined(__AVX512F__)
-constexpr int kCodeRows = 8;
-#elif defined(__AVX2__)
-constexpr int kCodeRows = 4;
-#else
-constexpr int kCodeRows = 2;
+    case 8: tile_rows<1, 8>(m, w, p, &out); break;
+    case 7: tile_rows<1, 7>(m, w, p, &out); break;
+    case 6: tile_rows<1, 6>(m, w, p, &out); break;
+    case 5: tile_rows<1, 5>(m, w, p, &out); break;
 #endif
+#if defined(__AVX2__)
+    case 4: tile_rows<1, 4>(m, w, p, &out); break;
+    case 3: tile_rows<1, 3>(m, w, p, &out); break;
+#endif
+    case 2: tile_rows<1, 2>(m, w, p, &out); break;
+    default: tile_rows<1, 1>(m, w, p, &out); break;
+  }
+}
 
 static void vector_tile(const Matrix* m, int b, const Activations* x, int row, int count,
                         float* out) {
   const uint8_t* w = m->data + b * m->block_bytes;
   for (int done = 0; done < count; done += kCodeRows, out += 16 * kCodeRows) {
-    const int64_t first = row + done, panel = first / kCodeRows;
-    const Panel p = {(const int8_t*)x->data + panel * x->stride, x->scale + first * m->groups,
-                     x->sum + first * m->groups};
-    switch (count - done < kCodeRows ? count - done : kCodeRows) {
-#if defined(__AVX512F__)
-      case 8: tile_rows<8>(m, w, p, out); break;
-      case 7: tile_rows<7>(m, w, p, out); break;
-      case 6: tile_rows<6>(m, w, p, out); break;
-      case 5: tile_rows<5>(m, w, p, out); break;
-#endif
-#if defined(__AVX2__)
-      case 4: tile_rows<4>(m, w, p, out); break;
-      case 3: tile_rows<3>(m, w, p, out); break;
-#endif
-      case 2: tile_rows<2>(m, w, p, out); break;
-      default: tile_rows<1>(m, w, p, out); break;
-    }
+    vector_panel(m, w, panel_of(m, x, row + done, count - done), out);
   }
 }
 
@@ -201,21 +253,23 @@ static void vector_tile(const Matrix* m, int b, const Activations* x, int row, i
 // Where codes of a column lie in a panel of sixteen rows: a tile is one run of memory.
 OPSIN_INLINE int64_t tile_offset(int column) { return (int64_t)column / 64 * 1024 + column % 64; }
 
-// Four-bit or six-bit codes of a group as bytes.
-OPSIN_INLINE void unpack_group(const uint8_t* p, bool six, int group, uint8_t* out) {
-  for (int j = 0; !six && j < group / 8; j++) {
-    prefetch(p + 64 * j + kAhead);
-    const V v = vload(p + 64 * j);
-    vstore(out + 128 * j, low_nibbles(v));
-    vstore(out + 128 * j + 64, high_nibbles(v));
+// Codes of a group, of fewer than eight bits, as bytes.
+template <int KIND>
+OPSIN_INLINE void unpack_codes(const uint8_t* p, int group, uint8_t* out) {
+  constexpr int kVectors = Codes<KIND>::kVectors, kBytes = Codes<KIND>::kBytes;
+  for (int c = 0; c < group; c += 4 * kVectors, p += kBytes, out += 64 * kVectors) {
+    for (int i = 0; i < kBytes; i += 64) prefetch(p + i + kAhead);
+    V codes[kVectors];
+    Codes<KIND>::read(p, codes);
+    for (int i = 0; i < kVectors; i++) vstore(out + 64 * i, codes[i]);
   }
-  for (int j = 0; six && j < group / 16; j++, p += 192, out += 256) {
-    for (int i = 0; i < 3; i++) prefetch(p + 64 * i + kAhead);
-    const V a = vload(p), b = vload(p + 64), c = vload(p + 128);
-    vstore(out, low_sixes(a));
-    vstore(out + 64, low_sixes(b));
-    vstore(out + 128, low_sixes(c));
-    vstore(out + 192, high_sixes(a, b, c));
+}
+
+OPSIN_INLINE void unpack_group(const uint8_t* p, bool six, int group, uint8_t* out) {
+  if (six) {
+    unpack_codes<opsin::kQ6>(p, group, out);
+  } else {
+    unpack_codes<opsin::kQ4>(p, group, out);
   }
 }
 
@@ -397,7 +451,7 @@ static void scale_rows(const Matrix* m, const uint8_t* head, const Activations* 
   }
 }
 
-static bool pair(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
+static bool pair(const Matrix* m, int b, int, const Activations* x, int row, int count, float* out,
                  float* second, uint8_t* scratch) {
   if (count > 16 && opsin::is_bf16(m->kind)) {
     pair_bf16(m, b, x, row, count, out, second, scratch);
@@ -455,9 +509,51 @@ static void tile(const Matrix* m, int b, const Activations* x, int row, int coun
     vector_tile(m, b, x, row, count, out);
   }
 }
-static bool pair(const Matrix* m, int b, const Activations* x, int row, int count, float* out,
-                 float* second, uint8_t* scratch) {
-  return opsin::is_bf16(m->kind) && pair_bf16(m, b, x, row, count, out, second, scratch);
+
+#if defined(__AVX512VNNI__)
+constexpr int kPairFrom = 16, kPairRows = 4;
+
+// Blocks b and b + 1 with kPairRows rows at a time, so that what is loaded of either serves several
+// products. Memory is asked for the next two meanwhile, evenly over all rows.
+static bool vector_pair(const Matrix* m, int b, int after, const Activations* x, int row,
+                        int count, float* out, float* second) {
+  if (count < kPairFrom) return false;
+  const uint8_t* w = m->data + b * m->block_bytes;
+  const uint8_t* ahead = after < 0 ? w : m->data + after * m->block_bytes;
+  const int passes = count / kPairRows;
+  const int runs = m->padded_k / run_columns(m->group);
+  const int64_t lines = after < 0 ? 0 : m->block_bytes / (32 * runs * passes) + 1;
+  for (int done = 0; done < count; done += kCodeRows) {
+    Panel p = panel_of(m, x, row + done, count - done);
+    float* to[2] = {out + 16 * done, second + 16 * done};
+    if (p.wide < kCodeRows) {
+      vector_panel(m, w, p, to[0]);
+      vector_panel(m, w + m->block_bytes, p, to[1]);
+      break;
+    }
+    p.lines = (int)lines;
+    for (int i = 0; i < kCodeRows; i += kPairRows) {
+      p.ahead = ahead;
+      tile_rows<2, kPairRows>(m, w, p, to);
+      ahead += 64 * lines * runs;
+      p.codes += 4 * kPairRows;
+      p.scale += kPairRows;
+      p.sum += kPairRows;
+      for (float*& each : to) each += 16 * kPairRows;
+    }
+  }
+  return true;
+}
+#else
+static bool vector_pair(const Matrix*, int, int, const Activations*, int, int, float*, float*) {
+  return false;
+}
+#endif
+
+static bool pair(const Matrix* m, int b, int after, const Activations* x, int row, int count,
+                 float* out, float* second, uint8_t* scratch) {
+  if (opsin::is_bf16(m->kind)) return pair_bf16(m, b, x, row, count, out, second, scratch);
+  return vector_pair(m, b, after, x, row, count, out, second);
 }
 static void matmul_begin(const Matrix*, int) {}
 static void matmul_end() {}

@@ -218,16 +218,20 @@ void emit(const OpsinLinear& l, int first, int blocks, int row, int count, const
   kernels()->emit(&e);
 }
 
-// The sums of `blocks` blocks (or pairs) of m from `first` on, with `count` rows from `row` on.
-void sums(const Matrix* m, bool gated, int first, int blocks, const Activations& x, int row,
-          int count, const Buffers& to) {
+// The sums of `blocks` blocks (or pairs) of m from `first` on, with `count` rows from `row` on. What
+// begins with `after` comes next, -1: nothing.
+void sums(const Matrix* m, bool gated, int first, int blocks, int after, const Activations& x,
+          int row, int count, const Buffers& to) {
   const Kernels* k = kernels();
   const int size = slot_rows(count) * 16;
   for (int i = 0; i < blocks; i++) {
     const int block = gated ? (first + i) * 2 : first + i;
+    const int begun = after < 0 || !gated ? after : after * 2;
+    const int next = i + (gated ? 1 : 2) < blocks ? block + 2 : begun;
     float* tile = to.tile + i * size;
     float* second = gated ? to.second + i * size : tile + size;
-    if ((gated || i + 1 < blocks) && k->pair(m, block, &x, row, count, tile, second, to.scratch)) {
+    if ((gated || i + 1 < blocks) &&
+        k->pair(m, block, next, &x, row, count, tile, second, to.scratch)) {
       if (!gated) i++;
       continue;
     }
@@ -275,7 +279,9 @@ Matrix gathered(const Matrix* m, int from, int until, uint8_t* at) {
   return tiled;
 }
 
-void multiply(const Product& p, const Activations& x, int from, int until, uint8_t* own) {
+// Blocks (or pairs) [from, until) of a product; those from `after` on come next, -1: none.
+void multiply(const Product& p, const Activations& x, int from, int until, int after,
+              uint8_t* own) {
   const OpsinLinear& l = p.linear;
   const Kernels* k = kernels();
   const Buffers held = buffers(own);
@@ -298,7 +304,8 @@ void multiply(const Product& p, const Activations& x, int from, int until, uint8
       const int most = held_blocks(l, count);
       for (int at = static_cast<int>(first); at < last; at += most) {
         const int blocks = last - at < most ? last - at : most;
-        sums(m, l.gated, at - before, blocks, x, row, count, held);
+        const int then = at + blocks < last ? at + blocks : last < until ? last : after;
+        sums(m, l.gated, at - before, blocks, then, x, row, count, held);
         emit(l, at, blocks, row, count, held);
       }
     }
@@ -352,7 +359,7 @@ void product(Team& team, const Product& p, uint8_t* shared, uint8_t* own) {
   const Matrix* m = p.linear.matrix;
   const int rows = p.linear.rows;
   const int blocks = p.linear.gated ? m->blocks / 2 : m->blocks;
-  const int unit = rows > kRows ? 2 : 1;  // blocks that kernels for many take together
+  const int unit = rows >= kRows ? 2 : 1;  // blocks that kernels for many take together
   const int chunks = product_chunks(p, (blocks + unit - 1) / unit, team.size());
   float* row = reinterpret_cast<float*>(own + activation_bytes(m, kPrivateRows));
   uint8_t* scratch = own + activation_bytes(m, kPrivateRows) + preparing_bytes(m);
@@ -376,8 +383,9 @@ void product(Team& team, const Product& p, uint8_t* shared, uint8_t* own) {
       prepare(p, prepared, 0, rows, row);
       ready = true;
     }
+    const int next = c + team.size();
     multiply(p, x, chunk_start(blocks, unit, c, chunks), chunk_start(blocks, unit, c + 1, chunks),
-             scratch);
+             next < chunks ? chunk_start(blocks, unit, next, chunks) : -1, scratch);
   });
 }
 
