@@ -110,7 +110,6 @@ static void pack_values(const AttentionShape* s, const AttentionUnit* u, const S
         rows[i] = scratch->rows + key * dim;
       } else {
         rows[i] = key < count ? u->values + slots[key] * s->value_stride : scratch->zero;
-        if (u->ahead && key < count) prefetch_next(s, u, slots[key]);
       }
     }
     for (int d = 0; d < dim; d += 32) {
@@ -258,7 +257,9 @@ static void tile_values(const uint16_t* weights, const uint16_t* values, float* 
 
 static void attend_block(const AttentionShape* s, const AttentionUnit* u, const Scratch* scratch,
                          Running* run, const int32_t* lo, const int32_t* hi, int from, int count,
-                         const int64_t* slots) {
+                         const int64_t* slots, const AheadBoth& ahead) {
+  ahead.keys.fetch_all();
+  ahead.values.fetch_all();
   const int dim = padded(s->head_dim), value_dim = padded(s->value_dim);
   // More rows than a tile's read the keys again: then they are worth copying side by side.
   const bool packed = s->packed.bits != 0;
@@ -385,17 +386,22 @@ static int softmax_rows(const AttentionShape* s, const Scratch* scratch, Running
   return seen;
 }
 
-// Where 64 rows of keys or values lie, each whole vectors long; there are zeros past `count`.
-static void find_rows(const Scratch* scratch, const uint16_t* from, int64_t stride, int dim,
-                      uint16_t* copies, bool expanded, const int64_t* slots, int count,
-                      const uint16_t** rows) {
-  const bool copied = expanded || padded(dim) != dim;
-  if (copied && !expanded) copy_rows(from, stride, dim, copies, slots, count, kKeyBlock);
-  for (int k = 0; k < kKeyBlock; k++) {
-    if (copied) {
-      rows[k] = copies + k * padded(dim);
+// Where 64 rows of keys or values lie, each whole vectors long; there are zeros past `count`. Rows
+// that are quantised are in `copies` already; such as are no sixteen neighbours are copied there.
+static void find_rows(const AttentionShape* s, const Scratch* scratch, const uint16_t* from,
+                      int64_t stride, int dim, uint16_t* copies, const int64_t* slots, int count,
+                      Sixteen* rows) {
+  const int wide = padded(dim);
+  const bool whole = wide == dim && s->block_size % 16 == 0;
+  for (int k = 0; k < kKeyBlock; k += 16, rows++, copies += 16 * wide) {
+    *rows = {copies, wide};
+    if (s->packed.bits) continue;
+    if (k >= count) {
+      *rows = {scratch->zero, 0};
+    } else if (whole && k + 16 <= count) {
+      *rows = {from + slots[k] * stride, stride};
     } else {
-      rows[k] = k < count ? from + slots[k] * stride : scratch->zero;
+      copy_rows(from, stride, dim, copies, slots + k, count - k, 16);
     }
   }
 }
@@ -417,35 +423,29 @@ static BlockLanes lanes_of(const AttentionShape* s, const AttentionUnit* u, cons
 
 static void key_products(const AttentionShape* s, const AttentionUnit* u, const Scratch* scratch,
                          const int64_t* slots, int visible, Lanes lanes, const RowProduct* rows,
-                         int count) {
-  const uint16_t* keys[kKeyBlock];
-  const bool packed = s->packed.bits != 0;
-  if (packed) expand(s, u, scratch, slots, visible);
+                         int count, const Ahead& ahead) {
+  Sixteen keys[kKeyBlock / 16];
+  if (s->packed.bits) expand(s, u, scratch, slots, visible);
   if (!*lanes.made || count <= kDirectRows) {
-    find_rows(scratch, u->keys, s->key_stride, s->head_dim, scratch->keys, packed, slots, visible,
-              keys);
+    find_rows(s, scratch, u->keys, s->key_stride, s->head_dim, scratch->keys, slots, visible, keys);
   }
-  multiply_keys(keys, padded(s->head_dim), lanes, rows, count);
+  multiply_keys(keys, padded(s->head_dim), lanes, rows, count, ahead);
 }
 
 static void value_products(const AttentionShape* s, const AttentionUnit* u,
                            const Scratch* scratch, const int64_t* slots, int visible, Lanes lanes,
-                           const RowProduct* rows, int count) {
-  const uint16_t* values[kKeyBlock];
-  const bool packed = s->packed.bits != 0;
+                           const RowProduct* rows, int count, const Ahead& ahead) {
+  Sixteen values[kKeyBlock / 16];
   if (!*lanes.made || count <= kDirectRows) {
-    find_rows(scratch, u->values, s->value_stride, s->value_dim, scratch->rows, packed, slots,
-              visible, values);
+    find_rows(s, scratch, u->values, s->value_stride, s->value_dim, scratch->rows, slots, visible,
+              values);
   }
-  if (u->ahead && !packed) {
-    for (int k = 0; k < visible; k++) prefetch_next(s, u, slots[k]);
-  }
-  multiply_values(values, visible, padded(s->value_dim), lanes, rows, count);
+  multiply_values(values, visible, padded(s->value_dim), lanes, rows, count, ahead);
 }
 
 static void attend_block(const AttentionShape* s, const AttentionUnit* u, const Scratch* scratch,
                          Running* run, const int32_t* lo, const int32_t* hi, int from, int count,
-                         const int64_t* slots) {
+                         const int64_t* slots, const AheadBoth& ahead) {
   const int dim = padded(s->head_dim);
   RowProduct rows[kAttentionRows];
   int row_of[kAttentionRows], seeing = 0;
@@ -455,9 +455,9 @@ static void attend_block(const AttentionShape* s, const AttentionUnit* u, const 
     row_of[seeing++] = r;
   }
   const BlockLanes lanes = lanes_of(s, u, scratch, from);
-  key_products(s, u, scratch, slots, count, lanes.keys, rows, seeing);
+  key_products(s, u, scratch, slots, count, lanes.keys, rows, seeing, ahead.keys);
   seeing = softmax_rows(s, scratch, run, lo, hi, from, row_of, seeing, rows);
-  value_products(s, u, scratch, slots, count, lanes.values, rows, seeing);
+  value_products(s, u, scratch, slots, count, lanes.values, rows, seeing, ahead.values);
 }
 
 static void attention_begin(const AttentionUnit* u, const Scratch* scratch, int dim) {
@@ -487,7 +487,7 @@ static void attend_first(const AttentionShape* s, const AttentionUnit* u, const 
     hi[r] = r < u->rows ? u->first_hi[r] : 0x7fffffff;
   }
   find_slots(s, u, 0, keys_left(u, 0), slots);
-  attend_block(s, u, scratch, run, lo, hi, 0, keys_left(u, 0), slots);
+  attend_block(s, u, scratch, run, lo, hi, 0, keys_left(u, 0), slots, AheadBoth{});
   merge(u, scratch, run, value_dim);
 }
 
@@ -518,16 +518,18 @@ static void attention(const AttentionShape* s, const AttentionUnit* u) {
   if (from < last) find_slots(s, u, from, keys_left(u, from), slots[0]);
   for (; from < last; from += kKeyBlock, at ^= 1) {
     const int next = from + kKeyBlock;
+    AheadBoth ahead{};
     if (next < last) {
       find_slots(s, u, next, keys_left(u, next), slots[at ^ 1]);
       if (s->packed.bits) {
         prefetch_packed(s, u, slots[at ^ 1]);
       } else if (u->rows <= 16) {
-        prefetch_rows(u->keys, s->key_stride, s->head_dim, slots[at ^ 1]);
-        prefetch_rows(u->values, s->value_stride, s->value_dim, slots[at ^ 1]);
+        ahead = ahead_of(s, u, slots[at ^ 1]);
       }
+    } else {
+      ahead = ahead_of_next(s, u, slots[at ^ 1]);
     }
-    attend_block(s, u, &scratch, &run, lo, hi, from, keys_left(u, from), slots[at]);
+    attend_block(s, u, &scratch, &run, lo, hi, from, keys_left(u, from), slots[at], ahead);
     if (next % kSegment == 0) merge(u, &scratch, &run, value_dim);
   }
   attention_end();

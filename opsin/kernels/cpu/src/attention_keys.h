@@ -57,9 +57,9 @@ static Scratch carve(uint8_t* p, int dim, int value_dim) {
   return s;
 }
 
-OPSIN_INLINE int64_t slot(const AttentionShape* s, const AttentionUnit* u, int key) {
+OPSIN_INLINE int64_t slot(const AttentionShape* s, const int32_t* table, int key) {
   if (s->block_size == 0) return key;
-  return (int64_t)u->block_table[key / s->block_size] * s->block_size + key % s->block_size;
+  return (int64_t)table[key / s->block_size] * s->block_size + key % s->block_size;
 }
 
 // The slot of a key where rows are quantised: -1 - slot of a quantised one.
@@ -74,6 +74,19 @@ static int64_t packed_slot(const AttentionShape* s, const AttentionUnit* u, int 
   return late < 0 ? place : -1 - place;
 }
 
+// Slots of rows that are not quantised, as find_slots has them.
+static void plain_slots(const AttentionShape* s, const int32_t* table, int from, int count,
+                        int64_t* slots) {
+  const bool whole = s->block_size % 16 == 0;  // sixteen neighbours lie in one block
+  for (int k = 0; k < count; k += 16) {
+    const int64_t first = slot(s, table, from + k);
+    for (int i = 0; i < 16; i++) {
+      slots[k + i] = whole || k + i >= count ? first + i : slot(s, table, from + k + i);
+    }
+  }
+  for (int k = count; k < kKeyBlock; k++) slots[k] = slots[count - 1];
+}
+
 // Slots of the 64 keys from `from` on; past `count` the last one again.
 static void find_slots(const AttentionShape* s, const AttentionUnit* u, int from, int count,
                        int64_t* slots) {
@@ -83,22 +96,34 @@ static void find_slots(const AttentionShape* s, const AttentionUnit* u, int from
     }
     return;
   }
-  const bool whole = s->block_size % 16 == 0;  // sixteen neighbours lie in one block
-  for (int k = 0; k < kKeyBlock; k++) {
-    if (k >= count) {
-      slots[k] = slots[count - 1];
-    } else {
-      slots[k] = whole && k % 16 != 0 ? slots[k - 1] + 1 : slot(s, u, from + k);
-    }
-  }
+  plain_slots(s, u->block_table, from, count, slots);
 }
 
-// The rows of a head lie far apart, so that the machine does not foresee the next ones.
-static void prefetch_rows(const uint16_t* base, int64_t stride, int dim, const int64_t* slots) {
-  for (int k = 0; k < kKeyBlock; k++) {
-    const uint16_t* row = base + slots[k] * stride;
+// 64 rows that are read after those at work: of a head they lie far apart, so that the machine does
+// not foresee them. `from` is null where there is nothing to fetch.
+struct Ahead {
+  const uint16_t* from;
+  int64_t stride;
+  const int64_t* slots;
+  int dim;
+
+  void fetch(int key) const {
+    const uint16_t* row = from + slots[key] * stride;
     for (int d = 0; d < dim; d += 32) prefetch(row + d);
   }
+  void fetch_all() const {
+    for (int k = 0; from && k < kKeyBlock; k++) fetch(k);
+  }
+};
+
+struct AheadBoth {
+  Ahead keys, values;
+};
+
+// Of the unit at work, whose keys are at `slots`.
+static AheadBoth ahead_of(const AttentionShape* s, const AttentionUnit* u, const int64_t* slots) {
+  return {{u->keys, s->key_stride, slots, s->head_dim},
+          {u->values, s->value_stride, slots, s->value_dim}};
 }
 
 static void prefetch_packed(const AttentionShape* s, const AttentionUnit* u,
@@ -147,14 +172,13 @@ static void expand(const AttentionShape* s, const AttentionUnit* u, const Scratc
   }
 }
 
-// The rows of the same key that the unit after this one reads.
-OPSIN_INLINE void prefetch_next(const AttentionShape* s, const AttentionUnit* u, int64_t slot) {
-  const uint16_t* key = u->keys + slot * s->key_stride + u->ahead;
-  const uint16_t* value = u->values + slot * s->value_stride + u->ahead;
-  for (int d = 0; d < s->head_dim; d += 32) {
-    prefetch(key + d);
-    prefetch(value + d);
-  }
+// The first that the unit after this one reads; slots is room for where.
+static AheadBoth ahead_of_next(const AttentionShape* s, const AttentionUnit* u, int64_t* slots) {
+  const int left = u->next_keys ? u->next_num_keys - u->next_from : 0;
+  if (left <= 0) return AheadBoth{};
+  plain_slots(s, u->next_table, u->next_from, left < kKeyBlock ? left : kKeyBlock, slots);
+  return {{u->next_keys, s->key_stride, slots, s->head_dim},
+          {u->next_values, s->value_stride, slots, s->value_dim}};
 }
 
 // Keys or values side by side, padded with zeros: (wanted, padded dim).

@@ -18,6 +18,16 @@ struct RowProduct {
   float kept;
 };
 
+// Sixteen rows of keys or values, so many elements from one to the next.
+struct Sixteen {
+  const uint16_t* at;
+  int64_t stride;
+};
+
+OPSIN_INLINE void turn_quads(const Sixteen& keys, int d, V* pairs) {
+  transpose_quads([&](int i) { return keys.at + i * keys.stride + d; }, pairs);
+}
+
 // What was made of 64 keys or values, of which many rows are multiplied.
 struct Lanes {
   uint8_t* at;
@@ -35,7 +45,7 @@ constexpr int kDirectRows = 6, kDirectTogether = 6;
 constexpr int kDirectRows = 12, kDirectTogether = 6;
 #endif
 constexpr int vectors_together(int) { return 4; }
-constexpr int key_tiles_together(int rows) { return rows <= 2 ? 2 : 1; }
+constexpr int key_tiles_together(int) { return 2; }
 #else
 constexpr int kDirectRows = 4, kDirectTogether = 2;
 constexpr int vectors_together(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
@@ -64,14 +74,21 @@ OPSIN_INLINE void end_sums(const RowProduct* rows, int at, const F (&sums)[R][N]
 }
 
 // Pairs of two keys' values, of 32 elements; or one key's, the even ones, then the odd ones.
-OPSIN_INLINE void value_lanes(const uint16_t* const* values, int at, Step* out) {
+OPSIN_INLINE void value_lanes(const uint16_t* values, int64_t stride, Step* out) {
 #if defined(__AVX512BF16__)
-  interleave16(vload(values[0] + at), vload(values[1] + at), &out[0].pairs, &out[1].pairs);
+  interleave16(vload(values), vload(values + stride), &out[0].pairs, &out[1].pairs);
 #else
-  split(vload(values[0] + at), out);
+  split(vload(values), out);
 #endif
 }
 constexpr int kValuesTogether = 2 / kPairSteps;
+constexpr int kSixteenSteps = 16 / kValuesTogether;
+
+// Where the values of step s begin, of 64.
+OPSIN_INLINE const uint16_t* values_at(const Sixteen* values, int s) {
+  const Sixteen& of = values[s / kSixteenSteps];
+  return of.at + s % kSixteenSteps * kValuesTogether * of.stride;
+}
 
 // R rows times N vectors that lie `stride` bytes apart, (N, steps, 64 bytes).
 template <int R, int N>
@@ -113,11 +130,11 @@ struct Multiply {
 };
 
 // 64 keys as lanes of multiply, (4 tiles, steps, 16 keys).
-static void turn_keys(const uint16_t* const* keys, int dim, uint8_t* out) {
+static void turn_keys(const Sixteen* keys, int dim, uint8_t* out) {
   for (int tile = 0; tile < kKeyBlock / 16; tile++) {
     for (int d = 0; d < dim; d += 8) {
       V pairs[4];
-      transpose_quads(keys + 16 * tile, d, pairs);
+      turn_quads(keys[tile], d, pairs);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++, out += 64 * kPairSteps) {
         Step x[kPairSteps];
@@ -129,12 +146,12 @@ static void turn_keys(const uint16_t* const* keys, int dim, uint8_t* out) {
 }
 
 // Values as lanes of multiply, (dim / 16, steps, 16).
-static void pack_lanes(const uint16_t* const* values, int steps, int dim, int64_t stride,
-                       uint8_t* out) {
+static void pack_lanes(const Sixteen* values, int steps, int dim, int64_t stride, uint8_t* out) {
   for (int s = 0; s < steps; s++) {
+    const uint16_t* from = values_at(values, s);
     for (int d = 0; d < dim; d += 32) {
       Step x[2];
-      value_lanes(values + kValuesTogether * s, d, x);
+      value_lanes(from + d, values[s / kSixteenSteps].stride, x);
       keep(out + d / 16 * stride + 64 * s, x[0]);
       keep(out + (d / 16 + 1) * stride + 64 * s, x[1]);
     }
@@ -143,14 +160,17 @@ static void pack_lanes(const uint16_t* const* values, int steps, int dim, int64_
 
 // R rows times T tiles of sixteen keys, turned on the way.
 template <int R, int T>
-static void key_tile(const uint16_t* const* keys, int dim, const RowProduct* rows, int at) {
+static void key_tile(const Sixteen* keys, int dim, const RowProduct* rows, int at,
+                     const Ahead& ahead) {
   F sums[R][T];
   begin_sums<R, T>(rows, at, sums);
+  int fetched = 0;
   for (int d = 0; d < dim; d += 8) {
+    for (; ahead.from && fetched * dim < 16 * T * (d + 8); fetched++) ahead.fetch(at + fetched);
 #pragma GCC unroll 2
     for (int t = 0; t < T; t++) {
       V pairs[4];
-      transpose_quads(keys + at + 16 * t, d, pairs);
+      turn_quads(keys[at / 16 + t], d, pairs);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {
         Step x[kPairSteps];
@@ -169,13 +189,19 @@ static void key_tile(const uint16_t* const* keys, int dim, const RowProduct* row
 
 // R rows times N vectors of values from where they lie.
 template <int R, int N>
-static void value_tile(const uint16_t* const* values, int steps, const RowProduct* rows, int at) {
+static void value_tile(const Sixteen* values, int steps, const RowProduct* rows, int at,
+                       const Ahead& ahead) {
   F sums[R][N];
   begin_sums<R, N>(rows, at, sums);
   for (int64_t s = 0; s < steps; s++) {
+    const uint16_t* from = values_at(values, s) + at;
+    const int64_t stride = values[s / kSixteenSteps].stride;
+    if (at == 0 && ahead.from) {
+      for (int i = 0; i < kValuesTogether; i++) ahead.fetch(kValuesTogether * s + i);
+    }
     Step x[N];
 #pragma GCC unroll 2
-    for (int i = 0; i < N; i += 2) value_lanes(values + kValuesTogether * s, at + 16 * i, x + i);
+    for (int i = 0; i < N; i += 2) value_lanes(from + 16 * i, stride, x + i);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
 #pragma GCC unroll 4
@@ -188,26 +214,32 @@ static void value_tile(const uint16_t* const* values, int steps, const RowProduc
 struct MultiplyKeys {
   static constexpr int kRows = kDirectTogether;
   template <int R>
-  static void run(const RowProduct* rows, const uint16_t* const* keys, int dim) {
+  static void run(const RowProduct* rows, const Sixteen* keys, int dim, const Ahead& ahead) {
+    // Rows a kilobyte or more apart fall on few sets of the cache, which do not hold many of them.
+    const bool crowded = keys->stride % 512 == 0;
     constexpr int T = key_tiles_together(R);
-    for (int at = 0; at < kKeyBlock; at += 16 * T) key_tile<R, T>(keys, dim, rows, at);
+    for (int at = 0; at < kKeyBlock; at += crowded ? 16 : 16 * T) {
+      crowded ? key_tile<R, 1>(keys, dim, rows, at, ahead)
+              : key_tile<R, T>(keys, dim, rows, at, ahead);
+    }
   }
 };
 
 struct MultiplyValues {
   static constexpr int kRows = kDirectTogether;
   template <int R>
-  static void run(const RowProduct* rows, const uint16_t* const* values, int steps, int dim) {
+  static void run(const RowProduct* rows, const Sixteen* values, int steps, int dim,
+                  const Ahead& ahead) {
     constexpr int N = vectors_together(R) == 4 ? 4 : 2;
     int d = 0;
-    for (; d + 16 * N <= dim; d += 16 * N) value_tile<R, N>(values, steps, rows, d);
-    if (d < dim) value_tile<R, 2>(values, steps, rows, d);
+    for (; d + 16 * N <= dim; d += 16 * N) value_tile<R, N>(values, steps, rows, d, ahead);
+    if (d < dim) value_tile<R, 2>(values, steps, rows, d, ahead);
   }
 };
 
 // One of these products for any number of rows, in tiles of about the same size.
 template <class Product, class... More>
-static void for_rows(const RowProduct* rows, int count, More... more) {
+static void for_rows(const RowProduct* rows, int count, const More&... more) {
   constexpr int most = Product::kRows;
   for (int tiles = (count + most - 1) / most; tiles > 0; tiles--) {
     const int own = (count + tiles - 1) / tiles;
@@ -224,12 +256,14 @@ static void for_rows(const RowProduct* rows, int count, More... more) {
   }
 }
 
-static void multiply_keys(const uint16_t* const* keys, int dim, Lanes turned,
-                          const RowProduct* rows, int count) {
+// A few rows take their time: what is ahead is fetched meanwhile, bit by bit.
+static void multiply_keys(const Sixteen* keys, int dim, Lanes turned, const RowProduct* rows,
+                          int count, const Ahead& ahead) {
   if (count <= kDirectRows) {
-    for_rows<MultiplyKeys>(rows, count, keys, dim);
+    for_rows<MultiplyKeys>(rows, count, keys, dim, ahead);
     return;
   }
+  ahead.fetch_all();
   const int steps = dim / 2 * kPairSteps;
   if (!*turned.made) turn_keys(keys, dim, turned.at);
   *turned.made = true;
@@ -237,13 +271,14 @@ static void multiply_keys(const uint16_t* const* keys, int dim, Lanes turned,
   for_rows<Multiply>(rows, count, (const uint8_t*)turned.at, stride, steps, kKeyBlock / 16);
 }
 
-static void multiply_values(const uint16_t* const* values, int visible, int dim, Lanes packed,
-                            const RowProduct* rows, int count) {
+static void multiply_values(const Sixteen* values, int visible, int dim, Lanes packed,
+                            const RowProduct* rows, int count, const Ahead& ahead) {
   const int steps = (visible + kValuesTogether - 1) / kValuesTogether;
   if (count <= kDirectRows) {
-    for_rows<MultiplyValues>(rows, count, values, steps, dim);
+    for_rows<MultiplyValues>(rows, count, values, steps, dim, ahead);
     return;
   }
+  ahead.fetch_all();
   // A line apart, so that what is written together does not fall on few sets of the cache.
   const int64_t stride = 64 * (kKeyBlock + 1);
   if (!*packed.made) pack_lanes(values, steps, dim, stride, packed.at);

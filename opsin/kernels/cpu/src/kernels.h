@@ -116,7 +116,10 @@ struct AttentionUnit {
   const int32_t* block_table;
   const float* sinks;       // (rows) or null
   int32_t num_keys;         // keys written for this sequence
-  int32_t ahead;            // elements to the rows of the unit that follows, or 0: not near
+  const uint16_t* next_keys;  // of the unit that this thread probably takes next, or null
+  const uint16_t* next_values;
+  const int32_t* next_table;
+  int32_t next_from, next_num_keys;  // the first it reads, about, and how many there are
   bool keep;                // in the scratch, what was made of keys and values; they are few enough
   bool again;               // the unit before was of the same keys and values, and kept that
   float* out;               // (rows, padded value_dim)

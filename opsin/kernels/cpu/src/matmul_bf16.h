@@ -308,7 +308,7 @@ OPSIN_INLINE void to_lanes(const uint16_t* const* rows, int padded_k, uint8_t* o
 #pragma GCC unroll 4
     for (int quarter = 0; quarter < 4; quarter++) {
       V pairs[4];
-      transpose_quads(rows, 32 * s + 8 * quarter, pairs);
+      transpose_quads([&](int i) { return rows[i] + 32 * s + 8 * quarter; }, pairs);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {
         uint8_t* lane = out + 4 * W * steps * (4 * quarter + kOrder[i]);

@@ -1,6 +1,7 @@
 // Products and attention cut into chunks for the team.
 #include "runtime.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace opsin {
@@ -399,7 +400,6 @@ namespace {
 
 struct Tile {
   int sequence, token, tokens, kv_head, head, heads;
-  bool more;   // the same thread takes the next head
   bool keep;   // all tokens see the same keys, which are few,
   bool again;  // and the same thread has just taken others of this head
 };
@@ -419,7 +419,23 @@ Units cut(const OpsinAttention& a) {
   return u;
 }
 
-void run_unit(const AttentionJob& job, const Tile& t, uint8_t* own) {
+struct Rows {
+  const uint16_t *keys, *values;
+  const int32_t* table;
+};
+
+// Where the keys and values of a kv head of a sequence lie, where they are not quantised.
+Rows rows_of(const OpsinAttention& a, int sequence, int kv_head) {
+  const int64_t first = a.block_size == 0 && a.key_start ? a.key_start[sequence] : 0;
+  return {static_cast<const uint16_t*>(a.key) + first * a.key_stride +
+              static_cast<int64_t>(kv_head) * a.head_dim,
+          static_cast<const uint16_t*>(a.value) + first * a.value_stride +
+              static_cast<int64_t>(kv_head) * a.value_dim,
+          a.block_size ? a.block_tables + static_cast<int64_t>(sequence) * a.max_blocks : nullptr};
+}
+
+// `next` is what the thread probably takes after this, or null.
+void run_unit(const AttentionJob& job, const Tile& t, const Tile* next, uint8_t* own) {
   const OpsinAttention& a = job.a;
   const int dim = (a.head_dim + 31) / 32 * 32, wide = (a.value_dim + 31) / 32 * 32;
   uint16_t* queries = reinterpret_cast<uint16_t*>(own);
@@ -475,11 +491,9 @@ void run_unit(const AttentionJob& job, const Tile& t, uint8_t* own) {
   unit.first_lo = any_first ? first_lo : nullptr;
   unit.first_hi = first_hi;
   unit.sinks = a.sinks ? sinks : nullptr;
-  const int64_t first = a.block_size == 0 && a.key_start ? a.key_start[t.sequence] : 0;
-  unit.keys = static_cast<const uint16_t*>(a.key) + first * a.key_stride +
-              static_cast<int64_t>(t.kv_head) * a.head_dim;
-  unit.values = static_cast<const uint16_t*>(a.value) + first * a.value_stride +
-                static_cast<int64_t>(t.kv_head) * a.value_dim;
+  const Rows of = rows_of(a, t.sequence, t.kv_head);
+  unit.keys = of.keys;
+  unit.values = of.values;
   if (job.packed.bits) {
     const int64_t codes = static_cast<int64_t>(t.kv_head) * a.head_dim * job.packed.bits / 8;
     unit.key_codes = static_cast<const uint8_t*>(a.key) + codes;
@@ -487,10 +501,18 @@ void run_unit(const AttentionJob& job, const Tile& t, uint8_t* own) {
     unit.key_scales = job.key_scales + t.kv_head * 2 * job.packed.groups;
     unit.value_scales = job.value_scales + t.kv_head * 2 * job.packed.groups;
   }
-  unit.block_table =
-      a.block_size ? a.block_tables + static_cast<int64_t>(t.sequence) * a.max_blocks : nullptr;
+  unit.block_table = of.table;
   unit.num_keys = a.num_keys[t.sequence];
-  unit.ahead = t.more ? a.head_dim : 0;
+  unit.next_keys = nullptr;
+  if (next && !job.packed.bits && rows <= kRows) {
+    const Rows then = rows_of(a, next->sequence, next->kv_head);
+    unit.next_keys = then.keys;
+    unit.next_values = then.values;
+    unit.next_table = then.table;
+    unit.next_num_keys = a.num_keys[next->sequence];
+    const int seen = job.window > 0 ? unit.next_num_keys - job.window : 0;
+    unit.next_from = seen > 0 ? seen / kKeyBlock * kKeyBlock : 0;
+  }
   unit.keep = t.keep;
   unit.again = t.again;
   unit.out = out;
@@ -504,6 +526,11 @@ void run_unit(const AttentionJob& job, const Tile& t, uint8_t* own) {
     }
   }
 }
+
+// A sequence and the units of those before it.
+struct Place {
+  int sequence, before;
+};
 
 // Where units lie among those of all sequences.
 class Order {
@@ -527,26 +554,26 @@ class Order {
     return few < 2 ? 1 : tiles(0) < few && tiles(0) > 0 ? tiles(0) : few;
   }
 
-  // Unit `local` of a sequence, where `each` are taken at once and it is not the first of them.
-  Tile tile(int sequence, int local, int each, bool begun) const {
+  // A unit, where `each` are taken at once and it is not the first of them; `at` is not beyond it.
+  Tile tile(int unit, int each, bool begun, Place* at) const {
+    while (unit >= at->before + units(at->sequence)) at->before += units(at->sequence++);
+    const int sequence = at->sequence, local = unit - at->before;
     const int per_tile = a_.kv_heads * u_.head_pieces, count = tiles(sequence);
     const bool heads = heads_first(sequence);
-    const int at = heads ? local % count : local / per_tile;
+    const int nth = heads ? local % count : local / per_tile;
     const int piece = heads ? local / count : local % per_tile;
     Tile t;
     t.sequence = sequence;
     t.kv_head = piece / u_.head_pieces;
-    t.token = a_.query_start[sequence] + at * u_.tokens_per_tile;
+    t.token = a_.query_start[sequence] + nth * u_.tokens_per_tile;
     const int left = a_.query_start[sequence + 1] - t.token;
     t.tokens = left < u_.tokens_per_tile ? left : u_.tokens_per_tile;
     const int part = piece % u_.head_pieces;
     t.head = t.kv_head * u_.per_kv + part * kAttentionRows;
     const int heads_left = u_.per_kv - part * kAttentionRows;
     t.heads = heads_left < kAttentionRows ? heads_left : kAttentionRows;
-    t.more = !heads && each > 1 && t.kv_head + 1 < a_.kv_heads && a_.head_dim == a_.value_dim &&
-             a_.num_keys[sequence] <= kNearKeys;
     t.keep = heads && a_.num_keys[sequence] <= kKeptBlocks * kKeyBlock;
-    t.again = t.keep && begun && at > 0;
+    t.again = t.keep && begun && nth > 0;
     return t;
   }
 
@@ -570,11 +597,15 @@ void attention(Team& team, const AttentionJob& job, uint8_t* own) {
   for (int s = 0; s < a.sequences; s++) total += order.units(s);
   // Units differ in length: hand them out one by one, where there are not many.
   const int each = total ? order.together(total, team.size()) : 1;
-  int sequence = 0, before = 0;  // units of earlier sequences; chunks come in rising order
+  Place at{0, 0};
   team.phase((total + each - 1) / each, [&](int c) {
-    for (int unit = c * each; unit < (c + 1) * each && unit < total; unit++) {
-      while (unit >= before + order.units(sequence)) before += order.units(sequence++);
-      run_unit(job, order.tile(sequence, unit - before, each, unit > c * each), own);
+    const int until = std::min((c + 1) * each, total);
+    for (int unit = c * each; unit < until; unit++) {
+      const Tile tile = order.tile(unit, each, unit > c * each, &at);
+      const int then = unit + 1 < until ? unit + 1 : (c + team.size()) * each;
+      Place beyond = at;
+      const Tile next = then < total ? order.tile(then, each, false, &beyond) : tile;
+      run_unit(job, tile, then < total ? &next : nullptr, own);
     }
   });
 }

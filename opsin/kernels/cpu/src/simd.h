@@ -213,15 +213,17 @@ OPSIN_INLINE void interleave16(V a, V b, V* first, V* second) {
   second->v = _mm512_permutex2var_epi64(lo, i1, hi);
 }
 
-// Eight halves at `at` of sixteen rows as four vectors of pairs: vector i holds pair i of each row.
-OPSIN_INLINE void transpose_quads(const uint16_t* const* rows, int at, V* out) {
+// Eight halves of sixteen rows, from row(i) on, as four vectors of pairs: vector i holds pair i of
+// each row.
+template <class Row>
+OPSIN_INLINE void transpose_quads(Row&& row, V* out) {
   __m512i x[4];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {  // a quarter holds four pairs of one row
-    x[i] = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)(rows[i] + at)));
-    x[i] = _mm512_inserti32x4(x[i], _mm_loadu_si128((const __m128i*)(rows[4 + i] + at)), 1);
-    x[i] = _mm512_inserti32x4(x[i], _mm_loadu_si128((const __m128i*)(rows[8 + i] + at)), 2);
-    x[i] = _mm512_inserti32x4(x[i], _mm_loadu_si128((const __m128i*)(rows[12 + i] + at)), 3);
+    x[i] = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)row(i)));
+    x[i] = _mm512_inserti32x4(x[i], _mm_loadu_si128((const __m128i*)row(4 + i)), 1);
+    x[i] = _mm512_inserti32x4(x[i], _mm_loadu_si128((const __m128i*)row(8 + i)), 2);
+    x[i] = _mm512_inserti32x4(x[i], _mm_loadu_si128((const __m128i*)row(12 + i)), 3);
   }
   const __m512i a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
   const __m512i c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);
@@ -447,12 +449,13 @@ OPSIN_INLINE void interleave16(V x, V y, V* first, V* second) {
   *first = {_mm256_permute2x128_si256(l0, h0, 0x20), _mm256_permute2x128_si256(l0, h0, 0x31)};
   *second = {_mm256_permute2x128_si256(l1, h1, 0x20), _mm256_permute2x128_si256(l1, h1, 0x31)};
 }
-OPSIN_INLINE void transpose_half(const uint16_t* const* rows, int at, __m256i* out) {
+template <class Row>
+OPSIN_INLINE void transpose_half(Row&& row, int first, __m256i* out) {
   __m256i x[4];
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    x[i] = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)(rows[i] + at)));
-    x[i] = _mm256_inserti128_si256(x[i], _mm_loadu_si128((const __m128i*)(rows[4 + i] + at)), 1);
+  for (int i = first; i < first + 4; i++) {
+    const __m256i low = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)row(i)));
+    x[i - first] = _mm256_inserti128_si256(low, _mm_loadu_si128((const __m128i*)row(4 + i)), 1);
   }
   const __m256i a = _mm256_unpacklo_epi32(x[0], x[1]), b = _mm256_unpackhi_epi32(x[0], x[1]);
   const __m256i c = _mm256_unpacklo_epi32(x[2], x[3]), d = _mm256_unpackhi_epi32(x[2], x[3]);
@@ -461,10 +464,11 @@ OPSIN_INLINE void transpose_half(const uint16_t* const* rows, int at, __m256i* o
   out[2] = _mm256_unpacklo_epi64(b, d);
   out[3] = _mm256_unpackhi_epi64(b, d);
 }
-OPSIN_INLINE void transpose_quads(const uint16_t* const* rows, int at, V* out) {
+template <class Row>
+OPSIN_INLINE void transpose_quads(Row&& row, V* out) {
   __m256i low[4], high[4];
-  transpose_half(rows, at, low);
-  transpose_half(rows + 8, at, high);
+  transpose_half(row, 0, low);
+  transpose_half(row, 8, high);
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) out[i] = {low[i], high[i]};
 }

@@ -249,9 +249,10 @@ OPSIN_INLINE void interleave16(V x, V y, V* first, V* second) {
     __builtin_memcpy(second->v + 4 * i + 2, y.v + 32 + 2 * i, 2);
   }
 }
-OPSIN_INLINE void transpose_quads(const uint16_t* const* rows, int at, V* out) {
+template <class Row>
+OPSIN_INLINE void transpose_quads(Row&& row, V* out) {
   OPSIN_LANES {
-    for (int p = 0; p < 4; p++) __builtin_memcpy(out[p].v + 4 * i, rows[i] + at + 2 * p, 4);
+    for (int p = 0; p < 4; p++) __builtin_memcpy(out[p].v + 4 * i, row(i) + 2 * p, 4);
   }
 }
 #undef OPSIN_LANES
