@@ -199,15 +199,23 @@ def test_row_30_a_thousand_cancelled_requests_leak_nothing(server: Running) -> N
 def test_row_30_a_full_queue_answers_429(checkpoint: Path) -> None:
     with serving(checkpoint, max_num_seqs=1, max_queue=1) as running:
         running.ready()
+        asked = threading.Event()
+
+        def hold() -> None:
+            body = chat_body(stream=True)
+            with running.client.stream("POST", "/v1/chat/completions", json=body):
+                asked.wait(30)
+
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            held = [pool.submit(leave_after, running, chat_body(stream=True), 1) for _ in "ab"]
-            full = running.service.shop.admission
-            wait_for(lambda: full.held == 2 or all(job.done() for job in held))
-            if full.held == 2:
-                reply = running.chat()
-                assert reply.status_code == 429
-                assert int(reply.headers["retry-after"]) >= 1
-                assert reply.json()["error"]["type"] == "rate_limit_error"
+            held = [pool.submit(hold) for _ in "ab"]
+            wait_for(lambda: running.service.shop.admission.held == 2)
+            reply = running.chat()
+            asked.set()
+            for job in held:
+                job.result()
+        assert reply.status_code == 429
+        assert int(reply.headers["retry-after"]) >= 1
+        assert reply.json()["error"]["type"] == "rate_limit_error"
         wait_for(running.is_quiet)
         assert running.chat().status_code == 200
 
