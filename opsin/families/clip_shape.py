@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -133,18 +133,20 @@ def tile_features(
     positions: Tensor | None = None,
     counts: Sequence[int] = (),
     levels: pixels.Normalisation | None = None,
+    then: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Features of equally large tiles (tiles, channels, height, width): (tiles, patches, width).
 
     `merge` keeps blocks of patches together. `positions` are the rows of the position table that a
     tile's patches take, all in order by default. `counts` selects the states after so many layers,
     side by side; without them it is the tower's result. Tiles of type uint8 are normalised by
-    `levels`. A few tiles go through at a time, so that only their pixels are copied.
+    `levels`. A few tiles go through at a time, so that only their pixels are copied; `then` makes
+    of the features (patches, width) of some of them what is returned instead.
     """
     per_tile = math.prod(tiles.shape[-2:]) // patch**2
     parts = tiles.split(max(1, tower.group_patches // per_tile))
     groups = (_group(tower, part, patch, merge, positions, levels) for part in parts)
-    features, tapped = tower.in_groups(groups, tuple(count - 1 for count in counts))
+    features, tapped = tower.in_groups(groups, tuple(count - 1 for count in counts), then)
     chosen = torch.cat(tapped, dim=-1) if tapped else features
     return chosen.unflatten(0, (len(tiles), -1))
 

@@ -149,18 +149,23 @@ class Idefics3(BackboneFamily):
 
     def tile_embeds(self, towers: nn.ModuleDict, tiles: Tensor) -> Tensor:
         """Tiles (tiles, channels, height, width) to the embeddings of their tokens."""
-        features = tile_features(
+
+
+        def project(features: Tensor) -> Tensor:
+            merged = features.reshape(-1, features.shape[-1] * self.scale**2)
+            embeds: Tensor = towers["projector"](merged)
+            return embeds
+
+        embeds = tile_features(
             vision_of(towers),
             tiles,
             one_side(self.vision["patch_size"]),
             merge=self.scale,
             positions=self.tile_positions(),
             levels=self.levels,
+            then=project,
         )
-        embeds: Tensor = towers["projector"](
-            features.reshape(-1, features.shape[-1] * self.scale**2)
-        )
-        return embeds
+        return embeds.flatten(0, 1)
 
     def encode(self, towers: nn.ModuleDict, items: Sequence[MediaInput]) -> list[Encoded]:
         embeds = self.tile_embeds(towers, features_of(items, "pixel_values"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -255,19 +255,25 @@ class VisionTransformer(nn.Module):
         return self.in_groups(((patches[rows], part) for rows, part in groups), taps)
 
     def in_groups(
-        self, groups: Iterable[tuple[Tensor, VisionLayout]], taps: tuple[int, ...] = ()
+        self,
+        groups: Iterable[tuple[Tensor, VisionLayout]],
+        taps: tuple[int, ...] = (),
+        then: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """As `forward`, of patches and layouts of groups that come one after another.
 
-        Where weights lie in a file, all of them go through a layer before the next one, so that
-        each weight is in memory for its own layer only.
+        What `then` makes of a group's features, fewer as a rule, is what is kept of them. Where
+        weights lie in a file, all groups go through a layer before the next one, so that each
+        weight is in memory for its own layer only.
         """
         if any(m.mapped is not None for m in self.layers.modules() if isinstance(m, Linear)):
-            return self._through([self._enter(*group) for group in groups], taps)
+            features, tapped = self._through([self._enter(*group) for group in groups], taps)
+            return features if then is None else then(features), tapped
         parts = []
         for group in groups:
-            parts.append(self._through([self._enter(*group)], taps))
-            _give_back(parts[-1][0])
+            features, tapped = self._through([self._enter(*group)], taps)
+            parts.append((features if then is None else then(features), tapped))
+            _give_back(features)
         if len(parts) == 1:
             return parts[0]
         tapped = [torch.cat(same) for same in zip(*(taps for _, taps in parts), strict=True)]
