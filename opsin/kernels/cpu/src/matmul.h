@@ -561,12 +561,32 @@ static void matmul_end() {}
 #endif
 
 // The code of a column among four, from where the first four of a group have it.
-OPSIN_INLINE int code_at(int kind, const uint8_t* p, int fours) {
-  if (kind == opsin::kQ8) return p[fours * 64];
-  if (kind == opsin::kQ4) return fours % 2 ? p[fours / 2 * 64] >> 4 : p[fours / 2 * 64] & 15;
+template <int KIND>
+OPSIN_INLINE int code_at(const uint8_t* p, int fours) {
+  if (KIND == opsin::kQ8) return p[fours * 64];
+  if (KIND == opsin::kQ4) return fours % 2 ? p[fours / 2 * 64] >> 4 : p[fours / 2 * 64] & 15;
   p += fours / 4 * 192;
   if (fours % 4 < 3) return p[fours % 4 * 64] & 63;
   return p[0] >> 6 | p[64] >> 6 << 2 | p[128] >> 6 << 4;
+}
+
+template <int KIND>
+static void dequantize_codes(const Matrix* m, int row, float* out) {
+  const int r = row % 16;
+  const uint8_t* head = m->data + (row / 16) * m->block_bytes;
+  for (int from = 0; from < m->k; from += m->group, head += m->group_bytes) {
+    const uint16_t* s = (const uint16_t*)head;
+    const float scale = m->scale_f16 ? f16_to_f32(s[r]) : bf16_to_f32(s[r]);
+    const float bias = m->scale_f16 ? f16_to_f32(s[16 + r]) : bf16_to_f32(s[16 + r]);
+    const int count = m->k - from < m->group ? m->k - from : m->group;
+    for (int c = 0; c < count; c += 4) {
+      float four[4];
+      for (int i = 0; i < 4; i++) {
+        four[i] = (float)code_at<KIND>(head + 64 + r * 4 + i, c / 4) * scale + bias;
+      }
+      __builtin_memcpy(out + from + c, four, sizeof(float) * (count - c < 4 ? count - c : 4));
+    }
+  }
 }
 
 static void dequantize_row(const Matrix* m, int row, float* out) {
@@ -591,14 +611,12 @@ static void dequantize_row(const Matrix* m, int row, float* out) {
     }
     return;
   }
-  const uint8_t* w = m->data + (row / 16) * m->block_bytes;
-  for (int c = 0; c < m->k; c++) {
-    const uint8_t* head = w + (c / m->group) * m->group_bytes;
-    const uint16_t* s = (const uint16_t*)head;
-    const float scale = m->scale_f16 ? f16_to_f32(s[r]) : bf16_to_f32(s[r]);
-    const float bias = m->scale_f16 ? f16_to_f32(s[16 + r]) : bf16_to_f32(s[16 + r]);
-    const int i = c % m->group;
-    out[c] = (float)code_at(m->kind, head + 64 + r * 4 + i % 4, i / 4) * scale + bias;
+  if (m->kind == opsin::kQ8) {
+    dequantize_codes<opsin::kQ8>(m, row, out);
+  } else if (m->kind == opsin::kQ6) {
+    dequantize_codes<opsin::kQ6>(m, row, out);
+  } else {
+    dequantize_codes<opsin::kQ4>(m, row, out);
   }
   if (m->rotated) rotate(out, m->k, m->rotated, out);
 }

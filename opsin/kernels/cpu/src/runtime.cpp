@@ -12,7 +12,7 @@ constexpr int64_t kAlign = 64;
 constexpr int64_t kNear = 512 << 10;
 constexpr int kHeldRows = 2048;    // of sums of blocks, before their results are written,
 constexpr int kHeldFewRows = 128;  // where they are sums of a few rows
-constexpr int kWaitingRows = 8;  // up to here a product waits for memory, not for arithmetic
+constexpr int kWaitingRows = 16;  // up to here a product waits for memory more than for arithmetic
 constexpr int64_t kChunkBytes = 128 << 10;
 // Up to here each thread prepares the activations for itself.
 constexpr int kPrivateRows = 8, kPrivateRowsBf16 = 4;
