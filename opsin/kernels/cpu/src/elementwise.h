@@ -110,6 +110,8 @@ static void activate(int kind, const float* gate, const float* up, int n, float*
   }
 }
 
+constexpr int kRowsAhead = 4;  // of results, whose lines are fetched before they are written
+
 // One row of one block, `columns` of it.
 OPSIN_INLINE void emit_run(const opsin::Emit& e, F a, int64_t at, int columns) {
   if (e.accumulate) {
@@ -129,12 +131,17 @@ OPSIN_INLINE void emit_run(const opsin::Emit& e, F a, int64_t at, int columns) {
   }
 }
 
-// Row by row, so that what is written at once lies together.
+// Row by row, so that what is written at once lies together; the rows lie far apart, and their
+// lines are asked for beforehand.
 template <int KIND>
 static void emit_rows(const opsin::Emit* from) {
   const opsin::Emit e = *from;  // which no row that is written can change
   for (int r = 0; r < e.count; r++) {
     for (int b = 0; b < e.blocks; b++) {
+      const int64_t later = (r + kRowsAhead) * e.stride + 16 * b;
+      if (r + kRowsAhead < e.count) {
+        __builtin_prefetch(e.bf16 ? (void*)((uint16_t*)e.out + later) : (float*)e.out + later, 1);
+      }
       const int64_t slot = (int64_t)(b * e.slot_rows + r) * 16;
       const int left = e.columns - 16 * b;
       F a = add(load(e.tile + slot), e.bias ? load(e.bias + b * e.bias_step) : set1(0.0f));

@@ -105,6 +105,16 @@ OPSIN_INLINE F select_range(F value, F other, I position, I lo, I hi) {
                 _mm512_cmplt_epi32_mask(position.v, hi.v);
   return {_mm512_mask_mov_ps(other.v, m, value.v)};
 }
+// Each lane plus the one whose number differs in bit N; where the bit is set, that one less the lane.
+template <int N>
+OPSIN_INLINE F butterfly(F a) {
+  const __m512 other = N == 1   ? _mm512_permute_ps(a.v, 0xb1)
+                       : N == 2 ? _mm512_permute_ps(a.v, 0x4e)
+                       : N == 4 ? _mm512_shuffle_f32x4(a.v, a.v, 0xb1)
+                                : _mm512_shuffle_f32x4(a.v, a.v, 0x4e);
+  const __mmask16 set = N == 1 ? 0xaaaa : N == 2 ? 0xcccc : N == 4 ? 0xf0f0 : 0xff00;
+  return {_mm512_mask_sub_ps(_mm512_add_ps(a.v, other), set, other, a.v)};
+}
 OPSIN_INLINE F round_even(F a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -306,6 +316,19 @@ OPSIN_INLINE __m256 select_half(__m256 v, __m256 o, __m256i p, __m256i lo, __m25
 OPSIN_INLINE F select_range(F value, F other, I p, I lo, I hi) {
   return {select_half(value.a, other.a, p.a, lo.a, hi.a),
           select_half(value.b, other.b, p.b, lo.b, hi.b)};
+}
+template <int N>
+OPSIN_INLINE __m256 butterfly_half(__m256 x) {
+  const __m256 other = N == 1   ? _mm256_permute_ps(x, 0xb1)
+                       : N == 2 ? _mm256_permute_ps(x, 0x4e)
+                                : _mm256_permute2f128_ps(x, x, 1);
+  const int set = N == 1 ? 0xaa : N == 2 ? 0xcc : 0xf0;
+  return _mm256_blend_ps(_mm256_add_ps(x, other), _mm256_sub_ps(other, x), set);
+}
+template <int N>
+OPSIN_INLINE F butterfly(F x) {
+  if (N == 8) return {_mm256_add_ps(x.a, x.b), _mm256_sub_ps(x.a, x.b)};
+  return {butterfly_half<N>(x.a), butterfly_half<N>(x.b)};
 }
 OPSIN_INLINE F round_even(F x) {
   const int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;

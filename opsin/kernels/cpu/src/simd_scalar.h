@@ -36,6 +36,12 @@ OPSIN_LANEWISE(div, a.v[i] / b.v[i])
 OPSIN_LANEWISE(max, a.v[i] > b.v[i] ? a.v[i] : b.v[i])
 OPSIN_LANEWISE(min, a.v[i] < b.v[i] ? a.v[i] : b.v[i])
 #undef OPSIN_LANEWISE
+template <int N>
+OPSIN_INLINE F butterfly(F a) {
+  F r;
+  OPSIN_LANES r.v[i] = i & N ? a.v[i ^ N] - a.v[i] : a.v[i] + a.v[i ^ N];
+  return r;
+}
 OPSIN_INLINE F fma(F a, F b, F c) {
   F r;
 #if defined(__ARM_NEON)
