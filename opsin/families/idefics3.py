@@ -150,7 +150,6 @@ class Idefics3(BackboneFamily):
     def tile_embeds(self, towers: nn.ModuleDict, tiles: Tensor) -> Tensor:
         """Tiles (tiles, channels, height, width) to the embeddings of their tokens."""
 
-
         def project(features: Tensor) -> Tensor:
             merged = features.reshape(-1, features.shape[-1] * self.scale**2)
             embeds: Tensor = towers["projector"](merged)

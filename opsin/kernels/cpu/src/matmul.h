@@ -69,8 +69,8 @@ struct Codes<opsin::kQ8> {
 };
 
 // Some rows of a panel of activations: codes (padded_k / 4, wide, 4), scales and sums (groups,
-// wide). While two blocks are multiplied, memory from `ahead` on is fetched, so many lines with each
-// run of columns.
+// wide). While two blocks are multiplied, memory from `ahead` on is fetched, so many lines a run of
+// columns.
 struct Panel {
   const int8_t* codes;
   const float *scale, *sum;
@@ -81,7 +81,7 @@ struct Panel {
 // Columns whose steps are written out one after another, for two blocks.
 constexpr int run_columns(int group) { return group == 64 ? 64 : 32; }
 
-// Integer sums of one group of B blocks with MT rows of activations. Where that makes few sums, every
+// Integer sums of one group of B blocks with MT rows of activations. Where these are few, every
 // other vector has sums of its own, so that one does not wait for the other; whole numbers add up
 // to the same.
 template <int B, int MT, int KIND, int COLUMNS>

@@ -219,16 +219,16 @@ void emit(const OpsinLinear& l, int first, int blocks, int row, int count, const
   kernels()->emit(&e);
 }
 
-// The sums of `blocks` blocks (or pairs) of m from `first` on, with `count` rows from `row` on. What
-// begins with `after` comes next, -1: nothing.
+// The sums of `blocks` blocks (or pairs) of m from `first` on, with `count` rows from `row` on;
+// those from `after` on come next, -1: none.
 void sums(const Matrix* m, bool gated, int first, int blocks, int after, const Activations& x,
           int row, int count, const Buffers& to) {
   const Kernels* k = kernels();
   const int size = slot_rows(count) * 16;
+  const int then = gated && after > 0 ? after * 2 : after;
   for (int i = 0; i < blocks; i++) {
     const int block = gated ? (first + i) * 2 : first + i;
-    const int begun = after < 0 || !gated ? after : after * 2;
-    const int next = i + (gated ? 1 : 2) < blocks ? block + 2 : begun;
+    const int next = i + (gated ? 1 : 2) < blocks ? block + 2 : then;
     float* tile = to.tile + i * size;
     float* second = gated ? to.second + i * size : tile + size;
     if ((gated || i + 1 < blocks) &&

@@ -105,7 +105,7 @@ OPSIN_INLINE F select_range(F value, F other, I position, I lo, I hi) {
                 _mm512_cmplt_epi32_mask(position.v, hi.v);
   return {_mm512_mask_mov_ps(other.v, m, value.v)};
 }
-// Each lane plus the one whose number differs in bit N; where the bit is set, that one less the lane.
+// Each lane plus the one whose number differs in bit N; where that is set, the other less the lane.
 template <int N>
 OPSIN_INLINE F butterfly(F a) {
   const __m512 other = N == 1   ? _mm512_permute_ps(a.v, 0xb1)
