@@ -141,8 +141,9 @@ def tile_features(
     tile's patches take, all in order by default. `counts` selects the states after so many layers,
     side by side; without them it is the tower's result. Tiles of type uint8 are normalised by
     `levels`. A few tiles go through at a time, so that only their pixels are copied; `then` makes
-    of the features (patches, width) of some of them what is returned instead.
+    of the features (patches, width) of some of them what is returned instead, without `counts`.
     """
+    assert then is None or not counts, "the states after layers are kept as they are"
     per_tile = math.prod(tiles.shape[-2:]) // patch**2
     parts = tiles.split(max(1, tower.group_patches // per_tile))
     groups = (_group(tower, part, patch, merge, positions, levels) for part in parts)
