@@ -141,7 +141,8 @@ def perplexity(folder: Path, ids: list[int], quantize: int | None) -> float:
     from opsin.kernels import AttentionBatch
 
     model = load_model(folder, device="cpu", quantize=quantize)
-    cache = PagedCache(model.decoder.config, 1, WINDOW, model.dtype, model.device)
+    decoder, native = model.decoder, model.decoder.native is not None
+    cache = PagedCache(decoder.config, 1, WINDOW, model.dtype, model.device, by_head=native)
     total, count = 0.0, 0
     for start in range(0, len(ids) - WINDOW + 1, WINDOW):
         tokens = torch.tensor(ids[start : start + WINDOW])
@@ -154,8 +155,8 @@ def perplexity(folder: Path, ids: list[int], quantize: int | None) -> float:
             block_tables=torch.zeros(1, 1, dtype=torch.int32),
             block_size=WINDOW,
         )
-        step = Step(model.decoder.embed(tokens), places[None], batch, places[:-1])
-        losses = torch.nn.functional.cross_entropy(model.decoder(step, cache), tokens[1:])
+        step = Step(decoder.embed(tokens), places[None], batch, places[:-1])
+        losses = torch.nn.functional.cross_entropy(decoder(step, cache), tokens[1:])
         total += float(losses) * (WINDOW - 1)
         count += WINDOW - 1
     return math.exp(total / count)

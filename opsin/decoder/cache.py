@@ -93,7 +93,9 @@ class PagedCache:
 
     A softmax attention layer has keys and values, (slots, kv_heads, head_dim), where slot = block *
     size + offset, and the same rows are both where its values are in its keys; so has a
-    cross-attention layer, in blocks of their own, for the encoded media; a recurrent layer has
+    cross-attention layer, in blocks of their own, for the encoded media. With `by_head` those of
+    tokens, where they are not quantised, are (blocks, kv_heads, size, head_dim), as the native
+    stack keeps them: what one head reads lies together. A recurrent layer has
     states, tensors whose first axis is a sequence's state slot
     (for a delta network: the convolution's inputs (state slots, kernel - 1, channels) and the
     memory (state slots, heads, key_dim, value_dim), float32). The lists run over all layers and are
@@ -114,6 +116,7 @@ class PagedCache:
         num_state_slots: int = 1,
         num_source_blocks: int = 0,
         form: CacheFormat = CacheFormat(),
+        by_head: bool = False,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -136,6 +139,8 @@ class PagedCache:
                 own = isinstance(kind, AttentionConfig)
                 blocks = num_blocks if own else num_source_blocks
                 shape = (blocks * block_size, kind.kv_heads, kind.head_dim)
+                if by_head and own and not form.packed:
+                    shape = (blocks, kind.kv_heads, block_size, kind.head_dim)
             within = isinstance(layer.attention, AttentionConfig) and layer.attention.values_in_keys
             for rows in (self.keys, self.values):
                 if within and rows is self.values:

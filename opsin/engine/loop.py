@@ -150,6 +150,7 @@ class Engine:
             plan.num_state_slots,
             plan.num_source_blocks,
             form,
+            by_head=model.decoder.native is not None,
         )
         self.scheduler = Scheduler(
             BlockPool(plan.num_blocks),

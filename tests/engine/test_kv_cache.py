@@ -119,6 +119,7 @@ def test_native_rows_are_those_of_the_twin(native: tuple[Any, Any], bits: int, g
     device = torch.device("cpu")
     for name in ("keys", "values"):
         rows, got = getattr(wide.cache, name)[0], getattr(packed.cache, name)[0]
+        rows = rows.transpose(1, 2).flatten(0, 1)  # (slots, kv_heads, head_dim)
         # A lone request gets the first blocks, one after another.
         where = sequence_slots(list(range(99)), count, packed.cache.layout, device)
         codes, scales = quantise(rows[first:count], bits, got.scales.shape[2])

@@ -61,8 +61,9 @@ class Ours:
         sources = -(-sequence.num_source // BLOCK)
         sequence.source_table = list(range(sources))
         cache = PagedCache(
-            model.decoder.config, blocks, BLOCK, model.dtype, model.device, 1, sources
-        )
+            model.decoder.config, blocks, BLOCK, model.dtype, model.device, 1, sources,
+            by_head=model.decoder.native is not None,
+        )  # fmt: skip
         sequence.speaker = model.family.speaker(prompt, model.towers)
         runner = Runner(model, cache)
         scheduled = [Scheduled(sequence, 0, length)]

@@ -161,7 +161,9 @@ class LayerStack:
         )
 
     def bind(self, keys: Sequence[CacheRows], values: Sequence[CacheRows]) -> None:
-        """Use these caches, one of each a layer: (slots, kv_heads, head_dim) bfloat16."""
+        """Use these caches, one of each a layer: (blocks, kv_heads, block_size, head_dim) bfloat16,
+        or quantised rows (slots, kv_heads, head_dim).
+        """
         for layer, spec, key, value in zip(self._layers, self.specs, keys, values, strict=True):
             layer.kv_bits, layer.kv_groups = 16, 0
             layer.key_cache, layer.key_scales = self._bound(layer, spec, key)
@@ -172,9 +174,10 @@ class LayerStack:
     def _bound(layer: abi.Layer, spec: LayerSpec, cache: CacheRows) -> tuple[int, int | None]:
         """The addresses of a cache's rows and of its scales, if it has any."""
         plain = cache.plain if isinstance(cache, PackedRows) else cache
+        heads = plain.shape[1] if plain.ndim == (3 if isinstance(cache, PackedRows) else 4) else 0
         if plain.dtype != torch.bfloat16 or not plain.is_contiguous():
             raise ValueError("the native stack keeps keys and values as bfloat16 rows")
-        if plain.shape[1:] != (spec.kv_heads, spec.head_dim):
+        if (heads, plain.shape[-1]) != (spec.kv_heads, spec.head_dim):
             raise ValueError(f"a cache of {tuple(plain.shape)} does not fit the layer")
         if not isinstance(cache, PackedRows):
             return plain.data_ptr(), None

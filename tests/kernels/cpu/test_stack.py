@@ -129,7 +129,9 @@ class Session:
     def __init__(self, decoder: Decoder, stack: LayerStack | None) -> None:
         dtype = torch.float32 if stack is None else torch.bfloat16
         self.decoder, self.stack = decoder, stack
-        self.cache = PagedCache(decoder.config, BLOCKS, BLOCK, dtype, torch.device("cpu"))
+        place = torch.device("cpu")
+        native = stack is not None
+        self.cache = PagedCache(decoder.config, BLOCKS, BLOCK, dtype, place, by_head=native)
         for tensor in (*self.cache.keys, *self.cache.values):
             tensor.fill_(torch.nan if stack is not None else 0)
         if stack is not None:
@@ -221,6 +223,8 @@ def test_wrong_caches_and_hidden_are_refused(best):
     decoder = build(LLAMA)
     stack = native_stack(best, decoder, "bf16")
     with pytest.raises(ValueError, match="bfloat16 rows"):
-        stack.bind([torch.zeros(32, 2, 32)] * 2, [torch.zeros(32, 2, 32)] * 2)
+        stack.bind([torch.zeros(2, 2, 16, 32)] * 2, [torch.zeros(2, 2, 16, 32)] * 2)
     with pytest.raises(ValueError, match="does not fit"):
-        stack.bind(*[[torch.zeros(32, 1, 32).bfloat16()] * 2] * 2)
+        stack.bind(*[[torch.zeros(2, 1, 16, 32).bfloat16()] * 2] * 2)
+    with pytest.raises(ValueError, match="does not fit"):
+        stack.bind(*[[torch.zeros(32, 2, 32).bfloat16()] * 2] * 2)

@@ -197,7 +197,7 @@ int opsin_attention(const OpsinAttention* a) {
   Pool& pool = Pool::instance();
   std::lock_guard<std::mutex> lock(pool.region());
   const int64_t own = opsin::attention_thread_bytes(a->head_dim, a->value_dim);
-  const opsin::AttentionJob job = {*a, nullptr, 0, 0, 0, nullptr, nullptr, {}};
+  const opsin::AttentionJob job = {*a, nullptr, 0, 0, 0, false, nullptr, nullptr, {}};
   pool.run(1, [&](Team& team) {
     opsin::attention(team, job, pool.scratch(team.thread(), own));
   });

@@ -55,7 +55,8 @@ struct OpsinLayer {
   const float* mlp_norm;
   const float* mlp_norm_bias;
   const float* after_mlp_norm;
-  uint16_t* key_cache;    // (slots, kv_heads, head_dim) bfloat16
+  uint16_t* key_cache;    // bfloat16 (blocks, kv_heads, block_size, head_dim), or, where kv_bits is
+                          // 8 or 4, codes and plain rows (slots, kv_heads, head_dim)
   uint16_t* value_cache;
   uint16_t* key_scales;   // null, or (slots, kv_heads, kv_groups, 2) bfloat16: scale and bias
   uint16_t* value_scales;

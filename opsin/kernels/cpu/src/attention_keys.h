@@ -59,7 +59,7 @@ static Scratch carve(uint8_t* p, int dim, int value_dim) {
 
 OPSIN_INLINE int64_t slot(const AttentionShape* s, const int32_t* table, int key) {
   if (s->block_size == 0) return key;
-  return (int64_t)table[key / s->block_size] * s->block_size + key % s->block_size;
+  return (int64_t)table[key / s->block_size] * s->block_rows + key % s->block_size;
 }
 
 // The slot of a key where rows are quantised: -1 - slot of a quantised one.

@@ -45,10 +45,12 @@ constexpr int kDirectRows = 6, kDirectTogether = 6;
 constexpr int kDirectRows = 12, kDirectTogether = 6;
 #endif
 constexpr int vectors_together(int) { return 4; }
-constexpr int key_tiles_together(int) { return 2; }
+constexpr int values_together(int rows) { return rows <= 2 ? 8 : 4; }
+constexpr int key_tiles_together(int rows) { return rows <= 3 ? 4 : 2; }
 #else
 constexpr int kDirectRows = 4, kDirectTogether = 2;
 constexpr int vectors_together(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+constexpr int values_together(int rows) { return rows == 1 ? 4 : 2; }
 constexpr int key_tiles_together(int rows) { return rows == 1 ? 2 : 1; }
 #endif
 
@@ -57,7 +59,7 @@ OPSIN_INLINE void begin_sums(const RowProduct* rows, int at, F (&sums)[R][N]) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) {
     const F kept = set1(rows[r].kept);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < N; i++) {
       sums[r][i] = rows[r].kept == 0.0f ? set1(0.0f) : mul(load(rows[r].sums + at + 16 * i), kept);
     }
@@ -68,7 +70,7 @@ template <int R, int N>
 OPSIN_INLINE void end_sums(const RowProduct* rows, int at, const F (&sums)[R][N]) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < N; i++) store(rows[r].sums + at + 16 * i, sums[r][i]);
   }
 }
@@ -167,7 +169,7 @@ static void key_tile(const Sixteen* keys, int dim, const RowProduct* rows, int a
   int fetched = 0;
   for (int d = 0; d < dim; d += 8) {
     for (; ahead.from && fetched * dim < 16 * T * (d + 8); fetched++) ahead.fetch(at + fetched);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int t = 0; t < T; t++) {
       V pairs[4];
       turn_quads(keys[at / 16 + t], d, pairs);
@@ -187,24 +189,25 @@ static void key_tile(const Sixteen* keys, int dim, const RowProduct* rows, int a
   end_sums<R, T>(rows, at, sums);
 }
 
-// R rows times N vectors of values from where they lie.
+// R rows times N vectors of values from where they lie, of `dim`; of what is ahead each of these
+// tiles fetches its share, evenly.
 template <int R, int N>
-static void value_tile(const Sixteen* values, int steps, const RowProduct* rows, int at,
+static void value_tile(const Sixteen* values, int steps, const RowProduct* rows, int at, int dim,
                        const Ahead& ahead) {
   F sums[R][N];
   begin_sums<R, N>(rows, at, sums);
+  const int first = kKeyBlock * at / dim, share = kKeyBlock * (at + 16 * N) / dim - first;
+  int fetched = 0;
   for (int64_t s = 0; s < steps; s++) {
     const uint16_t* from = values_at(values, s) + at;
     const int64_t stride = values[s / kSixteenSteps].stride;
-    if (at == 0 && ahead.from) {
-      for (int i = 0; i < kValuesTogether; i++) ahead.fetch(kValuesTogether * s + i);
-    }
+    for (; ahead.from && fetched * steps < share * (s + 1); fetched++) ahead.fetch(first + fetched);
     Step x[N];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int i = 0; i < N; i += 2) value_lanes(from + 16 * i, stride, x + i);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < N; i++) sums[r][i] = plus(sums[r][i], x[i], rows[r].factors + 4 * s);
     }
   }
@@ -230,10 +233,10 @@ struct MultiplyValues {
   template <int R>
   static void run(const RowProduct* rows, const Sixteen* values, int steps, int dim,
                   const Ahead& ahead) {
-    constexpr int N = vectors_together(R) == 4 ? 4 : 2;
+    constexpr int N = values_together(R);
     int d = 0;
-    for (; d + 16 * N <= dim; d += 16 * N) value_tile<R, N>(values, steps, rows, d, ahead);
-    if (d < dim) value_tile<R, 2>(values, steps, rows, d, ahead);
+    for (; d + 16 * N <= dim; d += 16 * N) value_tile<R, N>(values, steps, rows, d, dim, ahead);
+    for (; d < dim; d += 32) value_tile<R, 2>(values, steps, rows, d, dim, ahead);
   }
 };
 

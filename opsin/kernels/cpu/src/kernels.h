@@ -95,6 +95,7 @@ struct AttentionShape {
   int32_t head_dim, value_dim;
   int64_t key_stride, value_stride;  // elements between slots of the cache
   int32_t block_size;                // slots of one block; 0: keys are contiguous
+  int32_t block_rows;                // slots from one block to the next, as the strides count them
   float scale, softcap;              // softcap 0: none
   PackedShape packed;
 };

@@ -425,12 +425,12 @@ struct Rows {
 };
 
 // Where the keys and values of a kv head of a sequence lie, where they are not quantised.
-Rows rows_of(const OpsinAttention& a, int sequence, int kv_head) {
+Rows rows_of(const AttentionJob& job, int sequence, int kv_head) {
+  const OpsinAttention& a = job.a;
   const int64_t first = a.block_size == 0 && a.key_start ? a.key_start[sequence] : 0;
-  return {static_cast<const uint16_t*>(a.key) + first * a.key_stride +
-              static_cast<int64_t>(kv_head) * a.head_dim,
-          static_cast<const uint16_t*>(a.value) + first * a.value_stride +
-              static_cast<int64_t>(kv_head) * a.value_dim,
+  const int64_t before = static_cast<int64_t>(kv_head) * (job.by_head ? a.block_size : 1);
+  return {static_cast<const uint16_t*>(a.key) + first * a.key_stride + before * a.head_dim,
+          static_cast<const uint16_t*>(a.value) + first * a.value_stride + before * a.value_dim,
           a.block_size ? a.block_tables + static_cast<int64_t>(sequence) * a.max_blocks : nullptr};
 }
 
@@ -482,7 +482,8 @@ void run_unit(const AttentionJob& job, const Tile& t, const Tile* next, uint8_t*
     }
   }
   const AttentionShape shape = {a.head_dim, a.value_dim, a.key_stride, a.value_stride,
-                                a.block_size, a.scale, a.softcap, job.packed};
+                                a.block_size, a.block_size * (job.by_head ? a.kv_heads : 1),
+                                a.scale, a.softcap, job.packed};
   AttentionUnit unit;
   unit.queries = queries;
   unit.rows = rows;
@@ -491,7 +492,7 @@ void run_unit(const AttentionJob& job, const Tile& t, const Tile* next, uint8_t*
   unit.first_lo = any_first ? first_lo : nullptr;
   unit.first_hi = first_hi;
   unit.sinks = a.sinks ? sinks : nullptr;
-  const Rows of = rows_of(a, t.sequence, t.kv_head);
+  const Rows of = rows_of(job, t.sequence, t.kv_head);
   unit.keys = of.keys;
   unit.values = of.values;
   if (job.packed.bits) {
@@ -505,7 +506,7 @@ void run_unit(const AttentionJob& job, const Tile& t, const Tile* next, uint8_t*
   unit.num_keys = a.num_keys[t.sequence];
   unit.next_keys = nullptr;
   if (next && !job.packed.bits && rows <= kRows) {
-    const Rows then = rows_of(a, next->sequence, next->kv_head);
+    const Rows then = rows_of(job, next->sequence, next->kv_head);
     unit.next_keys = then.keys;
     unit.next_values = then.values;
     unit.next_table = then.table;

@@ -47,6 +47,7 @@ struct AttentionJob {
   const int32_t* positions;  // with window: lo = position + 1 - window
   int32_t window;
   int32_t kept_first, kept_last;  // see OpsinStep
+  bool by_head;  // the cache is (blocks, kv_heads, block_size, head_dim)
   const uint16_t* key_scales;
   const uint16_t* value_scales;
   PackedShape packed;

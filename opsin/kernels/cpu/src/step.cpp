@@ -133,9 +133,18 @@ struct Run {
       pack(l, fresh + n, -1 - step.slots[token], l.value_cache, l.value_scales);
       return;
     }
-    const int64_t slot = step.slots[token] * n;
-    k->to_bf16(fresh, n, l.key_cache + slot);
-    k->to_bf16(fresh + n, n, l.value_cache + slot);
+    if (l.kv_bits != 16) {  // an early row of a cache that quantises
+      k->to_bf16(fresh, n, l.key_cache + step.slots[token] * n);
+      k->to_bf16(fresh + n, n, l.value_cache + step.slots[token] * n);
+      return;
+    }
+    const int64_t block = step.slots[token] / step.block_size;
+    const int64_t within = step.slots[token] % step.block_size;
+    for (int64_t h = 0; h < l.kv_heads; h++, fresh += l.head_dim) {
+      const int64_t at = ((block * l.kv_heads + h) * step.block_size + within) * l.head_dim;
+      k->to_bf16(fresh, l.head_dim, l.key_cache + at);
+      k->to_bf16(fresh + n, l.head_dim, l.value_cache + at);
+    }
   }
 
   // Quantised cache rows (kv_heads, head_dim) of one token.
@@ -180,7 +189,10 @@ struct Run {
     job.window = l.window;
     job.kept_first = step.kept_first;
     job.kept_last = step.kept_last;
-    if (l.kv_bits != 16) {
+    if (l.kv_bits == 16) {
+      job.by_head = true;
+      job.a.key_stride = job.a.value_stride = l.head_dim;
+    } else {
       job.key_scales = l.key_scales;
       job.value_scales = l.value_scales;
       job.packed = {l.kv_bits, l.kv_groups, step.early_blocks, step.early_size,

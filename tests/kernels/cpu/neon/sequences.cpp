@@ -244,7 +244,7 @@ void packed_attention() {
         hi[r] = lo[r] + 1 + dice.below(keys - lo[r]);
       }
       const Floats sinks = normals(rows);
-      opsin::AttentionShape shape{dim, dim, dim, dim, kBlock, 0.1f, rows == 5 ? 4.0f : 0.0f, {}};
+      opsin::AttentionShape shape{dim, dim, dim, dim, kBlock, kBlock, 0.1f, rows == 5 ? 4.0f : 0.0f, {}};
       shape.packed = {bits, groups, early, early_size, code_bytes, 2 * groups};
       opsin::AttentionUnit unit{};
       unit.queries = query.data();
