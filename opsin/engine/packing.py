@@ -21,12 +21,12 @@ from opsin.nn.experts import ExpertLinear
 from opsin.nn.late import LateMatrix
 from opsin.nn.linear import Adapter, Embedding, Linear
 from opsin.nn.packing import ModulePacker
-from opsin.quant.formats import GROUP, Format, Kind, quantised, quantised_by_rows
+from opsin.quant.formats import GROUPS, Format, Kind, quantised, quantised_by_rows
 from opsin.quant.mlx import AffineTensor
 from opsin.quant.recipes import has_more_bits
 from opsin.towers.mobilenet_v5 import MobileNetV5
 
-GROUPS, SCALES = (32, 64, 128), (torch.float16, torch.bfloat16)
+SCALES = (torch.float16, torch.bfloat16)
 # Matrices in bfloat16 that take less than this together are copied to huge pages, from which small
 # models decode a tenth faster, in well under a second; larger ones are read in place, unless they
 # are kept in fewer bits.
@@ -63,15 +63,15 @@ def quantised_formats(decoder: Decoder, towers: nn.Module, bits: int) -> Formats
     Decoder layers and experts take `bits`. Where these are 4, 6 go to what is most sensitive for
     what it weighs: the first and the last layer, what makes queries, keys and values, and, in the
     layers that mixed recipes give more to, what ends a feed-forward block (not experts). The
-    embeddings and the head, a large part of a small model, take `bits` in groups of 32. The tables
-    of a layer's own inputs take 8, and so do the towers, whose time is all arithmetic: they have
-    one scale a row, so that whole numbers are added over all columns.
+    embeddings and the head, a large part of a small model, take `bits`, 4 of them in groups of 32.
+    The tables of a layer's own inputs take 8, and so do the towers, whose time is all arithmetic:
+    they have one scale a row, so that whole numbers are added over all columns.
     Everything else stays as it is: norms, routers, convolutions, adapters, tables of positions, the
     first layer over a picture's patches, and outputs of fewer than 64 features.
     """
     narrow: Kind = "q4" if bits == 4 else "q8"
     wide: Kind = "q6" if bits == 4 else "q8"
-    wanted: list[tuple[nn.Module, Kind, int]] = []
+    wanted: list[tuple[nn.Module, Kind]] = []
     for i, layer in enumerate(decoder.layers):
         inner = 0 < i < len(decoder.layers) - 1
         sensitive = {block.qkv for block in layer.modules() if isinstance(block, Attention)}
@@ -79,23 +79,22 @@ def quantised_formats(decoder: Decoder, towers: nn.Module, bits: int) -> Formats
             blocks = (b for b in layer.modules() if isinstance(b, GatedMLP | PlainMLP))
             sensitive |= {block.down for block in blocks}
         for module in _matrices(layer):
-            wanted.append((module, narrow if inner and module not in sensitive else wide, GROUP))
-    table_group = 32 if narrow == "q4" else GROUP
-    wanted.append((decoder.embedding, narrow, table_group))
-    if decoder.head is not None:
-        wanted.append((decoder.head, narrow, table_group))
+            wanted.append((module, narrow if inner and module not in sensitive else wide))
+    tables = [decoder.embedding] if decoder.head is None else [decoder.embedding, decoder.head]
+    wanted += [(table, narrow) for table in tables]
     if decoder.layer_inputs is not None:
         own = decoder.layer_inputs
-        wanted += [(module, "q8", GROUP) for module in (own.table, own.project)]
+        wanted += [(module, "q8") for module in (own.table, own.project)]
     formats: Formats = {}
     for module in _matrices(towers):
         weight = module.get_parameter("weight")
         if weight.shape[-2] >= LEAST_ROWS:
             formats[module] = quantised_by_rows(weight.shape[-1])
-    for module, kind, group in wanted:
+    for module, kind in wanted:
         weight = module.get_parameter("weight")
         if weight.shape[-2] >= LEAST_ROWS:
-            formats[module] = quantised(kind, weight.shape[-1], group)
+            most = 32 if kind == "q4" and module in tables else None
+            formats[module] = quantised(kind, weight.shape[-1], most)
     return formats
 
 

@@ -12,7 +12,10 @@ from opsin.errors import InputError
 Kind = Literal["bf16", "bf13", "q8", "q6", "q4"]
 WIDTHS: dict[Kind, int] = {"bf16": 16, "bf13": 13, "q8": 8, "q6": 6, "q4": 4}
 BITS = (4, 8)
-GROUP = 64
+GROUPS = (128, 64, 32)
+# Columns of a group. More bits are for what is sensitive, or were asked for; with 4, a quarter of a
+# bit more for scales buys less than elsewhere (docs/quantisation.md).
+GROUP: dict[Kind, int] = {"q8": 64, "q6": 64, "q4": 128}
 MOST_COLUMNS = 65536  # of a row with one scale: its sums fit in 32 bits
 
 
@@ -42,12 +45,14 @@ class Format:
         return WIDTHS[self.kind] + own
 
 
-def quantised(kind: Kind, columns: int, most: int = GROUP) -> Format:
-    """The format of a matrix of so many columns, in groups of `most` of them or 32.
+def quantised(kind: Kind, columns: int, most: int | None = None) -> Format:
+    """The format of a matrix of so many columns, in the largest groups that they are whole ones of,
+    `most` columns at most.
 
-    Where they are no whole groups, it is 8 bits by rows.
+    Where they are not, it is 8 bits by rows.
     """
-    group = next((group for group in (most, 32) if columns % group == 0), 0)
+    most = most or GROUP[kind]
+    group = next((group for group in GROUPS if group <= most and columns % group == 0), 0)
     return Format(kind if group else "q8", group, rotated=group > 0)
 
 

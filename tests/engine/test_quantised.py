@@ -19,7 +19,7 @@ from opsin.errors import InputError
 from opsin.kernels import cpu
 from opsin.kernels.packed import PlainMatrix
 from opsin.nn.linear import Linear
-from opsin.quant.formats import Format
+from opsin.quant.formats import quantised
 from tests.families.checkpoints import write_checkpoint
 from tests.families.ours import answers, tokens
 from tests.families.pictures import picture
@@ -117,23 +117,32 @@ def test_what_cannot_be_quantised_is_refused(folders: dict[str, Path]) -> None:
 def test_what_is_sensitive_keeps_more_bits(
     folders: dict[str, Path], bits: int, narrow: str, wide: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "quantised", lambda kind, columns, most: Format(kind, most))
+    monkeypatch.setattr(packing, "quantised", lambda kind, _, most: quantised(kind, 1024, most))
     decoder = loading.build(folders[DENSE]).decoder
     while len(decoder.layers) < 16:
         decoder.layers.append(copy.deepcopy(decoder.layers[0]))
     formats = packing.quantised_formats(decoder, nn.Module(), bits)
     kept = {module: (form.kind, form.group) for module, form in formats.items()}
     layers = list(decoder.layers)
+    few, more = (narrow, 128 if bits == 4 else 64), (wide, 64)
     for i, layer in enumerate(layers):
         inner = 0 < i < len(layers) - 1
-        assert kept[layer.attention.qkv] == (wide, 64)
+        assert kept[layer.attention.qkv] == more
         for module in (layer.attention.out, layer.mlp.gate_up):
-            assert kept[module] == (narrow if inner else wide, 64)
-        more = i in (0, 1, 4, 7, 10, 13, 14, 15)
-        assert kept[layer.mlp.down] == (wide if more else narrow, 64)
+            assert kept[module] == (few if inner else more)
+        assert kept[layer.mlp.down] == (more if i in (0, 1, 4, 7, 10, 13, 14, 15) else few)
     assert decoder.head is not None
     tables = ("q4", 32) if bits == 4 else ("q8", 64)
     assert kept[decoder.embedding] == kept[decoder.head] == tables
+
+
+def test_groups_are_as_large_as_columns_allow() -> None:
+    groups = [(640, 128), (576, 64), (96, 32), (40, 0)]
+    for columns, group in groups:
+        form = quantised("q4", columns)
+        assert (form.kind, form.group) == ("q4" if group else "q8", group)
+        assert quantised("q8", columns).group == min(group, 64)
+        assert quantised("q4", columns, 32).group == min(group, 32)
 
 
 def test_a_summary_says_what_is_kept_how(folders: dict[str, Path]) -> None:
