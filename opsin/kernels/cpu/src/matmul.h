@@ -79,7 +79,9 @@ struct Panel {
 };
 
 // Columns whose steps are written out one after another, for two blocks.
-constexpr int run_columns(int group) { return group == 64 ? 64 : 32; }
+constexpr int run_columns(int kind, int group) {
+  return group == 64 || (group == 128 && kind == opsin::kQ4) ? 64 : 32;
+}
 
 // Integer sums of one group of B blocks with MT rows of activations. Where these are few, every
 // other vector has sums of its own, so that one does not wait for the other; whole numbers add up
@@ -128,7 +130,7 @@ OPSIN_INLINE void sum_group(const uint8_t* const (&w)[B], const int8_t* x, int w
 #pragma GCC unroll 4
     for (int j = 0; j < n; j++) step(j);
   } else {
-    constexpr int kRun = run_columns(COLUMNS) / (4 * kVectors);
+    constexpr int kRun = run_columns(KIND, COLUMNS) / (4 * kVectors);
     for (int from = 0; from < n; from += kRun) {
       for (int i = 0; i < lines; i++, *ahead += 64) prefetch(*ahead);
 #pragma GCC unroll 8
@@ -189,6 +191,8 @@ template <int B, int MT, int KIND, bool F16>
 static void tile_grouped(const Matrix* m, const uint8_t* w, const Panel& x, float* const* out) {
   if (m->group == 64) {
     tile_affine<B, MT, KIND, F16, 64>(m, w, x, out);
+  } else if (KIND == opsin::kQ4 && m->group == 128) {
+    tile_affine<B, MT, KIND, F16, KIND == opsin::kQ4 ? 128 : 64>(m, w, x, out);
   } else if (B > 1 && m->group == 32) {
     tile_affine<B, MT, KIND, F16, B == 1 ? 0 : 32>(m, w, x, out);
   } else {
@@ -521,7 +525,7 @@ static bool vector_pair(const Matrix* m, int b, int after, const Activations* x,
   const uint8_t* w = m->data + b * m->block_bytes;
   const uint8_t* ahead = after < 0 ? w : m->data + after * m->block_bytes;
   const int passes = count / kPairRows;
-  const int runs = m->padded_k / run_columns(m->group);
+  const int runs = m->padded_k / run_columns(m->kind, m->group);
   const int64_t lines = after < 0 ? 0 : m->block_bytes / (32 * runs * passes) + 1;
   for (int done = 0; done < count; done += kCodeRows) {
     Panel p = panel_of(m, x, row + done, count - done);
