@@ -41,7 +41,7 @@ def test_a_file_gives_what_memory_gives(
 
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize(
-    ("kind", "group"), [("q4", 64), ("q4", 32), ("q6", 64), ("q6", 32), ("q8", 64), ("q8", 0)]
+    ("kind", "group"), [("q4", 128), ("q4", 32), ("q6", 64), ("q6", 32), ("q8", 64), ("q8", 0)]
 )
 def test_quantising_finds_what_its_twin_finds(native: Library, kind, group: int, rotated: bool):
     torch.manual_seed(group)

@@ -57,10 +57,10 @@ def test_affine_product_equals_its_twin(native, bits, group):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [0, 1, 3, 17, 70])
-@pytest.mark.parametrize(("kind", "bits"), [("q4", 4), ("q6", 6)])
-def test_every_row_count_and_scale_type(native, kind, bits, rows, dtype):
-    codes, scales, biases = affine(50, 256, 64, bits, dtype)
-    packed = PackedMatrix(native, kind, 50, 256, group=64, scale_dtype=dtype)
+@pytest.mark.parametrize(("kind", "bits", "group"), [("q4", 4, 128), ("q6", 6, 64)])
+def test_every_row_count_and_scale_type(native, kind, bits, group, rows, dtype):
+    codes, scales, biases = affine(50, 256, group, bits, dtype)
+    packed = PackedMatrix(native, kind, 50, 256, group=group, scale_dtype=dtype)
     packed.fill_affine(pack_words(codes, bits), scales, biases, bits)
     bias = torch.randn(50)
     packed.fill_bias(bias)
@@ -82,7 +82,7 @@ def test_one_scale_a_row_takes_any_width(native, kind, k):
 
 @pytest.mark.parametrize("rows", [1, 16, 33, 200])
 @pytest.mark.parametrize(
-    ("kind", "group"), [("q8", 32), ("q8", 64), ("q8", 128), ("q6", 32), ("q4", 32)]
+    ("kind", "group"), [("q8", 32), ("q8", 64), ("q8", 128), ("q6", 32), ("q4", 128)]
 )
 def test_one_group_may_be_the_whole_row(native, kind, group, rows):
     torch.manual_seed(rows)
@@ -148,6 +148,8 @@ def test_bfloat16_product_equals_torch(native, rows, k):
         ("q8", 64, False),
         ("q6", 64, False),
         ("q4", 64, False),
+        ("q4", 128, True),
+        ("q8", 128, False),
         ("q8", 0, False),
         ("q8", 64, True),
         ("q6", 32, True),
