@@ -99,8 +99,8 @@ static void find_slots(const AttentionShape* s, const AttentionUnit* u, int from
   plain_slots(s, u->block_table, from, count, slots);
 }
 
-// 64 rows that are read after those at work: of a head they lie far apart, so that the machine does
-// not foresee them. `from` is null where there is nothing to fetch.
+// 64 rows that are read after those at work: where those of a head lie apart, or in another block,
+// the machine does not foresee them. `from` is null where there is nothing to fetch.
 struct Ahead {
   const uint16_t* from;
   int64_t stride;

@@ -545,7 +545,7 @@ class Order {
   int units(int sequence) const { return tiles(sequence) * a_.kv_heads * u_.head_pieces; }
 
   // Heads go first where each of them has many keys; else all heads of the same tokens go together,
-  // since they lie on the same pages.
+  // since they lie side by side.
   bool heads_first(int sequence) const { return whole_ && a_.num_keys[sequence] > kNearKeys; }
 
   // How many units a thread takes at once, of `total`.

@@ -133,15 +133,11 @@ struct Run {
       pack(l, fresh + n, -1 - step.slots[token], l.value_cache, l.value_scales);
       return;
     }
-    if (l.kv_bits != 16) {  // an early row of a cache that quantises
-      k->to_bf16(fresh, n, l.key_cache + step.slots[token] * n);
-      k->to_bf16(fresh + n, n, l.value_cache + step.slots[token] * n);
-      return;
-    }
-    const int64_t block = step.slots[token] / step.block_size;
-    const int64_t within = step.slots[token] % step.block_size;
+    // One after the other where this is an early row of a cache that quantises.
+    const int64_t apart = l.kv_bits == 16 ? step.block_size : 1;
+    const int64_t block = step.slots[token] / apart, within = step.slots[token] % apart;
     for (int64_t h = 0; h < l.kv_heads; h++, fresh += l.head_dim) {
-      const int64_t at = ((block * l.kv_heads + h) * step.block_size + within) * l.head_dim;
+      const int64_t at = ((block * l.kv_heads + h) * apart + within) * l.head_dim;
       k->to_bf16(fresh, l.head_dim, l.key_cache + at);
       k->to_bf16(fresh + n, l.head_dim, l.value_cache + at);
     }
