@@ -120,7 +120,7 @@ def measure(library: Library, rounds: int) -> dict[str, dict[str, float]]:
     """Median milliseconds, GB/s and GOP/s of every case, with the limits of the same rounds."""
     weight = torch.randn(N, K) * 0.02
     rings: dict[str, Callable[[torch.Tensor], int]] = {
-        kind: Ring(library, kind, weight).run for kind in ("q4", "q6", "q8", "bf13", "bf16")
+        kind: Ring(library, kind, weight).run for kind in ("q4", "q5", "q6", "q8", "bf13", "bf16")
     }
     rings |= torch_cases(weight)
     inputs = {m: torch.randn(m, K).bfloat16() for m in (*FEW, *MANY)}

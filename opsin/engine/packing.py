@@ -60,7 +60,7 @@ def are_in_place(formats: Formats) -> bool:
 def quantised_formats(decoder: Decoder, towers: nn.Module, bits: int) -> Formats:
     """What is quantised for so many bits while loading.
 
-    Decoder layers and experts take `bits`. Where these are 4, 6 go to what is most sensitive for
+    Decoder layers and experts take `bits`. Where these are 4, 5 go to what is most sensitive for
     what it weighs: the first and the last layer, what makes queries, keys and values, and, in the
     layers that mixed recipes give more to, what ends a feed-forward block (not experts). The
     embeddings and the head, a large part of a small model, take `bits`, 4 of them in groups of 32.
@@ -70,7 +70,7 @@ def quantised_formats(decoder: Decoder, towers: nn.Module, bits: int) -> Formats
     first layer over a picture's patches, and outputs of fewer than 64 features.
     """
     narrow: Kind = "q4" if bits == 4 else "q8"
-    wide: Kind = "q6" if bits == 4 else "q8"
+    wide: Kind = "q5" if bits == 4 else "q8"
     wanted: list[tuple[nn.Module, Kind]] = []
     for i, layer in enumerate(decoder.layers):
         inner = 0 < i < len(decoder.layers) - 1

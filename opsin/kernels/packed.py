@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from collections.abc import Sequence
@@ -165,8 +166,9 @@ class PlainMatrix:
         self.k = k
         self.codes = torch.zeros(n, k * WIDTHS[form.kind] // 8, dtype=torch.uint8, device=device)
         shape = (n, k // (form.group or k))
-        self.scales = torch.zeros(shape, dtype=form.scale_dtype, device=device)
-        self.biases = torch.zeros(shape, dtype=form.scale_dtype, device=device)
+        kept = torch.float32 if form.scale_dtype == torch.uint8 else form.scale_dtype
+        self.scales = torch.zeros(shape, dtype=kept, device=device)
+        self.biases = torch.zeros(shape, dtype=kept, device=device)
         self.bias: Tensor | None = None
 
     @property
@@ -233,26 +235,34 @@ class PlainMatrix:
 
 
 def _joined(codes: Tensor, kind: Kind) -> Tensor:
-    """Codes (rows, k) as bytes that are full of them: two in one, or four in three."""
-    if kind == "q4":
-        return codes[:, 0::2] | codes[:, 1::2] << 4
-    if kind == "q6":
-        fours = codes.unflatten(1, (-1, 4))
-        upper = torch.stack([fours[..., 3] >> shift & 3 for shift in (0, 2, 4)], dim=-1)
-        return (fours[..., :3] | upper << 6).flatten(1)
-    return codes
+    """Codes (rows, k) as bytes that are full: some in the lower bits, others above those."""
+    bits = WIDTHS[kind]
+    size, parts = _together(bits)
+    if size == 1:
+        return codes
+    together = codes.unflatten(1, (-1, size)).int()
+    shifts = torch.arange(size, device=codes.device, dtype=torch.int32)
+    above = (together[..., parts:] << bits * shifts[: size - parts]).sum(dim=-1, keepdim=True)
+    spare = above >> (8 - bits) * shifts[:parts]
+    return (together[..., :parts] | spare << bits).to(torch.uint8).flatten(1)
 
 
 def _apart(joined: Tensor, kind: Kind) -> Tensor:
     """The codes (rows, k) that `_joined` put into bytes."""
-    if kind == "q4":
-        return torch.stack((joined & 15, joined >> 4), dim=-1).flatten(1)
-    if kind == "q6":
-        threes = joined.unflatten(1, (-1, 3))
-        upper = threes >> 6
-        last = upper[..., 0] | upper[..., 1] << 2 | upper[..., 2] << 4
-        return torch.cat((threes & 63, last[..., None]), dim=-1).flatten(1)
-    return joined
+    bits = WIDTHS[kind]
+    size, parts = _together(bits)
+    if size == 1:
+        return joined
+    shifts = torch.arange(size, device=joined.device, dtype=torch.int32)
+    together = joined.unflatten(1, (-1, parts)).int()
+    spare = (together >> bits) << (8 - bits) * shifts[:parts]
+    above = spare.sum(dim=-1, keepdim=True) >> bits * shifts[: size - parts]
+    return (torch.cat((together, above), dim=-1) & (2**bits - 1)).to(torch.uint8).flatten(1)
+
+
+def _together(bits: int) -> tuple[int, int]:
+    """How many codes fill bytes, and how many bytes."""
+    return 8 // math.gcd(8, bits), bits // math.gcd(8, bits)
 
 
 def packed_experts(x: Tensor, experts: Sequence[Packed], expert_ids: Tensor) -> Tensor:

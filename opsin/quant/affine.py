@@ -46,7 +46,8 @@ def dequantise(codes: Tensor, scales: Tensor, biases: Tensor) -> Tensor:
 def quantise(weight: Tensor, form: Format) -> tuple[Tensor, Tensor, Tensor]:
     """weight (n, k) as codes (n, k), scales and biases (n, k / group) of a format.
 
-    A rotated format's are those of the rotated weight.
+    A rotated format's are those of the rotated weight. What a format keeps in bytes is float32, of
+    the values that bytes can say.
     8 bits are symmetric. At fewer, scale and bias are those of the smallest squared error that
     least squares finds, as the native kernels find them.
     """
@@ -58,15 +59,30 @@ def quantise(weight: Tensor, form: Format) -> tuple[Tensor, Tensor, Tensor]:
         return _codes(grouped, scales, biases, 255.0).to(torch.uint8).flatten(1), scales, biases
     top = 2.0 ** WIDTHS[form.kind] - 1
     scale, bias = fitted(grouped, top)
-    scales, biases = scale.to(form.scale_dtype), bias.to(form.scale_dtype)
+    if form.scale_dtype == torch.uint8:
+        scales, biases = _in_bytes(scale, bias, top)
+    else:
+        scales, biases = scale.to(form.scale_dtype), bias.to(form.scale_dtype)
     return _codes(grouped, scales, biases, top).to(torch.uint8).flatten(1), scales, biases
+
+
+def _in_bytes(scale: Tensor, bias: Tensor, top: float) -> tuple[Tensor, Tensor]:
+    """Scales and biases (n, groups) as bytes can say them.
+
+    Where a scale changes by that, the middle of what its codes can say stays where it was.
+    """
+    unit, step = scale.amax(dim=1, keepdim=True) / 255.0, (top + 1.0) / 256.0
+    kept = torch.where(unit > 0.0, scale / unit, 0.0).round().clamp_min(1.0) * unit
+    shifted = bias + (scale - kept) * (top / 2.0)
+    zero = (-shifted / torch.where(kept > 0.0, step * kept, torch.inf)).round().clamp(0.0, 255.0)
+    return kept, -zero * step * kept
 
 
 def fitted(grouped: Tensor, top: float) -> tuple[Tensor, Tensor]:
     """The scale and bias (n, groups) of each group of grouped (n, groups, columns).
 
     For codes from 0 to top: those of the smallest squared error that least squares finds from
-    several starts, from one where codes are many.
+    several starts, from one where codes are many. Zero stays within what codes can say.
     """
     low, high = grouped.amin(dim=2).clamp_max(0.0), grouped.amax(dim=2).clamp_min(0.0)
     best = torch.full_like(low, torch.inf)
@@ -84,9 +100,9 @@ def fitted(grouped: Tensor, top: float) -> tuple[Tensor, Tensor]:
             s = torch.where(spread > 0.0, fit, s)
             b = mean[..., 0] - s * middle[..., 0]
             error = (grouped - codes * s[..., None] - b[..., None]).square().sum(dim=2)
-            better = error <= best
+            better = (error <= best) & (b <= 0.0) & (b >= -top * s)
             scale, bias = torch.where(better, s, scale), torch.where(better, b, bias)
-            best = torch.minimum(best, error)
+            best = torch.where(better, error, best)
     return scale, bias
 
 

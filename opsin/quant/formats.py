@@ -9,20 +9,23 @@ import torch
 
 from opsin.errors import InputError
 
-Kind = Literal["bf16", "bf13", "q8", "q6", "q4"]
-WIDTHS: dict[Kind, int] = {"bf16": 16, "bf13": 13, "q8": 8, "q6": 6, "q4": 4}
+Kind = Literal["bf16", "bf13", "q8", "q6", "q5", "q4"]
+WIDTHS: dict[Kind, int] = {"bf16": 16, "bf13": 13, "q8": 8, "q6": 6, "q5": 5, "q4": 4}
 BITS = (4, 8)
 GROUPS = (128, 64, 32)
-# Columns of a group. More bits are for what is sensitive, or were asked for; with 4, a quarter of a
+# Columns of a group. More bits are for what is sensitive, or were asked for; with 4, an eighth of a
 # bit more for scales buys less than elsewhere (docs/quantisation.md).
-GROUP: dict[Kind, int] = {"q8": 64, "q6": 64, "q4": 128}
+GROUP: dict[Kind, int] = {"q8": 64, "q5": 64, "q4": 128}
 MOST_COLUMNS = 65536  # of a row with one scale: its sums fit in 32 bits
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
     """A matrix as bfloat16, as it is or without loss in thirteen bits, or as affine codes with a
-    16-bit scale and bias per `group` columns.
+    scale and bias per `group` columns.
+
+    Scales and biases are of a 16-bit `scale_dtype`; or torch.uint8, a byte each: the scale in
+    255ths of the row's largest, and a zero point z in 256ths of the codes' range, bias = -z scale.
 
     Group 0 is one scale and bias a row. Rotated: columns are mixed (`quant/rotation.py`) before
     they are rounded, and activations with them.
@@ -41,7 +44,7 @@ class Format:
     @property
     def bits(self) -> float:
         """Bits of memory that a weight takes, its share of scale and bias included."""
-        own = 32 / self.group if self.group else 0.0
+        own = (16 if self.scale_dtype == torch.uint8 else 32) / self.group if self.group else 0.0
         return WIDTHS[self.kind] + own
 
 
@@ -53,7 +56,9 @@ def quantised(kind: Kind, columns: int, most: int | None = None) -> Format:
     """
     most = most or GROUP[kind]
     group = next((group for group in GROUPS if group <= most and columns % group == 0), 0)
-    return Format(kind if group else "q8", group, rotated=group > 0)
+    kind = kind if group else "q8"
+    scales = torch.float16 if kind == "q8" else torch.uint8
+    return Format(kind, group, scales, rotated=group > 0)
 
 
 def quantised_by_rows(columns: int) -> Format:

@@ -36,7 +36,8 @@ class AffineTensor(StoredTensor):
     @property
     def format(self) -> Format:
         """The format that takes the codes as they are."""
-        kind: Kind = "q4" if self.bits <= 4 else "q6" if self.bits <= 6 else "q8"
+        kinds: tuple[Kind, ...] = ("q4", "q5", "q6", "q8")
+        kind = next(kind for kind in kinds if self.bits <= WIDTHS[kind])
         return Format(kind, self.group, self.dtype)
 
     def fits(self, form: Format) -> bool:

@@ -113,7 +113,7 @@ def test_what_cannot_be_quantised_is_refused(folders: dict[str, Path]) -> None:
         opsin.load(folders[DENSE], device="cpu", quantize=3)
 
 
-@pytest.mark.parametrize(("bits", "narrow", "wide"), [(8, "q8", "q8"), (4, "q4", "q6")])
+@pytest.mark.parametrize(("bits", "narrow", "wide"), [(8, "q8", "q8"), (4, "q4", "q5")])
 def test_what_is_sensitive_keeps_more_bits(
     folders: dict[str, Path], bits: int, narrow: str, wide: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

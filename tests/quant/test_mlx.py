@@ -93,7 +93,7 @@ def test_codes_answer_as_their_weights(
     got = Ours(CASE, coded, dtype="float32")
     kinds = {m.packed.format.kind for m in got.model.decoder.modules()
              if isinstance(m, Linear) and m.packed is not None}  # fmt: skip
-    assert kinds == ({"q4", "q8"} if bits == 0 else {"q4" if bits <= 4 else f"q{bits + bits % 2}"})
+    assert kinds == ({"q4", "q8"} if bits == 0 else {f"q{max(bits, 4)}"})
     scene = scenes(CASE)[0]
     logits = [model.logits(model.prompt(scene)) for model in (got, expected)]
     # Native products round activations to 8 bits, the plain ones do not.

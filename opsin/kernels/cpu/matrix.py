@@ -16,7 +16,8 @@ from opsin.kernels.cpu import abi
 from opsin.kernels.cpu.library import Library, pointer
 from opsin.quant.formats import Format, Kind
 
-_KINDS = {"bf16": 0, "q8": 1, "q4": 2, "q6": 3, "bf13": 4}
+_KINDS = {"bf16": 0, "q8": 1, "q4": 2, "q6": 3, "bf13": 4, "q5": 5}
+_SCALES = {torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 ROWS, COLUMNS = 16, 32  # of bfloat16 in one block
 SLACK = 4096  # bytes past its end that a matrix's memory has
 
@@ -35,8 +36,9 @@ class PackedMatrix:
 
     Kinds: "bf16", row by row, where a checkpoint's own bytes may be read in place; "bf13", the same
     values in thirteen bits, where k is a multiple of 64 (and "bf16" after all, if few of its rows
-    can be); "q8", "q6" and "q4", affine codes with a 16-bit scale and bias per `group` columns (0:
-    one a row, where k <= 65536), sixteen rows interleaved. Activations of quantised kinds are
+    can be); "q8", "q6", "q5" and "q4", affine codes with a scale and bias per `group` columns (0:
+    one a row, where k <= 65536), sixteen rows interleaved. Scales of torch.uint8 (not with "q8")
+    are those of `Format`. Activations of quantised kinds are
     quantised to int8 per group; those of a `rotated` one, whose k is a multiple of 32, are mixed
     before as its columns were.
     """
@@ -53,7 +55,7 @@ class PackedMatrix:
         rotated: bool = False,
         kept: Region | None = None,
     ) -> None:
-        shape = (_KINDS[kind], n, k, group, abi.DTYPES[scale_dtype])
+        shape = (_KINDS[kind], n, k, group, _SCALES[scale_dtype])
         if kept is None:
             handle = library.handle.opsin_matrix_new(*shape, rotated)
         else:

@@ -17,7 +17,7 @@ def whole(matrix: PackedMatrix) -> torch.Tensor:
     return matrix.rows(torch.arange(matrix.n), torch.float32)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "bf13", "q8", "q6", "q4"])
+@pytest.mark.parametrize("kind", ["bf16", "bf13", "q8", "q6", "q5", "q4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("first", "rows", "spread"), [(0, 75, 1), (5, 40, 1), (16, 40, 2)])
 def test_a_file_gives_what_memory_gives(
@@ -33,7 +33,8 @@ def test_a_file_gives_what_memory_gives(
     places = torch.arange(rows)
     places = first + places // 16 * 16 * spread + places % 16
     near = whole(got)[places] - weight.float()
-    assert near.abs().max() < {"bf16": 0.02, "bf13": 0.02, "q8": 0.03, "q6": 0.12, "q4": 0.6}[kind]
+    most = {"bf16": 0.02, "bf13": 0.02, "q8": 0.03, "q6": 0.12, "q5": 0.26, "q4": 0.6}
+    assert near.abs().max() < most[kind]
     rest = torch.ones(96, dtype=torch.bool)
     rest[places] = False
     assert not whole(got)[rest].any(), "no other row was touched"
@@ -41,14 +42,29 @@ def test_a_file_gives_what_memory_gives(
 
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize(
-    ("kind", "group"), [("q4", 128), ("q4", 32), ("q6", 64), ("q6", 32), ("q8", 64), ("q8", 0)]
+    ("kind", "group", "scales"),
+    [
+        ("q4", 128, torch.float16),
+        ("q4", 32, torch.float16),
+        ("q4", 128, torch.uint8),
+        ("q4", 32, torch.uint8),
+        ("q5", 64, torch.float16),
+        ("q5", 64, torch.uint8),
+        ("q5", 32, torch.uint8),
+        ("q6", 64, torch.float16),
+        ("q6", 32, torch.uint8),
+        ("q8", 64, torch.float16),
+        ("q8", 0, torch.float16),
+    ],
 )
-def test_quantising_finds_what_its_twin_finds(native: Library, kind, group: int, rotated: bool):
+def test_quantising_finds_what_its_twin_finds(
+    native: Library, kind, group: int, scales: torch.dtype, rotated: bool
+):
     torch.manual_seed(group)
     weight = torch.randn(50, 128) * torch.rand(50, 1)
     weight[3] = 0.0
     weight[4] = 0.5
-    form = Format(kind, group, rotated=rotated)
+    form = Format(kind, group, scales, rotated)
     matrix = PackedMatrix.empty(native, form, 50, 128)
     matrix.fill(weight)
     ours, twins = whole(matrix), dequantise(*quantise(weight, form))
@@ -59,7 +75,7 @@ def test_quantising_finds_what_its_twin_finds(native: Library, kind, group: int,
     if kind != "q8":
         kept = rotate(weight) if rotated else weight
         low, high = kept.unflatten(1, (-1, group)).aminmax(dim=2)
-        step = (high.clamp_min(0) - low.clamp_max(0)) / {"q4": 15, "q6": 63}[kind]
+        step = (high.clamp_min(0) - low.clamp_max(0)) / {"q4": 15, "q5": 31, "q6": 63}[kind]
         plain = (step.square() / 12).mean(dim=1)
         assert (errors[0] <= plain * 1.1 + 1e-7).all(), "no worse than the range in equal steps"
 
@@ -83,7 +99,7 @@ def test_a_file_that_ends_too_soon_is_an_error(best: Library, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("kind", "rotated"),
-    [("bf13", False), ("q8", False), ("q6", True), ("q4", False), ("q4", True)],
+    [("bf13", False), ("q8", False), ("q6", True), ("q5", True), ("q4", False), ("q4", True)],
 )
 def test_a_view_of_packed_bytes_is_the_same_matrix(best: Library, kind, rotated: bool):
     matrix = PackedMatrix.dense(best, torch.randn(75, 192), kind, rotated=rotated)

@@ -47,7 +47,7 @@ def test_affine_product_equals_its_twin(native, bits, group):
     codes, scales, biases = affine(n, k, group, bits)
     x = torch.randn(19, k)
     whole, product = dequantise(codes, scales, biases), affine_linear(x, codes, scales, biases)
-    for kind in ("q4", "q6", "q8")[0 if bits <= 4 else 1 if bits <= 6 else 2 :]:
+    for kind in ("q4", "q5", "q6", "q8")[max(bits - 4, 0) if bits < 8 else 3 :]:
         packed = PackedMatrix(native, kind, n, k, group=group, scale_dtype=torch.bfloat16)
         packed.fill_affine(pack_words(codes, bits), scales, biases, bits)
         kept = packed.rows(torch.arange(n), torch.float32)
@@ -57,7 +57,7 @@ def test_affine_product_equals_its_twin(native, bits, group):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [0, 1, 3, 17, 70])
-@pytest.mark.parametrize(("kind", "bits", "group"), [("q4", 4, 128), ("q6", 6, 64)])
+@pytest.mark.parametrize(("kind", "bits", "group"), [("q4", 4, 128), ("q5", 5, 64), ("q6", 6, 64)])
 def test_every_row_count_and_scale_type(native, kind, bits, group, rows, dtype):
     codes, scales, biases = affine(50, 256, group, bits, dtype)
     packed = PackedMatrix(native, kind, 50, 256, group=group, scale_dtype=dtype)
@@ -68,21 +68,21 @@ def test_every_row_count_and_scale_type(native, kind, bits, group, rows, dtype):
     close(packed.multiply(x), affine_linear(x, codes, scales, biases, bias), 2e-6)
 
 
-@pytest.mark.parametrize("kind", ["q8", "q6", "q4"])
+@pytest.mark.parametrize("kind", ["q8", "q6", "q5", "q4"])
 @pytest.mark.parametrize("k", [96, 100, 257])
 def test_one_scale_a_row_takes_any_width(native, kind, k):
     weight = torch.randn(21, k) * 0.05
     packed = PackedMatrix.dense(native, weight, kind, group=0)
     x = torch.randn(9, k)
     kept = packed.rows(torch.arange(21), torch.float32)
-    step = weight.abs().max() / {"q8": 127, "q6": 31.5, "q4": 7.5}[kind]
+    step = weight.abs().max() / {"q8": 127, "q6": 31.5, "q5": 15.5, "q4": 7.5}[kind]
     assert (kept - weight).abs().max() <= (0.6 if kind == "q8" else 2.5) * step
     close(packed.multiply(x), x @ kept.T, 0.02)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 33, 200])
 @pytest.mark.parametrize(
-    ("kind", "group"), [("q8", 32), ("q8", 64), ("q8", 128), ("q6", 32), ("q4", 128)]
+    ("kind", "group"), [("q8", 32), ("q8", 64), ("q8", 128), ("q6", 32), ("q5", 32), ("q4", 128)]
 )
 def test_one_group_may_be_the_whole_row(native, kind, group, rows):
     torch.manual_seed(rows)
@@ -93,16 +93,30 @@ def test_one_group_may_be_the_whole_row(native, kind, group, rows):
 
 @pytest.mark.parametrize("rows", [1, 7, 20])
 @pytest.mark.parametrize(
-    ("kind", "group", "k"), [("q4", 64, 192), ("q6", 64, 192), ("q8", 32, 96), ("q8", 0, 160)]
+    ("kind", "group", "k", "scales"),
+    [
+        ("q4", 64, 192, torch.float16),
+        ("q4", 128, 256, torch.uint8),
+        ("q4", 32, 96, torch.uint8),
+        ("q5", 64, 192, torch.float16),
+        ("q5", 64, 192, torch.uint8),
+        ("q5", 32, 96, torch.uint8),
+        ("q6", 64, 192, torch.float16),
+        ("q6", 128, 128, torch.uint8),
+        ("q8", 32, 96, torch.float16),
+        ("q8", 0, 160, torch.float16),
+    ],
 )
-def test_columns_mixed_on_both_sides_leave_the_product(native, kind, group, k, rows):
+def test_columns_mixed_on_both_sides_leave_the_product(native, kind, group, k, scales, rows):
     torch.manual_seed(k)
     weight, x = torch.randn(40, k) * 0.05, torch.randn(rows, k)
-    form = Format(kind, group, rotated=True)
+    form = Format(kind, group, scales, rotated=True)
     packed, plain = PackedMatrix.empty(native, form, 40, k), PlainMatrix(form, 40, k, x.device)
     for matrix in (packed, plain):
         matrix.fill(weight)
-    assert not group or plain.nbytes * 8 == form.bits * 40 * k
+    if group and scales == torch.float16:
+        assert plain.nbytes * 8 == form.bits * 40 * k
+        assert packed.nbytes * 8 == form.bits * 48 * k, "rows are kept by sixteen"
     codes, steps = quantise_rows(rotate(x), group or k)
     seen = rotate((codes.float() * steps[..., None]).flatten(1))
     kept = packed.rows(torch.arange(40), torch.float32)

@@ -174,11 +174,11 @@ class Session:
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize(
     ("kind", "tolerance"),
-    [("bf16", 0.02), ("bf13", 0.02), ("q8", 0.04), ("q6", 0.04), ("q4", 0.04)],
+    [("bf16", 0.02), ("bf13", 0.02), ("q8", 0.04), ("q6", 0.04), ("q5", 0.04), ("q4", 0.04)],
 )
 def test_stack_equals_the_decoder(best, name, kind, tolerance):
-    if (name, kind) == ("sandwich", "q4"):
-        tolerance = 0.045  # norms after each block double every error: 0.019 at 16 bits already
+    if name == "sandwich" and kind.startswith("q"):
+        tolerance = 0.06  # norms after each block double every error: 0.019 at 16 bits already
     decoder = build(VARIANTS[name])
     stack = native_stack(best, decoder, kind)
     plain, native = Session(decoder, None), Session(decoder, stack)
@@ -195,7 +195,7 @@ def test_every_instruction_set_runs_the_stack(native):
     assert (got - want).norm() <= 0.04 * want.norm()
 
 
-@pytest.mark.parametrize("kind", ["bf16", "bf13", "q8", "q6", "q4"])
+@pytest.mark.parametrize("kind", ["bf16", "bf13", "q8", "q6", "q5", "q4"])
 def test_logits_are_the_same_bits_in_any_chunks_batch_and_threads(native, kind):
     decoder = build(VARIANTS["qwen3"])
     stack = native_stack(native, decoder, kind)

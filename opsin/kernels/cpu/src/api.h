@@ -19,7 +19,7 @@ enum OpsinError {
   OPSIN_NO_ISA = -3,
   OPSIN_NO_DATA = -4  // a file ended or could not be read
 };
-enum OpsinDtype { OPSIN_F32 = 0, OPSIN_BF16 = 1, OPSIN_F16 = 2 };
+enum OpsinDtype { OPSIN_F32 = 0, OPSIN_BF16 = 1, OPSIN_F16 = 2, OPSIN_U8 = 3 };
 
 namespace opsin {
 struct Matrix;
@@ -175,7 +175,7 @@ OPSIN_API int opsin_matrix_map(OpsinMatrix* m, int row, int rows, int spread, co
 OPSIN_API int opsin_matrix_fill_file(OpsinMatrix* m, int row, int rows, int spread, int file,
                                      int64_t offset, int dtype);
 // Codes in the affine-group layout: little-endian bit fields in uint32 words, row by row, with
-// scales and biases (rows, k / group) of the matrix's scale_dtype; not into a rotated one.
+// scales and biases (rows, k / group) of the matrix's scale_dtype, of 16 bits; not into a rotated one.
 OPSIN_API int opsin_matrix_fill_affine(OpsinMatrix* m, int row, int rows, int spread,
                                        const uint32_t* codes, int bits, const uint16_t* scales,
                                        const uint16_t* biases);

@@ -1,8 +1,11 @@
 // Weights repacked into matrices, from memory or straight from a file, by all threads.
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <unistd.h>
 
 #include "runtime.h"
@@ -89,58 +92,102 @@ void take_back(const Matrix* m, uint8_t* block) {
   *at = block;
 }
 
+uint8_t* head_of(const Matrix* m, const Place& at, int group) {
+  return at.block + m->heads_at + group * head_bytes(m->scales);
+}
+
 void put_scale(const Matrix* m, const Place& at, int group, uint16_t scale, uint16_t bias) {
-  uint16_t* head = reinterpret_cast<uint16_t*>(at.block + group * m->group_bytes);
+  uint16_t* head = reinterpret_cast<uint16_t*>(head_of(m, at, group));
   head[at.row] = scale;
   head[kRows + at.row] = bias;
 }
 
-// Byte `part` of the codes of columns that lie together: `next` from four of them to the next four.
-uint8_t code_byte(int kind, int part, const uint8_t* codes, int next) {
-  if (kind == kQ8) return codes[0];
-  if (kind == kQ4) return static_cast<uint8_t>(codes[0] | codes[next] << 4);
-  return static_cast<uint8_t>(codes[part * next] | (codes[3 * next] >> 2 * part & 3) << 6);
+// A row's scales and biases in bytes, and as they are then: of each group at 16 times its number.
+// Where a scale changes by that, the middle of what its codes can say stays where it was.
+void put_bytes(const Matrix* m, const Place& at, float* scale, float* bias) {
+  float most = 0.0f;
+  bool finite = true;
+  for (int g = 0; g < m->groups; g++) {
+    finite &= std::isfinite(scale[g * kRows]) && std::isfinite(bias[g * kRows]);
+    most = std::max(most, scale[g * kRows]);
+  }
+  const float unit = finite ? most / 255.0f : std::numeric_limits<float>::quiet_NaN();
+  const float step = 1.0f / static_cast<float>(256 >> code_bits(m->kind));
+  const float middle = 128.0f * step - 0.5f;
+  reinterpret_cast<float*>(at.block)[at.row] = unit;
+  for (int g = 0; g < m->groups; g++, scale += kRows, bias += kRows) {
+    uint8_t* head = head_of(m, at, g) + at.row;
+    head[0] = head[kRows] = 0;
+    if (unit > 0.0f) {
+      head[0] = static_cast<uint8_t>(std::max(std::rint(*scale / unit), 1.0f));
+      const float kept = head[0] * unit;
+      const float zero = std::rint(-(*bias + (*scale - kept) * middle) / (step * kept));
+      head[kRows] = static_cast<uint8_t>(std::clamp(zero, 0.0f, 255.0f));
+    }
+    *scale = head[0] * unit;
+    *bias = head[kRows] * -step * *scale;
+  }
 }
 
 // Codes of one group of some rows, one byte each: row after row, and `step` from column to column.
 void put_codes(const Matrix* m, const Place& at, int count, int group, const uint8_t* codes,
                int step) {
-  uint8_t* q = at.block + group * m->group_bytes + 64 + at.row * 4;
-  const int kind = m->kind, parts = kind == kQ6 ? 3 : 1;
-  const int columns = kind == kQ8 ? 4 : kind == kQ4 ? 8 : 16;
-  for (int i = 0; i < m->group; i += columns, codes += columns * step) {
-    for (int part = 0; part < parts; part++, q += 64) {
-      for (int r = 0; r < count; r++) {
-        for (int j = 0; j < 4; j++) {
-          q[r * 4 + j] = code_byte(kind, part, codes + j * step + r, 4 * step);
+  uint8_t* q = at.block + m->codes_at + group * m->code_bytes + at.row * 4;
+  const int bits = code_bits(m->kind), parts = code_parts(m->kind), fours = parts * 8 / bits;
+  for (int i = 0; i < m->group; i += 4 * fours, codes += 4 * fours * step, q += 64 * parts) {
+    for (int r = 0; r < count; r++) {
+      for (int j = 0; j < 4; j++) {
+        const uint8_t* code = codes + j * step + r;
+        int above = 0;
+        for (int f = parts; f < fours; f++) above |= code[4 * f * step] << (f - parts) * bits;
+        for (int part = 0; part < parts; part++, above >>= 8 - bits) {
+          const int byte = code[4 * part * step] | above << bits;
+          q[64 * part + r * 4 + j] = static_cast<uint8_t>(byte);
         }
       }
     }
   }
 }
 
-// One group of some rows of a block: `tile` (group, 16) holds their weights, lane by lane, in the
-// first `columns` of its columns.
-void quantise_group(const Matrix* m, const Place& at, int count, int group, int columns,
-                    const float* tile, uint8_t* codes) {
-  const bool f16 = m->scale_f16 != 0, wide = m->kind == kQ8;
-  const float top = static_cast<float>((1 << code_bits(m->kind)) - 1);
-  float scale[kRows], bias[kRows];
-  const Kernels* k = kernels();
-  if (wide) {
-    k->fit_eight(tile, columns, scale, bias);
-  } else {
-    k->fit_few(tile, columns, top, scale, bias);
-  }
+// A group's scales and biases (16) in 16 bits, and as they are then.
+void put_halves(const Matrix* m, const Place& at, int count, int group, float* scale,
+                float* bias) {
+  const bool f16 = m->scales == kScaleF16;
   for (int r = 0; r < kRows; r++) {
     const uint16_t s = to_16(scale[r], f16);
     scale[r] = to_float(s, f16);
-    const uint16_t b = to_16(wide ? -128.0f * scale[r] : bias[r], f16);
+    const uint16_t b = to_16(m->kind == kQ8 ? -128.0f * scale[r] : bias[r], f16);
     bias[r] = to_float(b, f16);
     if (r < count) put_scale(m, {at.block, at.row + r}, group, s, b);
   }
-  k->affine_codes(tile, m->group, scale, bias, top, codes);
-  put_codes(m, at, count, group, codes, kRows);
+}
+
+// Some rows of a block: `tile` (groups, group, 16) holds their weights, lane by lane. `own` holds
+// scales and biases of all groups, and codes of one.
+void quantise_tile(const Matrix* m, const Place& at, int count, const float* tile, float* own) {
+  const float top = static_cast<float>((1 << code_bits(m->kind)) - 1);
+  const Kernels* k = kernels();
+  float *scale = own, *bias = own + m->groups * kRows;
+  uint8_t* codes = reinterpret_cast<uint8_t*>(bias + m->groups * kRows);
+  for (int g = 0; g < m->groups; g++) {
+    const float* weights = tile + static_cast<int64_t>(g) * m->group * kRows;
+    const int columns = std::min(m->group, m->k - g * m->group);
+    float *s = scale + g * kRows, *b = bias + g * kRows;
+    if (m->kind == kQ8) {
+      k->fit_eight(weights, columns, s, b);
+    } else {
+      k->fit_few(weights, columns, top, s, b);
+    }
+    if (m->scales != kScaleBytes) put_halves(m, at, count, g, s, b);
+  }
+  for (int r = 0; m->scales == kScaleBytes && r < count; r++) {
+    put_bytes(m, {at.block, at.row + r}, scale + r, bias + r);
+  }
+  for (int g = 0; g < m->groups; g++) {
+    const float* weights = tile + static_cast<int64_t>(g) * m->group * kRows;
+    k->affine_codes(weights, m->group, scale + g * kRows, bias + g * kRows, top, codes);
+    put_codes(m, at, count, g, codes, kRows);
+  }
 }
 
 // Codes of `bits` each from a stream of little-endian words.
@@ -191,29 +238,26 @@ bool read_bytes(int file, int64_t offset, int64_t bytes, uint8_t* out) {
 // Floats that fill_rows works in.
 int64_t fill_floats(const Matrix* m) {
   const int64_t k = m->k;
-  return is_bf16(m->kind) ? 2 * k : k * kRows + static_cast<int64_t>(m->group) * (kRows + kRows / 4);
+  if (is_bf16(m->kind)) return 2 * k;
+  return (k + m->padded_k + 2 * m->groups) * kRows + static_cast<int64_t>(m->group) * (kRows / 4);
 }
 
 void quantise_rows(const Matrix* m, const Place& at, int count, const uint8_t* rows,
                    int64_t stride, int dtype, float* wide) {
   float* tile = wide + static_cast<int64_t>(m->k) * kRows;
-  uint8_t* codes = reinterpret_cast<uint8_t*>(tile + static_cast<int64_t>(m->group) * kRows);
+  const int64_t cells = static_cast<int64_t>(m->padded_k) * kRows;
   for (int r = 0; r < count; r++) {
     float* values = wide + static_cast<int64_t>(r) * m->k;
     read_weights(rows + r * stride, dtype, 0, m->k, values);
     if (m->rotated) kernels()->rotate(values, m->k, m->rotated, values);
   }
-  for (int g = 0; g < m->groups; g++) {
-    const int from = g * m->group, left = m->k - from < m->group ? m->k - from : m->group;
-    if (left <= 0) break;  // padding alone
-    if (count < kRows || left < m->group) std::memset(tile, 0, sizeof(float) * m->group * kRows);
-    for (int c = 0; c < left; c++) {
-      for (int r = 0; r < count; r++) {
-        tile[c * kRows + r] = wide[static_cast<int64_t>(r) * m->k + from + c];
-      }
+  if (count < kRows || m->k < m->padded_k) std::memset(tile, 0, sizeof(float) * cells);
+  for (int c = 0; c < m->k; c++) {
+    for (int r = 0; r < count; r++) {
+      tile[c * kRows + r] = wide[static_cast<int64_t>(r) * m->k + c];
     }
-    quantise_group(m, at, count, g, left, tile, codes);
   }
+  quantise_tile(m, at, count, tile, tile + cells);
 }
 
 // A row of a block of bf13; false where there is no more room for what that cannot say.
@@ -360,7 +404,8 @@ int opsin_matrix_fill_affine(OpsinMatrix* m, int row, int rows, int spread, cons
   if (!opsin::fits(m, row, rows, spread) || !m->capacity || opsin::is_bf16(m->kind)) {
     return OPSIN_BAD_ARGUMENT;
   }
-  if (m->rotated || bits < 2 || bits > opsin::code_bits(m->kind)) return OPSIN_BAD_ARGUMENT;
+  if (m->rotated || m->scales == opsin::kScaleBytes) return OPSIN_BAD_ARGUMENT;
+  if (bits < 2 || bits > opsin::code_bits(m->kind)) return OPSIN_BAD_ARGUMENT;
   if (static_cast<int64_t>(m->k) * bits % 32 != 0 || m->group > 1024) return OPSIN_BAD_ARGUMENT;
   const int64_t words = static_cast<int64_t>(m->k) * bits / 32;
   opsin::over_rows(rows, [&](int from, int to) {

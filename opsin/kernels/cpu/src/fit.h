@@ -23,7 +23,8 @@ static void fit_eight(const float* tile, int columns, float* scale, float* bias)
 }
 
 // Codes up to top: the scale and bias of the smallest squared error among those that least squares
-// finds from several starts, each a part of the group's range; many codes lose nothing by one.
+// finds from several starts, each a part of the group's range; many codes lose nothing by one. Zero
+// stays within what codes can say.
 static void fit_few(const float* tile, int columns, float top, float* scale, float* bias) {
   F low = set1(0.0f), high = set1(0.0f), sum = set1(0.0f), squares = set1(0.0f);
   for (int c = 0; c < columns; c++) {
@@ -59,7 +60,9 @@ static void fit_few(const float* tile, int columns, float top, float* scale, flo
       const F two = set1(2.0f);
       const F crossed = sub(mul(two, xy), fma(s, xx, mul(two, mul(b, x))));
       const F shifted = sub(mul(two, sum), mul(b, count));
-      const F error = sub(sub(squares, mul(s, crossed)), mul(b, shifted));
+      const F beyond = max(b, sub(set1(0.0f), fma(set1(top), s, b)));
+      const F error = max(sub(sub(squares, mul(s, crossed)), mul(b, shifted)),
+                          zero_below(set1(3.0e38f), beyond, 1e-37f));
       best_scale = smaller_of(best, error, best_scale, s);
       best_bias = smaller_of(best, error, best_bias, b);
       best = min(best, error);

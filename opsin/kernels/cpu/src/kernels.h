@@ -15,7 +15,8 @@ constexpr int kSegment = 512;     // keys whose partial results are merged as on
 // Whose weights, as bytes, stay in the first cache beside rows.
 constexpr int kNearColumns = 1024;
 
-enum MatrixKind : int32_t { kBf16 = 0, kQ8 = 1, kQ4 = 2, kQ6 = 3, kBf13 = 4 };
+enum MatrixKind : int32_t { kBf16 = 0, kQ8 = 1, kQ4 = 2, kQ6 = 3, kBf13 = 4, kQ5 = 5 };
+enum ScaleKind : int32_t { kScaleBf16 = 1, kScaleF16 = 2, kScaleBytes = 3 };  // as OpsinDtype
 
 // Whether products are of bfloat16: activations are narrowed to it, not to codes.
 static constexpr bool is_bf16(int kind) { return kind == kBf16 || kind == kBf13; }
@@ -23,7 +24,14 @@ constexpr int16_t kElsewhere = 0x7fff;
 constexpr int kPackedColumns = 64, kPackedBytes = 104;  // of a row of bf13, together
 
 // Bits of a quantised kind's codes.
-static constexpr int code_bits(int kind) { return kind == kQ8 ? 8 : kind == kQ6 ? 6 : 4; }
+static constexpr int code_bits(int kind) {
+  return kind == kQ8 ? 8 : kind == kQ6 ? 6 : kind == kQ5 ? 5 : 4;
+}
+
+// Of so many bytes codes lie in the lower bits, and others in what is left above them.
+static constexpr int code_parts(int kind) {
+  return code_bits(kind) / (code_bits(kind) & -code_bits(kind));
+}
 
 // A weight matrix (n, k) in blocks of sixteen rows.
 //
@@ -37,12 +45,17 @@ static constexpr int code_bits(int kind) { return kind == kQ8 ? 8 : kind == kQ6 
 // weight that this cannot say has kElsewhere for its least exponent, begins with a number (int32), and
 // is that one of the rows of bf16 that follow the blocks.
 // The other kinds but bf16 are one run of memory, block after block.
-// q8, q6, q4: for each group of columns sixteen scales, sixteen biases (16 bits each), then codes:
+// q8, q6, q5, q4: the heads of all groups of columns, then their codes, from a multiple of 64 on. A
+// weight is code * scale + bias. A head is sixteen scales and sixteen biases, of 16 bits each; or of
+// a byte each, behind sixteen floats, one a row: a scale is its byte times the row's float, and a bias
+// -scale * 2^bits / 256 times its byte, a zero point. Codes:
 //   q8: for each four columns the four codes of the sixteen rows (unsigned bytes);
 //   q6: for each sixteen columns three times 64 bytes: four columns each in the lower six bits, the
 //     last four in the upper two, lowest bits first;
+//   q5: for each 32 columns five times 64 bytes: four columns each in the lower five bits, the last
+//     twelve, four after four, in the upper three, lowest bits first;
 //   q4: for each eight columns 64 bytes, the first four columns in the low nibbles.
-// A weight is code * scale + bias. Columns are padded with codes whose activations are zero.
+// Columns are padded with codes whose activations are zero.
 struct Matrix {
   uint8_t* data;
   int64_t bytes;
@@ -52,9 +65,11 @@ struct Matrix {
   int32_t padded_k;    // columns in memory
   int32_t group;       // columns that share a scale (padded_k for one scale a row)
   int32_t groups;
-  int32_t scale_f16;   // scales are float16, else bfloat16
+  int32_t scales;      // a ScaleKind
   int32_t rotated;     // columns that are mixed as one block (64 or 32), or 0: see rotate.h
-  int64_t group_bytes;
+  int32_t heads_at;    // from a block's start to its heads,
+  int32_t codes_at;    // and to its codes
+  int64_t code_bytes;  // of one group
   int64_t block_bytes;
   int64_t row_bytes;   // bf16, bf13: from row to row of a block,
   int64_t step_bytes;  // and from 32 of its columns to the next
@@ -199,6 +214,9 @@ struct Kernels {
                        float top, uint8_t* codes);
   void (*rotate)(const float* x, int k, int block, float* out);  // out may be x
 };
+
+// Bytes of a group's scales and biases.
+static constexpr int head_bytes(int scales) { return scales == kScaleBytes ? 32 : 64; }
 
 int64_t tile_scratch_bytes(const Matrix* m);
 int64_t attention_scratch_bytes(int head_dim, int value_dim);

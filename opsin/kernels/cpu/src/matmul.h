@@ -4,7 +4,7 @@
 // and groups are added in order in float32.
 #pragma once
 
-#include "kernels.h"
+#include "codes.h"
 #include "matmul_bf16.h"
 #include "rotate.h"
 #include "simd.h"
@@ -31,42 +31,6 @@ template <int KIND>
 OPSIN_INLINE I dot_codes_at(I sum, V codes, const void* x) {
   return KIND == opsin::kQ8 ? dot_u8_at(sum, codes, x) : dot_u7_at(sum, codes, x);
 }
-
-OPSIN_INLINE F load_scale(const uint8_t* p, bool f16) {
-  return f16 ? load_f16((const uint16_t*)p) : load_bf16((const uint16_t*)p);
-}
-
-// One step of codes: vectors of four columns each, of sixteen rows.
-template <int KIND>
-struct Codes;
-template <>
-struct Codes<opsin::kQ4> {
-  static constexpr int kVectors = 2, kBytes = 64;
-  static void read(const uint8_t* p, V* out) {
-    const V v = vload(p);
-    out[0] = low_nibbles(v);
-    out[1] = high_nibbles(v);
-  }
-};
-template <>
-struct Codes<opsin::kQ6> {
-  static constexpr int kVectors = 4, kBytes = 192;
-  static void read(const uint8_t* p, V* out) {
-    const V a = vload(p), b = vload(p + 64), c = vload(p + 128);
-    out[0] = low_sixes(a);
-    out[1] = low_sixes(b);
-    out[2] = low_sixes(c);
-    out[3] = high_sixes(a, b, c);
-  }
-};
-template <>
-struct Codes<opsin::kQ8> {
-  static constexpr int kVectors = 2, kBytes = 128;
-  static void read(const uint8_t* p, V* out) {
-    out[0] = vload(p);
-    out[1] = vload(p + 64);
-  }
-};
 
 // Some rows of a panel of activations: codes (padded_k / 4, wide, 4), scales and sums (groups,
 // wide). While two blocks are multiplied, memory from `ahead` on is fetched, so many lines a run of
@@ -105,11 +69,11 @@ OPSIN_INLINE void sum_group(const uint8_t* const (&w)[B], const int8_t* x, int w
 #pragma GCC unroll 2
     for (int b = 0; b < B; b++) {
       const uint8_t* p = w[b] + kBytes * j;
-#pragma GCC unroll 3
+#pragma GCC unroll 5
       for (int i = 0; B == 1 && i < kBytes; i += 64) prefetch(p + i + kAhead);
       Codes<KIND>::read(p, codes[b]);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < kVectors; i++) {
       I(&to)[B][MT] = chains[i % kChains];
 #pragma GCC unroll 8
@@ -147,13 +111,14 @@ OPSIN_INLINE void sum_group(const uint8_t* const (&w)[B], const int8_t* x, int w
 }
 
 // B blocks from w on times MT rows of a panel, to (MT, 16) for each of the blocks.
-template <int B, int MT, int KIND, bool F16, int COLUMNS>
+template <int B, int MT, int KIND, bool BYTES, int COLUMNS>
 static void tile_affine(const Matrix* m, const uint8_t* block, const Panel& x, float* const* out) {
   F acc[B][MT];
-  const uint8_t* w[B];
+  const uint8_t *w[B], *head[B];
 #pragma GCC unroll 2
   for (int b = 0; b < B; b++) {
-    w[b] = block + b * m->block_bytes + 64;
+    head[b] = block + b * m->block_bytes + m->heads_at;
+    w[b] = block + b * m->block_bytes + m->codes_at;
 #pragma GCC unroll 8
     for (int t = 0; t < MT; t++) acc[b][t] = set1(0.0f);
   }
@@ -162,20 +127,22 @@ static void tile_affine(const Matrix* m, const uint8_t* block, const Panel& x, f
   const uint8_t* ahead = x.ahead;
   constexpr int wide = B == 1 ? MT : kCodeRows;  // two blocks take a part of a whole panel
   const int groups = m->groups, group = COLUMNS ? COLUMNS : m->group;
+  const bool f16 = m->scales == opsin::kScaleF16;
   for (int g = 0; g < groups; g++) {
-    if (B == 1) prefetch(w[0] - 64 + kAhead);
+    if (B == 1) prefetch(head[0] + kAhead);
     I sum[B][MT];
     sum_group<B, MT, KIND, COLUMNS>(w, codes, wide, group, &ahead, x.lines, sum);
     codes += group * wide;
 #pragma GCC unroll 2
     for (int b = 0; b < B; b++) {
-      const F scale = load_scale(w[b] - 64, F16), bias = load_scale(w[b] - 32, F16);
+      const Scales s = load_scales<BYTES>(head[b], block + b * m->block_bytes, KIND, f16);
 #pragma GCC unroll 8
       for (int t = 0; t < MT; t++) {
-        acc[b][t] = fma(from_int(sum[b][t]), mul(scale, set1(xs[t])), acc[b][t]);
-        acc[b][t] = fma(bias, set1(xb[t]), acc[b][t]);
+        acc[b][t] = fma(from_int(sum[b][t]), mul(s.scale, set1(xs[t])), acc[b][t]);
+        acc[b][t] = fma(s.bias, set1(xb[t]), acc[b][t]);
       }
-      w[b] += 64 + group * 2 * opsin::code_bits(KIND);
+      w[b] += group * 2 * opsin::code_bits(KIND);
+      head[b] += BYTES ? 32 : 64;
     }
     xs += wide;
     xb += wide;
@@ -187,23 +154,23 @@ static void tile_affine(const Matrix* m, const uint8_t* block, const Panel& x, f
   }
 }
 
-template <int B, int MT, int KIND, bool F16>
+template <int B, int MT, int KIND, bool BYTES>
 static void tile_grouped(const Matrix* m, const uint8_t* w, const Panel& x, float* const* out) {
   if (m->group == 64) {
-    tile_affine<B, MT, KIND, F16, 64>(m, w, x, out);
+    tile_affine<B, MT, KIND, BYTES, 64>(m, w, x, out);
   } else if (KIND == opsin::kQ4 && m->group == 128) {
-    tile_affine<B, MT, KIND, F16, KIND == opsin::kQ4 ? 128 : 64>(m, w, x, out);
+    tile_affine<B, MT, KIND, BYTES, KIND == opsin::kQ4 ? 128 : 64>(m, w, x, out);
   } else if (B > 1 && m->group == 32) {
-    tile_affine<B, MT, KIND, F16, B == 1 ? 0 : 32>(m, w, x, out);
+    tile_affine<B, MT, KIND, BYTES, B == 1 ? 0 : 32>(m, w, x, out);
   } else {
-    tile_affine<B, MT, KIND, F16, 0>(m, w, x, out);
+    tile_affine<B, MT, KIND, BYTES, 0>(m, w, x, out);
   }
 }
 
 template <int B, int MT, int KIND>
 static void tile_scaled(const Matrix* m, const uint8_t* w, const Panel& x, float* const* out) {
-  if (m->scale_f16) {
-    tile_grouped<B, MT, KIND, true>(m, w, x, out);
+  if (m->scales == opsin::kScaleBytes) {
+    tile_grouped<B, MT, KIND, KIND != opsin::kQ8>(m, w, x, out);
   } else {
     tile_grouped<B, MT, KIND, false>(m, w, x, out);
   }
@@ -215,6 +182,8 @@ static void tile_rows(const Matrix* m, const uint8_t* w, const Panel& x, float* 
     tile_scaled<B, MT, opsin::kQ8>(m, w, x, out);
   } else if (m->kind == opsin::kQ6) {
     tile_scaled<B, MT, opsin::kQ6>(m, w, x, out);
+  } else if (m->kind == opsin::kQ5) {
+    tile_scaled<B, MT, opsin::kQ5>(m, w, x, out);
   } else {
     tile_scaled<B, MT, opsin::kQ4>(m, w, x, out);
   }
@@ -269,32 +238,34 @@ OPSIN_INLINE void unpack_codes(const uint8_t* p, int group, uint8_t* out) {
   }
 }
 
-OPSIN_INLINE void unpack_group(const uint8_t* p, bool six, int group, uint8_t* out) {
-  if (six) {
+OPSIN_INLINE void unpack_group(const uint8_t* p, int kind, int group, uint8_t* out) {
+  if (kind == opsin::kQ6) {
     unpack_codes<opsin::kQ6>(p, group, out);
+  } else if (kind == opsin::kQ5) {
+    unpack_codes<opsin::kQ5>(p, group, out);
   } else {
     unpack_codes<opsin::kQ4>(p, group, out);
   }
 }
 
 // One pass of sixteen rows over groups of a block: where they lie. With `scratch`, narrow codes
-// are unpacked there on the way, eight groups in turn; else `codes` are bytes, `step` from group to
-// group.
+// are unpacked from `packed` there on the way, eight groups in turn; else `codes` are bytes, `step`
+// from group to group.
 struct AmxPass {
-  const uint8_t *header, *codes;
+  const uint8_t *block, *heads, *packed, *codes;
   uint8_t* scratch;
   const int8_t* rows;
   const float *scale[2], *sum[2];  // of eight rows each
-  int64_t group_bytes, step;
-  int groups, group, depth, steps;
-  bool six;       // what is unpacked
+  int64_t code_bytes, step;
+  int groups, group, depth, steps, kind;
+  bool f16;       // scales of 16 bits
   bool ahead;     // fetch codes ahead of their use
   int32_t* sums;  // (4, 16, 16)
 };
 
 OPSIN_INLINE void unpack_ahead(const AmxPass& p, int g) {
   if (!p.scratch || g >= p.groups) return;
-  unpack_group(p.header + g * p.group_bytes + 64, p.six, p.group, p.scratch + (g & 7) * p.step);
+  unpack_group(p.packed + g * p.code_bytes, p.kind, p.group, p.scratch + (g & 7) * p.step);
 }
 
 // The integer sums of group g by tile number TILE.
@@ -304,7 +275,8 @@ OPSIN_INLINE void multiply_group(const AmxPass& p, int g) {
   const uint8_t* w = p.scratch ? p.scratch + (g & 7) * p.step : p.codes + g * p.step;
   const int8_t* a = p.rows + tile_offset(g * p.group);
   if (p.ahead) {  // bytes come straight from memory, the first time they are read
-    for (int i = 0; i <= p.group / 4; i++) prefetch(w - 64 + 2 * kAhead + 64 * i);
+    for (int i = 0; i < p.group / 4; i++) prefetch(w + 2 * kAhead + 64 * i);
+    prefetch(p.heads + 64 * g + 2 * kAhead);
   }
 #define OPSIN_GROUP(tile)                                   \
   _tile_zero(tile);                                         \
@@ -328,23 +300,22 @@ OPSIN_INLINE void multiply_group(const AmxPass& p, int g) {
 
 // Scales the sums of group g while the tiles are two groups ahead, and unpacking four: what one
 // unit stores takes long to reach the other.
-template <int TILE, bool F16>
+template <int TILE, bool BYTES>
 OPSIN_INLINE void scale_group(const AmxPass& p, int g, F* acc) {
   unpack_ahead(p, g + 4);
   multiply_group<(TILE + 2) % 4>(p, g + 2);
   if (g >= p.groups) return;
   const int32_t* sums = p.sums + 256 * TILE;
-  const F scale = load_scale(p.header + g * p.group_bytes, F16);
-  const F bias = load_scale(p.header + g * p.group_bytes + 32, F16);
+  const Scales s = load_scales<BYTES>(p.heads + g * (BYTES ? 32 : 64), p.block, p.kind, p.f16);
 #pragma GCC unroll 16
   for (int t = 0; t < 16; t++) {
     const int at = kCodeRows * g + t % kCodeRows, half = t / kCodeRows;
-    acc[t] = fma(from_int(iload(sums + 16 * t)), mul(scale, set1(p.scale[half][at])), acc[t]);
-    acc[t] = fma(bias, set1(p.sum[half][at]), acc[t]);
+    acc[t] = fma(from_int(iload(sums + 16 * t)), mul(s.scale, set1(p.scale[half][at])), acc[t]);
+    acc[t] = fma(s.bias, set1(p.sum[half][at]), acc[t]);
   }
 }
 
-template <bool F16>
+template <bool BYTES>
 static void amx_rows(const AmxPass& pass, bool first, float* out) {
   const AmxPass p = pass;
   F acc[16];
@@ -354,10 +325,10 @@ static void amx_rows(const AmxPass& pass, bool first, float* out) {
   multiply_group<0>(p, 0);
   multiply_group<1>(p, 1);
   for (int g = 0; g < p.groups; g += 4) {
-    scale_group<0, F16>(p, g, acc);
-    scale_group<1, F16>(p, g + 1, acc);
-    scale_group<2, F16>(p, g + 2, acc);
-    scale_group<3, F16>(p, g + 3, acc);
+    scale_group<0, BYTES>(p, g, acc);
+    scale_group<1, BYTES>(p, g + 1, acc);
+    scale_group<2, BYTES>(p, g + 2, acc);
+    scale_group<3, BYTES>(p, g + 3, acc);
   }
 #pragma GCC unroll 16
   for (int t = 0; t < 16; t++) store(out + 16 * t, acc[t]);
@@ -372,7 +343,7 @@ static void amx_pass(const Matrix* m, const Activations* x, int64_t row, int fro
     p->scale[half] = x->scale + at;
     p->sum[half] = x->sum + at;
   }
-  if (m->scale_f16) {
+  if (m->scales == opsin::kScaleBytes) {
     amx_rows<true>(*p, from == 0, out);
   } else {
     amx_rows<false>(*p, from == 0, out);
@@ -388,19 +359,22 @@ static void amx_quantized(const Matrix* m, int b, const Activations* x, int row,
   const int run = once ? m->groups : near;
   AmxPass p;
   p.scratch = narrow && once ? scratch : nullptr;
-  p.six = m->kind == opsin::kQ6;
-  p.group_bytes = m->group_bytes;
-  p.step = narrow ? (int64_t)m->group * 16 : m->group_bytes;
+  p.kind = m->kind;
+  p.f16 = m->scales == opsin::kScaleF16;
+  p.block = block;
+  p.code_bytes = m->code_bytes;
+  p.step = (int64_t)m->group * 16;
   p.group = m->group;
   p.depth = m->group < 64 ? m->group / 4 : 16;
   p.steps = m->group / (4 * p.depth);
   p.sums = sums;
   for (int from = 0; from < m->groups; from += run) {
     p.groups = m->groups - from < run ? m->groups - from : run;
-    p.header = block + from * m->group_bytes;
-    p.codes = narrow ? scratch : p.header + 64;
+    p.heads = block + m->heads_at + from * opsin::head_bytes(m->scales);
+    p.packed = block + m->codes_at + from * m->code_bytes;
+    p.codes = narrow ? scratch : p.packed;
     for (int g = 0; narrow && !once && g < p.groups; g++) {
-      unpack_group(p.header + g * m->group_bytes + 64, p.six, m->group, scratch + g * p.step);
+      unpack_group(p.packed + g * m->code_bytes, p.kind, m->group, scratch + g * p.step);
     }
     for (int done = 0; done < count; done += 16) {
       p.ahead = !narrow && done == 0;
@@ -447,11 +421,11 @@ OPSIN_INLINE void pair_steps(const uint8_t* w, const uint8_t* next, const uint8_
 // Whole sums of one scale a row to values, where they are.
 static void scale_rows(const Matrix* m, const uint8_t* head, const Activations* x, int row,
                        int count, float* out) {
-  const F scale = load_scale(head, m->scale_f16), bias = load_scale(head + 32, m->scale_f16);
+  const Scales s = load_scales<false>(head, head, m->kind, m->scales == opsin::kScaleF16);
   for (int t = 0; t < count; t++) {
     const F sum = from_int(iload((const int32_t*)out + 16 * t));
-    const F scaled = fma(sum, mul(scale, set1(x->scale[row + t])), set1(0.0f));
-    store(out + 16 * t, fma(bias, set1(x->sum[row + t]), scaled));
+    const F scaled = fma(sum, mul(s.scale, set1(x->scale[row + t])), set1(0.0f));
+    store(out + 16 * t, fma(s.bias, set1(x->sum[row + t]), scaled));
   }
 }
 
@@ -564,29 +538,25 @@ static void matmul_end() {}
 
 #endif
 
-// The code of a column among four, from where the first four of a group have it.
-template <int KIND>
-OPSIN_INLINE int code_at(const uint8_t* p, int fours) {
-  if (KIND == opsin::kQ8) return p[fours * 64];
-  if (KIND == opsin::kQ4) return fours % 2 ? p[fours / 2 * 64] >> 4 : p[fours / 2 * 64] & 15;
-  p += fours / 4 * 192;
-  if (fours % 4 < 3) return p[fours % 4 * 64] & 63;
-  return p[0] >> 6 | p[64] >> 6 << 2 | p[128] >> 6 << 4;
-}
-
 template <int KIND>
 static void dequantize_codes(const Matrix* m, int row, float* out) {
   const int r = row % 16;
-  const uint8_t* head = m->data + (row / 16) * m->block_bytes;
-  for (int from = 0; from < m->k; from += m->group, head += m->group_bytes) {
-    const uint16_t* s = (const uint16_t*)head;
-    const float scale = m->scale_f16 ? f16_to_f32(s[r]) : bf16_to_f32(s[r]);
-    const float bias = m->scale_f16 ? f16_to_f32(s[16 + r]) : bf16_to_f32(s[16 + r]);
+  const uint8_t* block = m->data + (row / 16) * m->block_bytes;
+  const uint8_t *head = block + m->heads_at, *codes = block + m->codes_at;
+  for (int from = 0; from < m->k; from += m->group, codes += m->code_bytes) {
+    const bool f16 = m->scales == opsin::kScaleF16;
+    const Scales s = m->scales == opsin::kScaleBytes ? load_scales<true>(head, block, KIND, f16)
+                                                     : load_scales<false>(head, block, KIND, f16);
+    float scales[16], biases[16];
+    store(scales, s.scale);
+    store(biases, s.bias);
+    const float scale = scales[r], bias = biases[r];
+    head += opsin::head_bytes(m->scales);
     const int count = m->k - from < m->group ? m->k - from : m->group;
     for (int c = 0; c < count; c += 4) {
       float four[4];
       for (int i = 0; i < 4; i++) {
-        four[i] = (float)code_at<KIND>(head + 64 + r * 4 + i, c / 4) * scale + bias;
+        four[i] = (float)code_at<KIND>(codes + r * 4 + i, c / 4) * scale + bias;
       }
       __builtin_memcpy(out + from + c, four, sizeof(float) * (count - c < 4 ? count - c : 4));
     }
@@ -619,6 +589,8 @@ static void dequantize_row(const Matrix* m, int row, float* out) {
     dequantize_codes<opsin::kQ8>(m, row, out);
   } else if (m->kind == opsin::kQ6) {
     dequantize_codes<opsin::kQ6>(m, row, out);
+  } else if (m->kind == opsin::kQ5) {
+    dequantize_codes<opsin::kQ5>(m, row, out);
   } else {
     dequantize_codes<opsin::kQ4>(m, row, out);
   }

@@ -95,14 +95,16 @@ void unmap_bytes(uint8_t* data, int64_t capacity) {
 constexpr int kLeastRoom = 16, kRoomShare = 64;
 
 // A matrix without memory; null when the arguments do not do.
-Matrix* describe(int kind, int n, int k, int group, int scale_dtype, int rotated) {
-  const bool quantised = kind == kQ8 || kind == kQ6 || kind == kQ4;
+Matrix* describe(int kind, int n, int k, int group, int scales, int rotated) {
+  const bool quantised = kind == kQ8 || kind == kQ6 || kind == kQ5 || kind == kQ4;
   if (n <= 0 || k <= 0 || (!quantised && !is_bf16(kind))) return nullptr;
   if (kind == kBf13 && k % kPackedColumns != 0) return nullptr;
   if (quantised && group != 0 && (group % 32 != 0 || k % group != 0)) return nullptr;
   if (quantised && group > 64 && group % 64 != 0) return nullptr;
   if (rotated && (!quantised || k % 32 != 0)) return nullptr;
   if (quantised && group == 0 && k > 65536) return nullptr;  // the integer sums would overflow
+  if (quantised && (scales < kScaleBf16 || scales > kScaleBytes)) return nullptr;
+  if (kind == kQ8 && scales == kScaleBytes) return nullptr;  // too coarse beside its codes
   Matrix* m = static_cast<Matrix*>(std::calloc(1, sizeof(Matrix)));
   if (!m) return nullptr;
   m->kind = kind;
@@ -113,10 +115,12 @@ Matrix* describe(int kind, int n, int k, int group, int scale_dtype, int rotated
     m->padded_k = group ? k : (k + 63) / 64 * 64;
     m->group = group ? group : m->padded_k;
     m->groups = m->padded_k / m->group;
-    m->scale_f16 = scale_dtype == OPSIN_F16;
+    m->scales = scales;
     m->rotated = !rotated ? 0 : k % 64 == 0 ? 64 : 32;
-    m->group_bytes = 64 + static_cast<int64_t>(m->group) * 2 * code_bits(kind);
-    m->block_bytes = m->groups * m->group_bytes;
+    m->heads_at = scales == kScaleBytes ? 4 * kRows : 0;
+    m->codes_at = (m->heads_at + m->groups * head_bytes(scales) + 63) / 64 * 64;
+    m->code_bytes = static_cast<int64_t>(m->group) * 2 * code_bits(kind);
+    m->block_bytes = m->codes_at + m->groups * m->code_bytes;
   } else {
     m->padded_k = (k + 31) / 32 * 32;
     m->group = m->padded_k;
@@ -162,7 +166,7 @@ int64_t tile_scratch_bytes(const Matrix* m) {
   if (m->kind == kBf13) return int64_t{2 * kRows} * 2 * m->padded_k;  // two blocks, unpacked
   // narrow codes as bytes: eight groups, or as many as are near
   const int columns = m->group * 8 < kNearColumns ? kNearColumns : m->group * 8;
-  return m->kind == kQ4 || m->kind == kQ6 ? int64_t{kRows} * columns : 0;
+  return !is_bf16(m->kind) && m->kind != kQ8 ? int64_t{kRows} * columns : 0;
 }
 
 int64_t attention_scratch_bytes(int head_dim, int value_dim) {

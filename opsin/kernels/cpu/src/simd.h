@@ -145,15 +145,24 @@ OPSIN_INLINE V low_nibbles(V a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8
 OPSIN_INLINE V high_nibbles(V a) {
   return {_mm512_and_si512(_mm512_srli_epi32(a.v, 4), _mm512_set1_epi8(15))};
 }
-// Codes of six bits: those in the lower bits, and those whose bits lie above three others, two by
-// two.
+// Codes of six and five bits: those in the lower bits, and those whose bits lie above others.
 OPSIN_INLINE V low_sixes(V a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(63))}; }
+OPSIN_INLINE V low_fives(V a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(31))}; }
+OPSIN_INLINE __m512i shifted(V a, int bits) { return _mm512_srli_epi32(a.v, bits); }
+// The first's bits where `mask` has some in a byte, else the second's.
+OPSIN_INLINE __m512i chosen(int mask, __m512i a, __m512i b) {
+  return _mm512_ternarylogic_epi32(_mm512_set1_epi8((char)mask), a, b, 0xca);
+}
 OPSIN_INLINE V high_sixes(V a, V b, V c) {
-  const int choose = 0xca;  // the second where the first has a bit, else the third
-  __m512i x = _mm512_ternarylogic_epi32(_mm512_set1_epi8(3), _mm512_srli_epi32(a.v, 6),
-                                        _mm512_srli_epi32(b.v, 4), choose);
-  x = _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), x, _mm512_srli_epi32(c.v, 2), choose);
-  return low_sixes({x});
+  return low_sixes({chosen(15, chosen(3, shifted(a, 6), shifted(b, 4)), shifted(c, 2))});
+}
+OPSIN_INLINE void high_fives(V a, V b, V c, V d, V e, V* out) {
+  out[0] = low_fives({chosen(7, shifted(a, 5), shifted(b, 2))});
+  out[1] = low_fives({chosen(15, chosen(1, shifted(b, 7), shifted(c, 4)), shifted(d, 1))});
+  out[2] = low_fives({chosen(3, shifted(d, 6), shifted(e, 3))});
+}
+OPSIN_INLINE F load_u8(const uint8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)))};
 }
 OPSIN_INLINE V bcast4(const void* p) { return {_mm512_set1_epi32(*(const int32_t*)p)}; }
 
@@ -400,14 +409,30 @@ OPSIN_INLINE V low_sixes(V x) {
   __m256i m = _mm256_set1_epi8(63);
   return {_mm256_and_si256(x.a, m), _mm256_and_si256(x.b, m)};
 }
-OPSIN_INLINE __m256i high_sixes_half(__m256i a, __m256i b, __m256i c) {
-  a = _mm256_and_si256(_mm256_srli_epi32(a, 6), _mm256_set1_epi8(3));
-  b = _mm256_and_si256(_mm256_srli_epi32(b, 4), _mm256_set1_epi8(12));
-  c = _mm256_and_si256(_mm256_srli_epi32(c, 2), _mm256_set1_epi8(48));
-  return _mm256_or_si256(_mm256_or_si256(a, b), c);
+OPSIN_INLINE V low_fives(V x) {
+  __m256i m = _mm256_set1_epi8(31);
+  return {_mm256_and_si256(x.a, m), _mm256_and_si256(x.b, m)};
+}
+// Bits of each byte, so many places lower.
+OPSIN_INLINE V shifted(V x, int bits, int mask) {
+  __m256i m = _mm256_set1_epi8((char)mask);
+  return {_mm256_and_si256(_mm256_srli_epi32(x.a, bits), m),
+          _mm256_and_si256(_mm256_srli_epi32(x.b, bits), m)};
+}
+OPSIN_INLINE V either(V x, V y) {
+  return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)};
 }
 OPSIN_INLINE V high_sixes(V x, V y, V z) {
-  return {high_sixes_half(x.a, y.a, z.a), high_sixes_half(x.b, y.b, z.b)};
+  return either(either(shifted(x, 6, 3), shifted(y, 4, 12)), shifted(z, 2, 48));
+}
+OPSIN_INLINE void high_fives(V x, V y, V z, V u, V v, V* out) {
+  out[0] = either(shifted(x, 5, 7), shifted(y, 2, 24));
+  out[1] = either(either(shifted(y, 7, 1), shifted(z, 4, 14)), shifted(u, 1, 16));
+  out[2] = either(shifted(u, 6, 3), shifted(v, 3, 28));
+}
+OPSIN_INLINE F load_u8(const uint8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p))),
+          _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
 }
 OPSIN_INLINE V bcast4(const void* p) {
   __m256i x = _mm256_set1_epi32(*(const int32_t*)p);

@@ -181,6 +181,22 @@ OPSIN_INLINE V high_sixes(V a, V b, V c) {
   }
   return a;
 }
+OPSIN_INLINE V low_fives(V a) {
+  for (int i = 0; i < 64; i++) a.v[i] &= 31;
+  return a;
+}
+OPSIN_INLINE void high_fives(V a, V b, V c, V d, V e, V* out) {
+  for (int i = 0; i < 64; i++) {
+    out[0].v[i] = (uint8_t)(a.v[i] >> 5 | (b.v[i] >> 2 & 24));
+    out[1].v[i] = (uint8_t)(b.v[i] >> 7 | (c.v[i] >> 4 & 14) | (d.v[i] >> 1 & 16));
+    out[2].v[i] = (uint8_t)(d.v[i] >> 6 | (e.v[i] >> 3 & 28));
+  }
+}
+OPSIN_INLINE F load_u8(const uint8_t* p) {
+  F r;
+  OPSIN_LANES r.v[i] = p[i];
+  return r;
+}
 OPSIN_INLINE V bcast4(const void* p) {
   V r;
   OPSIN_LANES __builtin_memcpy(r.v + 4 * i, p, 4);

@@ -133,10 +133,10 @@ auto both(const std::string& what, Work&& work) {
 struct Form {
   int kind, k, group, scale_dtype, rotated;
   std::string name() const {
-    static const char* const kinds[] = {"bf16", "q8", "q4", "q6", "bf13"};
+    static const char* const kinds[] = {"bf16", "q8", "q4", "q6", "bf13", "q5"};
+    static const char* const scales[] = {"", " bf16", " f16", " bytes"};
     return std::string(kinds[kind]) + " k=" + std::to_string(k) +
-           " group=" + std::to_string(group) + (scale_dtype == OPSIN_F16 ? " f16" : " bf16") +
-           (rotated ? " rotated" : "");
+           " group=" + std::to_string(group) + scales[scale_dtype] + (rotated ? " rotated" : "");
   }
 };
 
@@ -151,6 +151,10 @@ inline const std::vector<Form> kForms = {
     {opsin::kQ4, 192, 64, OPSIN_BF16, 1},  {opsin::kQ6, 96, 32, OPSIN_BF16, 0},
     {opsin::kQ6, 192, 64, OPSIN_F16, 0},   {opsin::kQ6, 100, 0, OPSIN_F16, 0},
     {opsin::kQ6, 192, 64, OPSIN_F16, 1},   {opsin::kBf13, 192, 0, OPSIN_BF16, 0},
+    {opsin::kQ5, 96, 32, OPSIN_BF16, 0},   {opsin::kQ5, 192, 64, OPSIN_U8, 1},
+    {opsin::kQ5, 100, 0, OPSIN_F16, 0},    {opsin::kQ5, 96, 32, OPSIN_U8, 0},
+    {opsin::kQ4, 256, 128, OPSIN_U8, 1},   {opsin::kQ4, 96, 32, OPSIN_U8, 1},
+    {opsin::kQ4, 100, 0, OPSIN_U8, 0},
 };
 
 // A packed matrix, and what it was filled with.

@@ -65,7 +65,8 @@ void products() {
 void whole_numbers() {
   constexpr int n = 33, rows = 5, k = 256;
   for (const int bits : {2, 3, 4, 5, 6, 8}) {
-    const int kind = bits <= 4 ? opsin::kQ4 : bits <= 6 ? opsin::kQ6 : opsin::kQ8;
+    const int six = bits == 5 ? opsin::kQ5 : opsin::kQ6;
+    const int kind = bits <= 4 ? opsin::kQ4 : bits <= 6 ? six : opsin::kQ8;
     const Form form = {kind, k, 64, OPSIN_BF16, 0};
     Packed w(n, form);
     std::vector<uint32_t> words(static_cast<size_t>(n) * k * bits / 32);
@@ -98,6 +99,7 @@ void epilogues() {
   const Form forms[] = {{opsin::kBf16, 128, 0, OPSIN_BF16, 0},
                         {opsin::kQ8, 128, 0, OPSIN_F16, 0},
                         {opsin::kQ6, 128, 64, OPSIN_F16, 1},
+                        {opsin::kQ5, 128, 64, OPSIN_U8, 1},
                         {opsin::kQ4, 128, 64, OPSIN_F16, 1}};
   for (const Form& form : forms) {
     use("portable");

@@ -403,7 +403,7 @@ Floats run(const Model& m, const Ints& ends) {
 }  // namespace
 
 void stacks() {
-  for (const int kind : {opsin::kBf16, opsin::kQ8, opsin::kQ6, opsin::kQ4}) {
+  for (const int kind : {opsin::kBf16, opsin::kQ8, opsin::kQ6, opsin::kQ5, opsin::kQ4}) {
     for (const int bits : {16, 8, 4}) {
       const Model model(kind, bits);
       const std::string name =
