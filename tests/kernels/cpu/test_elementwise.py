@@ -55,6 +55,15 @@ def test_rope(native, dim, rotary, pairs):
     assert torch.allclose(half.float(), plain.float(), rtol=2**-7, atol=1e-3)
 
 
+@pytest.mark.parametrize("n", [1, 15, 16, 257, 5000])
+def test_argmax_is_numpys_with_ties_infinities_and_nans(native, n):
+    for odd in (-torch.inf, torch.inf, torch.nan, -torch.nan, 0.0, -0.0):
+        for fill in (torch.randn(n), torch.full((n,), -torch.inf), torch.zeros(n)):
+            logits = fill.clone()
+            logits[n // 3] = logits[2 * n // 3] = logits[n - 1] = odd
+            assert native.argmax(logits) == int(logits.numpy().argmax())
+
+
 @pytest.mark.parametrize("n", [1, 15, 16, 49_280])
 def test_sampling_helpers(native, n):
     logits = torch.randn(n) * 5

@@ -206,17 +206,33 @@ static void axpy(const float* x, float scale, int n, float* out) {
 }
 
 // The first of the largest; NaN never wins.
+// The first largest; a NaN is larger than any number, as it is to torch and NumPy.
 static int64_t argmax(const float* x, int64_t n) {
-  const float lowest = -__builtin_inff();
-  F best = set1(lowest);
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) best = max(load(x + i), best);
-  float top = hmax(best);
-  for (; i < n; i++) top = x[i] > top ? x[i] : top;
-  for (int64_t j = 0; j < n; j++) {
-    if (x[j] == top) return j;
+  constexpr int kRun = 256;  // only one run is looked through for the place
+  const F lowest = set1(-__builtin_inff());
+  float top = -__builtin_inff();
+  int64_t at = 0;
+  for (int64_t i = 0; i < n; i += kRun) {
+    const int count = n - i < kRun ? (int)(n - i) : kRun;
+    int odd = 0;
+    for (int j = 0; j < count; j++) odd |= x[i + j] != x[i + j];
+    if (odd) {
+      while (x[i] == x[i]) i++;
+      return i;
+    }
+    F best = lowest;
+    for (int j = 0; j < count; j += 16) {
+      const int left = count - j;
+      best = max(left < 16 ? load_run(x + i + j, left, -__builtin_inff()) : load(x + i + j), best);
+    }
+    const float most = hmax(best);
+    if (most > top) {
+      top = most;
+      at = i;
+    }
   }
-  return n > 0 ? 0 : -1;
+  while (at < n && x[at] != top) at++;
+  return n > 0 ? at : -1;
 }
 
 // softmax(x / temperature); returns the logarithm of the sum of e^(x / temperature).
