@@ -38,6 +38,7 @@ from opsin.decoder.shared_attention import SharedAttention
 from opsin.decoder.source import SourceStep
 from opsin.decoder.streams import Streams, StreamsLayer
 from opsin.kernels import AttentionBatch, Kernels
+from opsin.kernels.cpu.stack import RopeTables, StackStep
 from opsin.nn.linear import Embedding, Linear
 from opsin.nn.norm import norm
 from opsin.nn.rope import RotaryAngles
@@ -69,26 +70,6 @@ class Step:
     long: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class NativeStep:
-    """What of `Step` and `AttentionBatch` the native stack reads, integers as plain ones.
-
-    `positions` is a list where all axes of a token have the same.
-    """
-
-    embeds: Tensor
-    positions: Tensor | list[int]
-    query_start: list[int]
-    context_lens: list[int]
-    block_tables: list[list[int]]
-    slot_mapping: list[int]
-    logit_rows: list[int]
-    visible_until: Tensor | None = None
-    kept: tuple[int, int] | None = None
-    layer_adds: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    long: Tensor | None = None
-
-
 class NativeLayers(Protocol):
     """All layers, final norm and head in one call."""
 
@@ -96,18 +77,28 @@ class NativeLayers(Protocol):
         """What `Decoder.forward` returns."""
         ...
 
+    @property
+    def takes_ids(self) -> bool:
+        """Whether steps may come as token ids alone."""
+        ...
+
     def embed(self, token_ids: list[int]) -> Tensor:
         """Embeddings (tokens, hidden), float32."""
         ...
 
+    def turned(
+        self, positions: Tensor | list[int], angles: RotaryAngles, long: Tensor | None = None
+    ) -> tuple[RopeTables, list[int] | None]:
+        """A step's `rope` and `rope_rows`; positions are a list where all axes have the same."""
+        ...
+
     def compute(
-        self,
-        step: NativeStep,
-        cache: PagedCache,
-        angles: RotaryAngles,
-        when_ready: Callable[[], None] = ...,
-    ) -> Tensor:
-        """The same, of plain integers; `when_ready` is called as Python is about to be left."""
+        self, step: StackStep, cache: PagedCache, when_ready: Callable[[], None] = ...
+    ) -> tuple[Tensor | None, list[int]]:
+        """A step of plain integers: the logits, where they are wanted, and the largest of each row.
+
+        `when_ready` is called as Python is about to be left.
+        """
         ...
 
 

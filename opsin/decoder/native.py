@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,15 +18,15 @@ from opsin.decoder.config import (
     MLPConfig,
     ParallelLayerConfig,
 )
-from opsin.decoder.decoder import Decoder, Layer, NativeStep, Step
+from opsin.decoder.decoder import Decoder, Layer, Step
 from opsin.decoder.layout import HOLE
 from opsin.decoder.mlp import GatedMLP
 from opsin.kernels.cpu.library import Library
 from opsin.kernels.cpu.matrix import PackedMatrix
-from opsin.kernels.cpu.stack import Floats, LayerSpec, LayerStack, NormWeights, StackStep
+from opsin.kernels.cpu.stack import LayerSpec, LayerStack, NormWeights, RopeTables, StackStep
 from opsin.nn.linear import Embedding, Linear
 from opsin.nn.norm import LayerNorm, RMSNorm
-from opsin.nn.rope import RotaryAngles
+from opsin.nn.rope import RopeConfig, RotaryAngles
 
 # What a config may state for the native stack to cover it; every other field is at its default.
 DECODER_FIELDS = frozenset(
@@ -107,7 +106,7 @@ class NativeStack:
         config = decoder.config
         self.ropes = sorted(config.rope_configs, key=repr)
         self.axes = 1 + max((axis for config in self.ropes for axis in config.axes), default=0)
-        self.turns: list[tuple[memoryview, memoryview]] = []  # of each rope, see turned
+        self.turns: RopeTables | None = None  # see turned
         self.embedding = decoder.embedding
         self.cache: PagedCache | None = None
         self.lock = threading.Lock()  # several engines may share a model
@@ -118,6 +117,8 @@ class NativeStack:
             dim=config.hidden,
             final_norm=_norm(decoder.norm) or NormWeights(),
             head=_matrix(head),
+            embedding=table_of(library, decoder.embedding),
+            embedding_scale=decoder.embedding.scale,
             norm_eps=config.norm_eps,
             layer_norm=config.norm == "layer",
             logit_scale=config.logit_scale,
@@ -154,6 +155,11 @@ class NativeStack:
             residual_scale=layer.residual_scale,
         )
 
+    @property
+    def takes_ids(self) -> bool:
+        """Whether steps may come as token ids alone."""
+        return self.stack.embedding is not None
+
     def embed(self, token_ids: list[int]) -> Tensor:
         """Embeddings (tokens, hidden), float32."""
         table = self.embedding
@@ -167,105 +173,80 @@ class NativeStack:
         """One step; the logits of `step.logit_rows`, (rows, vocab), float32."""
         batch = step.batch
         assert batch.unseen is None
-        return self.compute(
-            NativeStep(
-                embeds=step.embeds,
-                positions=step.positions,
-                query_start=batch.query_start,
-                context_lens=batch.context_lens,
-                block_tables=batch.block_tables.tolist(),
-                slot_mapping=batch.slot_mapping.tolist(),
-                logit_rows=step.logit_rows.tolist(),
-                visible_until=batch.visible_until,
-                kept=batch.kept,
-                layer_adds=step.layer_adds,
-                long=step.long,
-            ),
-            cache,
-            angles,
+        rope, _ = self.turned(step.positions, angles, step.long)
+        until = None if batch.visible_until is None else batch.visible_until.tolist()
+        ready = StackStep(
+            hidden=step.embeds.float().contiguous(),
+            query_start=batch.query_start,
+            num_keys=batch.context_lens,
+            block_tables=batch.block_tables.tolist(),
+            rope=rope,
+            logit_rows=step.logit_rows.tolist(),
+            visible_until=until,
+            kept=batch.kept,
+            adds=step.layer_adds,
         )
+        logits, _ = self.compute(ready, cache)
+        assert logits is not None
+        return logits
 
     def compute(
-        self,
-        step: NativeStep,
-        cache: PagedCache,
-        angles: RotaryAngles,
-        when_ready: Callable[[], None] = lambda: None,
-    ) -> Tensor:
-        """The same, of plain integers; `when_ready` is called as Python is about to be left."""
-        starts, contexts = step.query_start, step.context_lens
-        places = [
-            position
-            for start, end, context in zip(starts, starts[1:], contexts, strict=False)
-            for position in range(context - (end - start), context)
-        ]
-        seen = [place + 1 for place in places]
-        native_step = StackStep(
-            hidden=step.embeds.float().contiguous(),
-            query_start=starts,
-            num_keys=contexts,
-            block_tables=[_readable(table, cache) for table in step.block_tables],
-            block_size=cache.block_size,
-            slots=step.slot_mapping,
-            positions=places,
-            visible_until=seen if step.visible_until is None else step.visible_until.tolist(),
-            rope=self.turned(step.positions, angles, step.long),
-            logit_rows=step.logit_rows,
-            adds=step.layer_adds,
-            early_blocks=cache.layout.early_blocks,
-            early_size=cache.layout.early_size,
-            kept=step.kept,
-        )
+        self, step: StackStep, cache: PagedCache, when_ready: Callable[[], None] = lambda: None
+    ) -> tuple[Tensor | None, list[int]]:
+        """What `LayerStack.run` does, over a cache."""
+        if step.kept is not None and not cache.form.packed:
+            step = dataclasses.replace(step, block_tables=[_readable(t) for t in step.block_tables])
         with self.lock:
             if self.cache is not cache:
-                self.stack.bind(cache.keys, cache.values)
+                layout = cache.layout
+                early = (layout.early_blocks, layout.early_size)
+                self.stack.bind(cache.keys, cache.values, layout.size, *early)
                 self.cache = cache
-            return self.stack.run(native_step, when_ready)
+            return self.stack.run(step, when_ready)
 
     def turned(
         self, positions: Tensor | list[int], angles: RotaryAngles, long: Tensor | None = None
-    ) -> list[tuple[Floats, Floats]]:
-        """Cos and sin of each rope, (tokens, dim / 2), float32. Those of generated tokens are
-        looked up: after the layers torch's code has fallen out of the processor's caches.
+    ) -> tuple[RopeTables, list[int] | None]:
+        """Cos and sin of each rope, and each token's row among them, None for one a token.
+
+        Those of generated tokens (a list, all axes being the same) are looked up: after the layers
+        torch's code has fallen out of the processor's caches.
         """
         if isinstance(positions, list):
             if long is None and max(positions) < LOOKED_UP:
-                if not self.turns:
-                    self.turns = self._turns(angles)
-                return [(_rows(cos, positions), _rows(sin, positions)) for cos, sin in self.turns]
+                if self.turns is None:
+                    places = torch.arange(LOOKED_UP).expand(self.axes, -1)
+                    self.turns = self._tables(angles.at(places))
+                return self.turns, positions
             positions = torch.tensor(positions).expand(self.axes, -1)
-        found = angles.at(positions, long)
-        return [(found[each][0].contiguous(), found[each][1].contiguous()) for each in self.ropes]
+        return self._tables(angles.at(positions, long)), None
 
-    def _turns(self, angles: RotaryAngles) -> list[tuple[memoryview, memoryview]]:
-        found = angles.at(torch.arange(LOOKED_UP).expand(self.axes, -1))
-        return [(_bytes(found[each][0]), _bytes(found[each][1])) for each in self.ropes]
-
-
-def _bytes(table: Tensor) -> memoryview:
-    return table.contiguous().numpy().data.cast("B")
+    def _tables(self, found: dict[RopeConfig, tuple[Tensor, Tensor]]) -> RopeTables:
+        parts = (found[each] for each in self.ropes)
+        return RopeTables([(cos.contiguous(), sin.contiguous()) for cos, sin in parts])
 
 
-def _rows(table: memoryview, rows: list[int]) -> array[float]:
-    """Rows of a table (LOOKED_UP, dim) of float32, one after another."""
-    out, size = array("f"), len(table) // LOOKED_UP
-    for row in rows:
-        out.frombytes(table[row * size : (row + 1) * size])
-    return out
-
-
-def _readable(table: list[int], cache: PagedCache) -> list[int]:
+def _readable(table: Sequence[int]) -> list[int]:
     """A block table to read by. A block that is gone is masked, but where it is not quantised its
     values must be numbers: the sequence's own.
     """
-    if cache.form.packed or HOLE not in table:
-        return table
     return [table[0] if block == HOLE else block for block in table]
 
 
 def _matrix(module: Linear | Embedding) -> PackedMatrix:
     assert isinstance(module.packed, PackedMatrix), "the stack is built from packed weights"
     return module.packed
+
+
+def table_of(library: Library, embedding: Embedding) -> PackedMatrix | None:
+    """An embedding as the stack reads it, where it lies; None where it cannot be read as it is."""
+    if isinstance(embedding.packed, PackedMatrix):
+        return embedding.packed
+    weight = embedding.weight
+    if embedding.packed is not None or weight.dtype != torch.bfloat16 or embedding.scale != 1.0:
+        return None
+    table = PackedMatrix(library, "bf16", *weight.shape)
+    return table if table.map(weight) else None
 
 
 def _norm(module: nn.Module) -> NormWeights | None:

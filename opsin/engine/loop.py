@@ -404,8 +404,11 @@ class Engine:
             if scheduled.sequence.started == 0.0:
                 scheduled.sequence.started = now
         misses = self.runner.encoded.misses
+        sampling = [s for s in step if s.samples]
+        samplers = [self._requests[s.sequence.request_id].sampler for s in sampling]
+        plain = all(sampler.is_plain_greedy for sampler in samplers)
         try:
-            logits = self.runner.run(step, lambda: self._before_layers(step))
+            logits, greedy = self.runner.run(step, lambda: self._before_layers(step), plain)
         finally:
             beside = self.encoder.end_beside(step)
         alone = not beside and self.runner.encoded.misses == misses
@@ -413,14 +416,12 @@ class Engine:
             self.scheduler.pace.observe(prompt_tokens(step), time.perf_counter() - now)
         self.scheduler.computed(step)
         self.steps += 1
-        greedy = likeliest(logits)
+        if greedy is None:
+            greedy = likeliest(() if logits is None else logits)
         if self.speculator is not None and alone:
             self.speculator.observe(step, time.perf_counter() - now)
-        sampling = [s for s in step if s.samples]
-        samplers = [self._requests[s.sequence.request_id].sampler for s in sampling]
-        plain = all(sampler.is_plain_greedy for sampler in samplers)
         # All at once: each look waits for the threads that read answers.
-        rows = None if plain else list(logits)
+        rows = None if plain or logits is None else list(logits)
         if self._guiding is not None and not all(sampler.is_ready for sampler in samplers):
             wait([self._guiding], GRAMMAR_PATIENCE)
         row = 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opsin.decoder.cache import PagedCache, sequence_slots
-from opsin.decoder.decoder import NativeLayers, NativeStep, Step
+from opsin.decoder.decoder import NativeLayers, Step
 from opsin.decoder.layout import HOLE, KeptTokens
 from opsin.engine.media_cache import EncodedCache
 from opsin.engine.model import Model
@@ -22,6 +22,7 @@ from opsin.engine.source import encode_prompts, source_step
 from opsin.engine.speaking import embedded, scored, speaks
 from opsin.families.base import Encoded, MediaInput
 from opsin.kernels import AttentionBatch
+from opsin.kernels.cpu.stack import StackStep
 from opsin.kernels.memory import give_back_freed
 
 LARGE_BYTES = 4 << 20  # of a medium's features, whose encoding takes long and much memory
@@ -43,21 +44,24 @@ class Runner:
         self.encoded = EncodedCache(media_cache_bytes)
 
     def run(
-        self, step: list[Scheduled], when_ready: Callable[[], None] = lambda: None
-    ) -> Tensor | list[Tensor]:
+        self,
+        step: list[Scheduled],
+        when_ready: Callable[[], None] = lambda: None,
+        likeliest_only: bool = False,
+    ) -> tuple[Tensor | list[Tensor] | None, list[int] | None]:
         """Compute a step; logits (rows, vocab) float32 of the scheduled that sample, in order: of
-        each the row of its last token, then those of its drafts.
+        each the row of its last token, then those of its drafts; and the largest of each row.
 
-        A list of rows where a request has tokens of its own. `when_ready` is called right before
-        the decoder runs.
+        A list of rows where a request has tokens of its own. Without a native stack the largest are
+        not looked for (None); with one there are only they where no more is asked. `when_ready` is
+        called right before the decoder runs.
         """
         self.encode_media(step)
         decoder = self.model.decoder
         if decoder.native is None:
-            return self._run(step, when_ready)
-        assert decoder.angles is not None
-        ready = self._native_step(step, decoder.native)
-        return decoder.native.compute(ready, self.cache, decoder.angles, when_ready)
+            return self._run(step, when_ready), None
+        ready = self._native_step(step, decoder.native, not likeliest_only)
+        return decoder.native.compute(ready, self.cache, when_ready)
 
     @torch.inference_mode()
     def _run(self, step: list[Scheduled], when_ready: Callable[[], None]) -> Tensor | list[Tensor]:
@@ -124,26 +128,36 @@ class Runner:
         give_back_freed()
         return encoded
 
-    def _native_step(self, step: list[Scheduled], native: NativeLayers) -> NativeStep:
+    def _native_step(
+        self, step: list[Scheduled], native: NativeLayers, wants_logits: bool
+    ) -> StackStep:
         """A step for a native stack, which knows no speakers and nothing that layers share."""
-        embeds = native.embed([token for s in step for token in s.token_ids])
-        until = None
-        if any(_in_span(scheduled) for scheduled in step):
-            _, until = _visible(step, embeds.device)
-            assert all(_unseen(scheduled, embeds.device) is None for scheduled in step)
+        angles, device = self.model.decoder.angles, self.model.device
+        assert angles is not None
+        token_ids = [token for s in step for token in s.token_ids]
         ends = _ends(step)
-        return NativeStep(
-            embeds=embeds,
-            positions=_generated_positions(step) or _step_positions(step),
+        generated = _generated_positions(step)
+        until = embeds = None
+        if not generated and any(_in_span(scheduled) for scheduled in step):
+            until = _visible(step, device)[1].tolist()
+            assert all(_unseen(scheduled, device) is None for scheduled in step)
+        if not native.takes_ids or any(scheduled.sequence.encoded for scheduled in step):
+            embeds = native.embed(token_ids)
+        positions = generated or _step_positions(step)
+        rope, rope_rows = native.turned(positions, angles, _long(step, ends, device))
+        return StackStep(
+            token_ids=token_ids,
+            hidden=embeds,
             query_start=ends,
-            context_lens=[s.end for s in step],
+            num_keys=[s.end for s in step],
             block_tables=[s.sequence.block_table for s in step],
-            slot_mapping=self._slot_mapping(step),
+            rope=rope,
+            rope_rows=rope_rows,
             logit_rows=_logit_rows(step, ends),
             visible_until=until,
             kept=None if self.kept is None else (self.kept.first, self.kept.last),
-            layer_adds=self._inject(step, embeds),
-            long=_long(step, ends, embeds.device),
+            adds={} if embeds is None else self._inject(step, embeds),
+            wants_logits=wants_logits,
         )
 
     def _step(self, step: list[Scheduled]) -> Step:

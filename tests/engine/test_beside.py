@@ -111,12 +111,12 @@ class Watched:
             self.num_done += 1
             return result
 
-        def computes(step: Any, cache: Any, angles: Any, when_ready: Callable[[], None]) -> Any:
+        def computes(step: Any, cache: Any, when_ready: Callable[[], None]) -> Any:
             def ready() -> None:
                 when_ready()
                 self.until()
 
-            result = compute(step, cache, angles, ready)
+            result = compute(step, cache, ready)
             self.during.append(self.num_begun)
             return result
 

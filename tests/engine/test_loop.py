@@ -117,13 +117,13 @@ def test_what_was_said_goes_out_right_before_the_next_step_computes(
     inbox, seen = Inbox(), []
     run = engine.runner.run
 
-    def watched(step: list[Scheduled], when_ready: Callable[[], None]) -> Any:
+    def watched(step: list[Scheduled], when_ready: Callable[[], None], plain: bool) -> Any:
         def ready() -> None:
             before = len(inbox.tokens)
             when_ready()
             seen.append((before, len(inbox.tokens)))
 
-        return run(step, ready)
+        return run(step, ready, plain)
 
     monkeypatch.setattr(engine.runner, "run", watched)
     engine.submit(words(engine), SHORT, inbox)

@@ -10,12 +10,13 @@ import torch
 
 import opsin
 from opsin.decoder.config import AttentionConfig, DecoderConfig, LayerConfig, MLPConfig
-from opsin.decoder.native import LOOKED_UP, NativeStack, why_not
+from opsin.decoder.native import LOOKED_UP, NativeStack, table_of, why_not
 from opsin.engine import model as loading
 from opsin.engine.loop import Engine, EngineLimits
 from opsin.engine.model import Model
 from opsin.families.base import Prompt
 from opsin.kernels import cpu
+from opsin.nn.linear import Embedding
 from opsin.types import SamplingParams
 from tests.families.checkpoints import write_checkpoint
 from tests.families.ours import answers, tokens
@@ -65,13 +66,15 @@ def test_angles_looked_up_are_those_computed(loaded: tuple[Model, Any]) -> None:
     assert isinstance(decoder.native, NativeStack)
     assert decoder.angles is not None
     places = [LOOKED_UP - 1, 0, 77, 77]
-    made = decoder.native.turned(places, decoder.angles)
+    made, rows = decoder.native.turned(places, decoder.angles)
+    assert rows == places
     table = decoder.angles.at(torch.tensor(places).expand(3, -1))
-    for got, config in zip(made, decoder.native.ropes, strict=True):
-        assert [list(part) for part in got] == [each.flatten().tolist() for each in table[config]]
-    beyond = decoder.native.turned([LOOKED_UP, 5], decoder.angles)
+    for got, config in zip(made.pairs, decoder.native.ropes, strict=True):
+        assert all(map(torch.equal, (part[places] for part in got), table[config]))
+    beyond, rows = decoder.native.turned([LOOKED_UP, 5], decoder.angles)
+    assert rows is None
     table = decoder.angles.at(torch.tensor([LOOKED_UP, 5]).expand(3, -1))
-    for got, config in zip(beyond, decoder.native.ropes, strict=True):
+    for got, config in zip(beyond.pairs, decoder.native.ropes, strict=True):
         assert all(map(torch.equal, got, table[config]))
 
 
@@ -91,6 +94,41 @@ def test_logprobs_are_those_of_plain_torch(
         assert len(shared) > 10
         # bfloat16 keeps 8 bits: the weights alone are off by up to 1 part in 256.
         assert max(abs(figures[0][t] - figures[1][t]) for t in shared) < 0.25
+
+
+def test_tokens_are_embedded_and_chosen_by_the_stack(
+    loaded: tuple[Model, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = loaded
+    native = model.decoder.native
+    assert isinstance(native, NativeStack)
+    with engine_of(model, processor) as engine:
+        expected = answers(engine, prompts(processor), logprobs=0)
+    embedded, found, embed, compute = [], [], native.embed, native.compute
+    monkeypatch.setattr(native, "embed", lambda ids: embedded.append(ids) or embed(ids))
+    monkeypatch.setattr(native, "compute", lambda *a: found.append(compute(*a)) or found[-1])
+    with engine_of(model, processor) as engine:
+        for prompt, events in zip(prompts(processor), expected, strict=True):
+            embedded.clear()
+            (got,) = answers(engine, [prompt])
+            assert tokens(got) == tokens(events)
+            if native.takes_ids:
+                assert len(embedded) == bool(prompt.media), "only pictures are put in by torch"
+    assert all(logits is None and len(largest) < 2 for logits, largest in found)
+
+
+def test_an_embedding_in_bfloat16_is_read_where_it_lies() -> None:
+    library = cpu.load()
+    assert library is not None
+    embedding = Embedding(37, 64)
+    embedding.weight.data = torch.randn(37, 64).bfloat16()
+    table = table_of(library, embedding)
+    assert table is not None
+    assert torch.equal(table.rows(range(37), torch.float32), embedding.weight.float())
+    embedding.weight.data[3] = 0
+    assert not table.rows([3]).any(), "a copy"
+    embedding.scale = 8.1  # its products are rounded to bfloat16
+    assert table_of(library, embedding) is None
 
 
 @pytest.mark.parametrize("step", [2048, 13])

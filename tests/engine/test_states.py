@@ -137,7 +137,7 @@ def run(
     while plan.has_work:
         step = plan.schedule()
         plan.check_integrity()
-        logits = runner.run(step)
+        logits, _ = runner.run(step)
         assert not logits.isnan().any()
         plan.computed(step)
         sampled = [scheduled.sequence for scheduled in step if scheduled.samples]

@@ -79,12 +79,15 @@ class Stack(ctypes.Structure):
         ("final_norm", c_void_p),
         ("final_norm_bias", c_void_p),
         ("head", c_void_p),
+        ("embedding", c_void_p),
         ("num_layers", c_int32),
         ("dim", c_int32),
         ("layer_norm", c_int32),
         ("norm_eps", c_float),
         ("logit_scale", c_float),
         ("logit_softcap", c_float),
+        ("embedding_scale", c_float),
+        ("reserved", c_int32),
     )
 
 
@@ -104,17 +107,18 @@ class Step(ctypes.Structure):
 
     _fields_ = (
         ("hidden", c_void_p),
+        ("token_ids", c_void_p),
         ("query_start", c_void_p),
         ("num_keys", c_void_p),
         ("block_tables", c_void_p),
-        ("slots", c_void_p),
-        ("positions", c_void_p),
         ("visible_until", c_void_p),
         ("cos", c_void_p),
         ("sin", c_void_p),
+        ("rope_rows", c_void_p),
         ("adds", c_void_p),
         ("logit_rows", c_void_p),
         ("logits", c_void_p),
+        ("likeliest", c_void_p),
         ("normed", c_void_p),
         ("tokens", c_int32),
         ("sequences", c_int32),

@@ -7,7 +7,6 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,8 +15,6 @@ from opsin.kernels.cpu import abi
 from opsin.kernels.cpu.library import Library, pointer
 from opsin.kernels.cpu.matrix import PackedMatrix
 from opsin.kernels.packed_rows import CacheRows, PackedRows
-
-Floats: TypeAlias = Tensor | array  # float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,67 +59,47 @@ class LayerSpec:
     sinks: Tensor | None = None
 
 
+class RopeTables:
+    """Cos and sin of each rope, (rows, rotary_dim / 2), float32, where a step finds them."""
+
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        if any(x.dtype != torch.float32 or not x.is_contiguous() for pair in pairs for x in pair):
+            raise ValueError("angles must be contiguous float32")
+        self.pairs = list(pairs)
+        addresses = ctypes.c_void_p * max(1, len(pairs))
+        self._cos = addresses(*(cos.data_ptr() for cos, _ in pairs))
+        self._sin = addresses(*(sin.data_ptr() for _, sin in pairs))
+        self.cos, self.sin = ctypes.addressof(self._cos), ctypes.addressof(self._sin)
+
+
 @dataclass(frozen=True, slots=True)
 class StackStep:
     """The tokens of one step, sequence after sequence.
 
-    hidden (tokens, dim) float32, replaced by the last layer's output; query_start (sequences + 1);
-    num_keys (sequences,) once this step's keys are written; block_tables: the blocks of each
-    sequence; slots (tokens,) cache slots to write; positions (tokens,) within the sequence;
-    visible_until (tokens,) one past the last key seen; rope: cos and sin of each table, (tokens,
-    rotary_dim / 2) float32; adds: layer to (rows, values), values added to those rows after it;
-    logit_rows: rows whose logits are wanted. With quantised caches, a sequence's first early_blocks
-    blocks hold early_size plain rows each, a slot below zero is slot -1 - slot of the quantised
-    ones, and a block below zero is one that is gone. kept (first, last): the keys that a token
-    sees, see `AttentionBatch`.
+    query_start (sequences + 1); num_keys (sequences,) once this step's keys are written;
+    block_tables: the blocks of each sequence, below zero where one is gone from a quantised cache;
+    rope_rows (tokens,) their rows in the tables of `rope`, None: one a token; logit_rows: rows
+    whose logits are wanted, or, without `wants_logits`, only where the largest of them are. The
+    tokens are the embedding's rows token_ids (tokens,), or else `hidden` (tokens, dim) float32,
+    which the last layer's output replaces. visible_until (tokens,) one past the last key seen, None
+    for a token's own; adds: layer to (rows, values), values added to those rows after it; kept
+    (first, last): the keys that a token sees, see `AttentionBatch`.
 
     Integers are plain ones: to make a tensor of each takes longer than a small model's layer.
     """
 
-    hidden: Tensor
     query_start: Sequence[int]
     num_keys: Sequence[int]
     block_tables: Sequence[Sequence[int]]
-    block_size: int
-    slots: Sequence[int]
-    positions: Sequence[int]
-    visible_until: Sequence[int]
-    rope: Sequence[tuple[Floats, Floats]]
+    rope: RopeTables
     logit_rows: Sequence[int]
+    token_ids: Sequence[int] = ()
+    hidden: Tensor | None = None
+    rope_rows: Sequence[int] | None = None
+    visible_until: Sequence[int] | None = None
     adds: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    early_blocks: int = 0
-    early_size: int = 1
     kept: tuple[int, int] | None = None
-
-    def packed_ints(self) -> tuple[array[int], list[int], int]:
-        """query_start, num_keys, positions, visible_until, logit_rows and block_tables (sequences,
-        width) in one array; where each begins in it; width.
-        """
-        ints, starts = array("i"), []
-        for values in (
-            self.query_start,
-            self.num_keys,
-            self.positions,
-            self.visible_until,
-            self.logit_rows,
-        ):
-            starts.append(len(ints))
-            ints.extend(values)
-        starts.append(len(ints))
-        width = max(map(len, self.block_tables))
-        for table in self.block_tables:
-            ints.extend(table)
-            ints.extend(repeat(0, width - len(table)))
-        return ints, starts, width
-
-
-def floats_at(values: Floats) -> int:
-    """Where contiguous float32 values lie."""
-    if isinstance(values, array):
-        return values.buffer_info()[0]
-    if values.dtype != torch.float32 or not values.is_contiguous():
-        raise ValueError("angles must be contiguous float32")
-    return values.data_ptr()
+    wants_logits: bool = True
 
 
 class LayerStack:
@@ -136,6 +113,8 @@ class LayerStack:
         dim: int,
         final_norm: NormWeights,
         head: PackedMatrix | None,
+        embedding: PackedMatrix | None = None,
+        embedding_scale: float = 1.0,
         norm_eps: float,
         layer_norm: bool = False,
         logit_scale: float = 1.0,
@@ -145,6 +124,7 @@ class LayerStack:
         self.specs = list(layers)
         self.dim = dim
         self.head = head
+        self.embedding = embedding
         self._kept: list[Tensor] = []
         self._layers = (abi.Layer * len(self.specs))(*(self._layer(spec) for spec in self.specs))
         self._stack = abi.Stack(
@@ -152,18 +132,33 @@ class LayerStack:
             final_norm=self._keep(final_norm.weight),
             final_norm_bias=self._keep(final_norm.bias),
             head=None if head is None else head.handle,
+            embedding=None if embedding is None else embedding.handle,
             num_layers=len(self.specs),
             dim=dim,
             layer_norm=layer_norm,
             norm_eps=norm_eps,
             logit_scale=logit_scale,
             logit_softcap=logit_softcap or 0.0,
+            embedding_scale=embedding_scale,
         )
+        self._call = abi.Step(last_layer=len(self.specs))  # what steps differ in is set by each
+        self._at = ctypes.addressof(self._stack)
+        self._call_at = ctypes.addressof(self._call)
 
-    def bind(self, keys: Sequence[CacheRows], values: Sequence[CacheRows]) -> None:
+    def bind(
+        self,
+        keys: Sequence[CacheRows],
+        values: Sequence[CacheRows],
+        block_size: int,
+        early_blocks: int = 0,
+        early_size: int = 1,
+    ) -> None:
         """Use these caches, one of each a layer: (blocks, kv_heads, block_size, head_dim) bfloat16,
-        or quantised rows (slots, kv_heads, head_dim).
+        or quantised rows (slots, kv_heads, head_dim), of which a sequence's first early_blocks
+        blocks hold early_size plain ones each.
         """
+        self._call.block_size = block_size
+        self._call.early_blocks, self._call.early_size = early_blocks, early_size
         for layer, spec, key, value in zip(self._layers, self.specs, keys, values, strict=True):
             layer.kv_bits, layer.kv_groups = 16, 0
             layer.key_cache, layer.key_scales = self._bound(layer, spec, key)
@@ -184,44 +179,49 @@ class LayerStack:
         layer.kv_bits, layer.kv_groups = cache.bits, cache.scales.shape[2]
         return cache.codes.data_ptr(), cache.scales.data_ptr()
 
-    def run(self, step: StackStep, when_ready: Callable[[], None] = lambda: None) -> Tensor:
-        """Run all layers over the step; logits (logit_rows, vocabulary) float32.
+    def run(
+        self, step: StackStep, when_ready: Callable[[], None] = lambda: None
+    ) -> tuple[Tensor | None, list[int]]:
+        """Run all layers over the step; logits (logit_rows, vocabulary) float32, if they are
+        wanted, and the first largest of each row, a NaN being the largest of all.
 
         `when_ready` is called right before the layers.
         """
-        hidden = step.hidden
-        if hidden.dtype != torch.float32 or not hidden.is_contiguous():
+        call, hidden = self._call, step.hidden
+        if hidden is not None and (hidden.dtype != torch.float32 or not hidden.is_contiguous()):
             raise ValueError("hidden must be contiguous float32")
-        ints, starts, blocks = step.packed_ints()
-        where = [ints.buffer_info()[0] + start * ints.itemsize for start in starts]
-        slots = array("q", step.slots)
-        tables = ctypes.c_void_p * max(1, len(step.rope))
-        cos, sin = (tables(*(floats_at(pair[i]) for pair in step.rope)) for i in (0, 1))
+        rows = 0 if self.head is None else len(step.logit_rows)
+        columns = 0 if self.head is None else self.head.n
+        logits = torch.empty(rows, columns) if step.wants_logits else None
+        likeliest = array("i", bytes(4 * rows))
+        tables, call.max_blocks = _rectangle(step.block_tables)
+        # They hold what the call reads: kept by name until it is over.
+        ints = [
+            None if values is None else array("i", values)
+            for values in (
+                step.query_start, step.num_keys, step.logit_rows, step.token_ids, step.rope_rows,
+                step.visible_until,
+            )
+        ]  # fmt: skip
+        call.query_start, call.num_keys, call.logit_rows = map(_address, ints[:3])
+        call.token_ids, call.rope_rows, call.visible_until = map(_address, ints[3:])
+        call.block_tables, call.likeliest = _address(tables), _address(likeliest)
+        call.hidden, call.logits = pointer(hidden), pointer(logits)
+        call.cos, call.sin = step.rope.cos, step.rope.sin
+        call.tokens, call.sequences = step.query_start[-1], len(step.num_keys)
+        call.num_logits = rows
+        call.kept_first, call.kept_last = step.kept or (0, 0)
         added = [
             (layer, rows.to(torch.int64).contiguous(), values.float().contiguous())
             for layer, (rows, values) in step.adds.items()
         ]
-        adds = (abi.RowAdd * max(1, len(added)))(
+        adds = (abi.RowAdd * len(added))(
             *(abi.RowAdd(pointer(r), pointer(v), layer, len(r)) for layer, r, v in added)
         )
-        rows = len(step.logit_rows) if self.head is not None else 0
-        logits = torch.empty(rows, self.head.n if self.head is not None else 0)
-        call = abi.Step(
-            hidden=pointer(hidden), query_start=where[0], num_keys=where[1], positions=where[2],
-            visible_until=where[3], logit_rows=where[4], block_tables=where[5],
-            slots=slots.buffer_info()[0],
-            cos=ctypes.addressof(cos), sin=ctypes.addressof(sin), adds=ctypes.addressof(adds),
-            logits=pointer(logits), tokens=hidden.shape[0], sequences=len(step.num_keys),
-            max_blocks=blocks,
-            block_size=step.block_size, first_layer=0, last_layer=len(self.specs),
-            num_logits=rows, num_adds=len(added), early_blocks=step.early_blocks,
-            early_size=step.early_size, kept_first=step.kept[0] if step.kept else 0,
-            kept_last=step.kept[1] if step.kept else 0,
-        )  # fmt: skip
+        call.adds, call.num_adds = ctypes.addressof(adds), len(added)
         when_ready()
-        code = self.library.handle.opsin_step(ctypes.byref(self._stack), ctypes.byref(call))
-        self.library.check(code, "step")
-        return logits
+        self.library.check(self.library.handle.opsin_step(self._at, self._call_at), "step")
+        return logits, likeliest.tolist()
 
     def _keep(self, weight: Tensor | None) -> int | None:
         """The address of a float32 copy that lives as long as the stack."""
@@ -259,3 +259,17 @@ class LayerStack:
                     raise ValueError("a norm behind a block has no bias in the native stack")
                 setattr(layer, f"{name}_bias", self._keep(norm.bias))
         return layer
+
+
+def _rectangle(tables: Sequence[Sequence[int]]) -> tuple[array[int], int]:
+    """Block tables as (sequences, width), and the width."""
+    width = max(map(len, tables))
+    ints = array("i")
+    for table in tables:
+        ints.extend(table)
+        ints.extend(repeat(0, width - len(table)))
+    return ints, width
+
+
+def _address(values: array[int] | None) -> int | None:
+    return None if values is None else values.buffer_info()[0]

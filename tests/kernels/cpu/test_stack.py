@@ -9,9 +9,10 @@ import torch
 from opsin.decoder.cache import PagedCache
 from opsin.decoder.config import AttentionConfig, DecoderConfig, LayerConfig, MLPConfig
 from opsin.decoder.decoder import Decoder, Step
+from opsin.errors import EngineError
 from opsin.kernels import AttentionBatch, Kernels
 from opsin.kernels.cpu import PackedMatrix
-from opsin.kernels.cpu.stack import LayerSpec, LayerStack, NormWeights, StackStep
+from opsin.kernels.cpu.stack import LayerSpec, LayerStack, NormWeights, RopeTables, StackStep
 from opsin.nn.rope import RopeConfig
 
 BLOCK, BLOCKS, VOCABULARY = 16, 24, 83
@@ -77,7 +78,7 @@ def norm_weights(module) -> NormWeights | None:
     return NormWeights(module.weight, bias)
 
 
-def native_stack(library, decoder: Decoder, kind: str) -> LayerStack:
+def native_stack(library, decoder: Decoder, kind: str, **more) -> LayerStack:
     """The same layers, packed; a quantised kind also rounds the decoder's own weights."""
 
     def pack(linear, *, spread: bool = False) -> PackedMatrix:
@@ -119,7 +120,7 @@ def native_stack(library, decoder: Decoder, kind: str) -> LayerStack:
     return LayerStack(
         library, specs, dim=config.hidden, final_norm=norm_weights(decoder.norm), head=head,
         norm_eps=config.norm_eps, layer_norm=config.norm == "layer",
-        logit_scale=config.logit_scale, logit_softcap=config.logit_soft_cap,
+        logit_scale=config.logit_scale, logit_softcap=config.logit_soft_cap, **more,
     )  # fmt: skip
 
 
@@ -135,13 +136,15 @@ class Session:
         for tensor in (*self.cache.keys, *self.cache.values):
             tensor.fill_(torch.nan if stack is not None else 0)
         if stack is not None:
-            stack.bind(self.cache.keys, self.cache.values)
+            stack.bind(self.cache.keys, self.cache.values, BLOCK)
         generator = torch.Generator().manual_seed(1)
         self.tokens = torch.randint(0, VOCABULARY, (2, 150), generator=generator)
         self.tables = torch.randperm(BLOCKS, generator=generator)[:20].view(2, 10)
 
-    def run(self, pieces: list[tuple[int, int, int]], adds=None) -> torch.Tensor:
-        """Logits of every token of pieces (sequence, start, end)."""
+    def run(self, pieces: list[tuple[int, int, int]], adds=None, **changes) -> torch.Tensor:
+        """Logits of every token of pieces (sequence, start, end); `changes` are to a native step,
+        whose largest logits are checked and left in `likeliest`.
+        """
         ids = torch.cat([self.tokens[s, a:b] for s, a, b in pieces])
         position = torch.cat([torch.arange(a, b) for _, a, b in pieces])
         tables = self.tables[[s for s, _, _ in pieces]]
@@ -161,14 +164,18 @@ class Session:
             step = Step(embeds, position[None], batch, rows, adds or {})
             return self.decoder(step, self.cache)
         angles = self.decoder.angles.at(position[None])
-        return self.stack.run(
-            StackStep(
-                hidden=embeds.clone(), query_start=starts, num_keys=contexts,
-                block_tables=tables.tolist(), block_size=BLOCK, slots=slots.tolist(),
-                positions=position.tolist(), visible_until=(position + 1).tolist(),
-                rope=list(angles.values()), logit_rows=rows.tolist(), adds=adds or {},
-            )
+        step = StackStep(
+            hidden=embeds.clone(), query_start=starts, num_keys=contexts,
+            block_tables=tables.tolist(), rope=RopeTables(list(angles.values())),
+            logit_rows=rows.tolist(), adds=adds or {},
         )  # fmt: skip
+        logits, self.likeliest = self.stack.run(replace(step, **changes))
+        assert logits is None or self.likeliest == logits.numpy().argmax(-1).tolist()
+        return logits
+
+    def ids(self, *pieces: tuple[int, int, int]) -> list[int]:
+        """The tokens of pieces."""
+        return [token for s, a, b in pieces for token in self.tokens[s, a:b].tolist()]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -219,12 +226,83 @@ def test_rows_are_added_after_their_layer(best):
     assert not torch.equal(bare[2:], got[2:])
 
 
+@pytest.mark.parametrize("kind", ["bf16", "bf13", "q8", "q6", "q4"])
+def test_token_ids_are_the_same_bits_as_their_rows(native, kind):
+    decoder = build(LLAMA)
+    table = PackedMatrix.dense(native, decoder.embedding.weight, kind, group=32)
+    stack = native_stack(native, decoder, kind, embedding=table, embedding_scale=11.3)
+    given, read = Session(decoder, stack), Session(decoder, stack)
+    for pieces in ([(0, 0, 40), (1, 0, 1)], [(0, 40, 41), (1, 1, 2)], [(1, 2, 3)]):
+        ids = given.ids(*pieces)
+        want = given.run(pieces, hidden=table.rows(ids, torch.float32).mul_(11.3))
+        assert torch.equal(read.run(pieces, hidden=None, token_ids=ids), want)
+        again = read.run(pieces, hidden=None, token_ids=ids, wants_logits=False)
+        assert again is None
+        assert read.likeliest == given.likeliest
+
+
+def test_rows_of_longer_rope_tables_are_the_same_bits(best):
+    decoder = build(LLAMA)
+    stack = native_stack(best, decoder, "q8")
+    angles = RopeTables(list(decoder.angles.at(torch.arange(64)[None]).values()))
+    pieces = [(0, 0, 40), (1, 0, 2)]
+    places = [*range(40), 0, 1]
+    want = Session(decoder, stack).run(pieces)
+    assert torch.equal(Session(decoder, stack).run(pieces, rope=angles, rope_rows=places), want)
+
+
+def headed(library, weight: torch.Tensor, **more) -> LayerStack:
+    """A head without layers."""
+    norm, head = NormWeights(torch.ones(weight.shape[1])), PackedMatrix.dense(library, weight)
+    stack = LayerStack(library, [], dim=64, final_norm=norm, head=head, norm_eps=1e-6, **more)
+    stack.bind([], [], BLOCK)
+    return stack
+
+
+def headed_step(hidden: torch.Tensor, rows: list[int]) -> StackStep:
+    count = len(hidden)
+    return StackStep([0, count], [count], [[0]], RopeTables([]), rows, hidden=hidden.clone())
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 8192, 8193, 20_000])
+@pytest.mark.parametrize("cap", [None, 1e-6])
+def test_the_first_largest_of_each_row_is_found(native, vocabulary, cap):
+    half = (vocabulary + 1) // 2
+    weight = torch.randn(half, 64).repeat(2, 1)[:vocabulary].bfloat16()  # every logit comes twice
+    hidden = torch.randn(9, 64)
+    hidden[4] = 0  # all logits are alike
+    hidden[5] = torch.nan
+    rows = [8, 0, 4, 3, 5, 4]
+    for odd in ([], [vocabulary - 1], [vocabulary // 3, vocabulary - 1]):
+        weight[odd] = torch.nan
+        stack = headed(native, weight, logit_softcap=cap)
+        logits, likeliest = stack.run(headed_step(hidden, rows))
+        assert likeliest == logits.numpy().argmax(-1).tolist()
+        for row, expected in zip(rows, likeliest, strict=True):
+            step = replace(headed_step(hidden, [row]), wants_logits=False)
+            assert stack.run(step) == (None, [expected])
+
+
+def test_tokens_and_blocks_that_are_not_there_are_refused(best):
+    decoder = build(LLAMA)
+    table = PackedMatrix.dense(best, decoder.embedding.weight)
+    session = Session(decoder, native_stack(best, decoder, "bf16", embedding=table))
+    for ids in ([VOCABULARY, 1], [0, -1]):
+        with pytest.raises(EngineError, match="out of range"):
+            session.run([(0, 0, 2)], hidden=None, token_ids=ids)
+    for changes in ({"block_tables": [[3]]}, {"num_keys": [16]}, {"query_start": [0, 18]}):
+        with pytest.raises(EngineError, match="out of range"):
+            session.run([(0, 0, 17)], **changes)
+    with pytest.raises(EngineError, match="out of range"):
+        Session(decoder, native_stack(best, decoder, "bf16")).run([(0, 0, 2)], hidden=None)
+
+
 def test_wrong_caches_and_hidden_are_refused(best):
     decoder = build(LLAMA)
     stack = native_stack(best, decoder, "bf16")
     with pytest.raises(ValueError, match="bfloat16 rows"):
-        stack.bind([torch.zeros(2, 2, 16, 32)] * 2, [torch.zeros(2, 2, 16, 32)] * 2)
+        stack.bind([torch.zeros(2, 2, 16, 32)] * 2, [torch.zeros(2, 2, 16, 32)] * 2, 16)
     with pytest.raises(ValueError, match="does not fit"):
-        stack.bind(*[[torch.zeros(2, 1, 16, 32).bfloat16()] * 2] * 2)
+        stack.bind(*[[torch.zeros(2, 1, 16, 32).bfloat16()] * 2] * 2, 16)
     with pytest.raises(ValueError, match="does not fit"):
-        stack.bind(*[[torch.zeros(32, 2, 32).bfloat16()] * 2] * 2)
+        stack.bind(*[[torch.zeros(32, 2, 32).bfloat16()] * 2] * 2, 16)

@@ -82,12 +82,15 @@ struct OpsinStack {
   const float* final_norm;
   const float* final_norm_bias;
   const OpsinMatrix* head;     // null: no logits
+  const OpsinMatrix* embedding;  // (., dim), or null: steps give their hidden rows
   int32_t num_layers;
   int32_t dim;
   int32_t layer_norm;          // the norms are layer norms, else RMS
   float norm_eps;
   float logit_scale;           // 1: none
   float logit_softcap;         // 0: none
+  float embedding_scale;       // on the embedding's rows
+  int32_t reserved;
 };
 
 // Values (count, dim) added to some rows of the stream after a layer.
@@ -99,18 +102,19 @@ struct OpsinRowAdd {
 
 // One step over tokens of one or more sequences.
 struct OpsinStep {
-  float* hidden;               // (tokens, dim), replaced by the output of the last layer
+  float* hidden;               // (tokens, dim), replaced by the output of the last layer; null:
+  const int32_t* token_ids;    // (tokens) rows of the embedding are taken
   const int32_t* query_start;  // (sequences + 1) first token of each sequence
   const int32_t* num_keys;     // (sequences) keys in the cache once this step has written
   const int32_t* block_tables; // (sequences, max_blocks)
-  const int64_t* slots;        // (tokens) where the cache keeps each token; below 0: -1 - quantised slot
-  const int32_t* positions;    // (tokens) index within the sequence
-  const int32_t* visible_until;  // (tokens) one past the last key seen
-  const float* const* cos;     // rope tables: (tokens, rotary_dim / 2) each
+  const int32_t* visible_until;  // (tokens) one past the last key seen, or null: a token's own
+  const float* const* cos;     // rope tables: (rows, rotary_dim / 2) each
   const float* const* sin;
+  const int32_t* rope_rows;    // (tokens) their rows, or null: one a token
   const OpsinRowAdd* adds;     // (num_adds), at most one a layer
   const int32_t* logit_rows;   // (num_logits) tokens whose logits are wanted
-  float* logits;               // (num_logits, vocabulary)
+  float* logits;               // (num_logits, vocabulary), or null: they are not wanted themselves
+  int32_t* likeliest;          // null, or (num_logits) the first largest of each, as opsin_argmax
   float* normed;               // null, or (tokens, dim): after the final norm
   int32_t tokens, sequences, max_blocks, block_size;
   int32_t first_layer, last_layer;
@@ -203,7 +207,7 @@ OPSIN_API int opsin_activate(const void* gate, const void* up, int kind, int64_t
 // Rotates x (tokens, heads, head_dim) in place, float32 or bfloat16.
 OPSIN_API int opsin_rope(void* x, const float* cos, const float* sin, int tokens, int heads,
                          int head_dim, int rotary_dim, int interleaved, int64_t stride, int dtype);
-OPSIN_API int64_t opsin_argmax(const float* x, int64_t n);
+OPSIN_API int64_t opsin_argmax(const float* x, int64_t n);  // the first; a NaN is the largest of all
 OPSIN_API double opsin_softmax(const float* x, int64_t n, float temperature, float* out);
 OPSIN_API int opsin_step(const OpsinStack* stack, const OpsinStep* step);
 

@@ -334,15 +334,6 @@ OpsinLayer layer_of(const Model& m, bool plain) {
   return l;
 }
 
-// Where a position is kept: below 16 bits the sequence's first block holds plain rows.
-int64_t slot_of(const Model& m, const Ints& table, int position) {
-  if (m.bits == 16) return int64_t{table[position / kBlock]} * kBlock + position % kBlock;
-  const int early = kBlock * m.bits / 16;
-  if (position < early) return int64_t{table[0]} * early + position;
-  const int late = position - early;
-  return -1 - (int64_t{table[1 + late / kBlock]} * kBlock + late % kBlock);
-}
-
 // Logits of every token, the tokens run in pieces that end at `ends`.
 Floats run(const Model& m, const Ints& ends) {
   const Ints table = {3, 0, 6, 1, 7, 2, 5, 4};
@@ -356,16 +347,17 @@ Floats run(const Model& m, const Ints& ends) {
     layers[i].key_scales = scales[2 * i].data();
     layers[i].value_scales = scales[2 * i + 1].data();
   }
-  const OpsinStack stack = {layers, m.norm.data(), nullptr, m.head.m, 2,
-                            kDim,   0,             1e-6f,   1.0f,     0.0f};
+  OpsinStack stack{};
+  stack.layers = layers;
+  stack.final_norm = m.norm.data();
+  stack.head = m.head.m;
+  stack.num_layers = 2;
+  stack.dim = kDim;
+  stack.norm_eps = 1e-6f;
+  stack.logit_scale = 1.0f;
   Floats logits(kTokens * kVocabulary), hidden = m.hidden;
-  Ints positions(kTokens), until(kTokens), rows(kTokens);
-  std::vector<int64_t> slots(kTokens);
-  for (int t = 0; t < kTokens; t++) {
-    positions[t] = rows[t] = t;
-    until[t] = t + 1;
-    slots[t] = slot_of(m, table, t);
-  }
+  Ints rows(kTokens), likeliest(kTokens);
+  for (int t = 0; t < kTokens; t++) rows[t] = t;
   int from = 0;
   for (const int end : ends) {
     const int count = end - from;
@@ -377,13 +369,11 @@ Floats run(const Model& m, const Ints& ends) {
     step.query_start = query_start;
     step.num_keys = num_keys;
     step.block_tables = table.data();
-    step.slots = slots.data() + from;
-    step.positions = positions.data() + from;
-    step.visible_until = until.data() + from;
     step.cos = &cos;
     step.sin = &sin;
     step.logit_rows = rows.data();
     step.logits = logits.data() + from * kVocabulary;
+    step.likeliest = likeliest.data() + from;
     step.tokens = step.num_logits = count;
     step.sequences = 1;
     step.max_blocks = kBlocks;
@@ -396,6 +386,11 @@ Floats run(const Model& m, const Ints& ends) {
   }
   for (const float v : logits) {
     if (!std::isfinite(v)) fail("stack", "a logit is not finite");
+  }
+  for (int t = 0; t < kTokens; t++) {
+    const float* row = logits.data() + t * kVocabulary;
+    const bool right = likeliest[t] == std::max_element(row, row + kVocabulary) - row;
+    if (!right) fail("stack", "another logit is larger");
   }
   return logits;
 }
