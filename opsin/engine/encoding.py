@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from torch import nn
 
 from opsin.engine.runner import Runner
-from opsin.engine.scheduler import Scheduled, prompt_tokens
+from opsin.engine.scheduler import Scheduled
 from opsin.engine.sequence import Sequence
 from opsin.kernels.cpu.library import Library
 
@@ -192,13 +192,15 @@ class MediaEncoder:
         if self.sliced.busy and not had_time:
             before_slice()
             self._advance()
+        if not lacking:
+            return step
         return [s for s in step if s not in lacking or not self.runner.lacks_media(s)]
 
     def begin_beside(self, step: list[Scheduled], seconds: float) -> None:
         """Encode beside a step's layers, if it has prompts that should take so many seconds: what
         was begun, or else what the first of its sequences needs next.
         """
-        if self.library is None or not prompt_tokens(step) or seconds < BESIDE_SECONDS:
+        if self.library is None or seconds < BESIDE_SECONDS:
             return
         if not self.sliced.busy:
             ahead = ((s.sequence, s.sequence.next_medium(s.end)) for s in step)

@@ -72,14 +72,12 @@ class _Request:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
-    """Logits of one request: those its next token is chosen by, then those behind each draft.
-
-    rows[i] (vocab,) counts if the tokens chosen before it are drafts[:i]; None where the largest of
-    each are all that is asked.
+class _Held:
+    """Logits (vocab,) of one request: those its next token is chosen by, then those behind each
+    draft.
     """
 
-    rows: SequenceOf[torch.Tensor] | None
+    rows: SequenceOf[torch.Tensor]
     drafts: tuple[int, ...]
 
 
@@ -171,7 +169,7 @@ class Engine:
         self.steps = 0
         self._requests: dict[int, _Request] = {}
         self._said: list[tuple[_Request, Event]] = []  # events that wait for the next step
-        self._held: dict[int, _Rows] = {}  # logits that wait for their grammar
+        self._held: dict[int, _Held] = {}  # logits that wait for their grammar
         self._grammars = ThreadPoolExecutor(1, "opsin-guide")
         self._guiding: Future[None] | None = None
         self._ids = itertools.count()
@@ -335,24 +333,31 @@ class Engine:
 
     def _loop(self) -> None:
         while True:
-            if not self._can_step():
+            can_step = self._can_step()
+            if not can_step:
                 self._tell()
-            with self._wake:
-                while not (self._inbox or self._cancelled or self._closing or self._can_step()):
-                    self._wake.wait()
-                arrived = list(self._inbox)
-                self._inbox.clear()
-                cancelled = set(self._cancelled)
-                self._cancelled.clear()
-                closing = self._closing
-            self._admit(arrived)
-            for request_id in list(self._requests) if closing else cancelled:
-                if request_id in self._requests:
-                    self._finish(self._requests[request_id], "cancelled")
-            if closing:
+            # Without the lock: who asks for something right after this look waits for one step.
+            asked = self._inbox or self._cancelled or self._closing
+            if (asked or not can_step) and self._take_in():
                 return
             if self._requests:
                 self._guarded_step()
+
+    def _take_in(self) -> bool:
+        """Wait for something to do, and see to what other threads ask; whether that is to end."""
+        with self._wake:
+            while not (self._inbox or self._cancelled or self._closing or self._can_step()):
+                self._wake.wait()
+            arrived = list(self._inbox)
+            self._inbox.clear()
+            cancelled = set(self._cancelled)
+            self._cancelled.clear()
+            closing = self._closing
+        self._admit(arrived)
+        for request_id in list(self._requests) if closing else cancelled:
+            if request_id in self._requests:
+                self._finish(self._requests[request_id], "cancelled")
+        return closing
 
     def _admit(self, arrived: list[_Request]) -> None:
         """Take new requests out of the list, which would keep their pixels while it waits."""
@@ -369,7 +374,8 @@ class Engine:
     def _guarded_step(self) -> None:
         step: list[Scheduled] = []
         try:
-            self._choose_held()
+            if self._held:
+                self._choose_held()
             drafts: dict[int, list[int]] = {}
             if self.speculator is not None:
                 drafts = self.speculator.plan(self.scheduler.running)
@@ -407,13 +413,16 @@ class Engine:
         sampling = [s for s in step if s.samples]
         samplers = [self._requests[s.sequence.request_id].sampler for s in sampling]
         plain = all(sampler.is_plain_greedy for sampler in samplers)
+        prompts = prompt_tokens(step)
         try:
-            logits, greedy = self.runner.run(step, lambda: self._before_layers(step), plain)
+            logits, greedy = self.runner.run(
+                step, lambda: self._before_layers(step, prompts), plain
+            )
         finally:
             beside = self.encoder.end_beside(step)
         alone = not beside and self.runner.encoded.misses == misses
         if alone:  # else a tower's time is among the step's, or it had half of the threads
-            self.scheduler.pace.observe(prompt_tokens(step), time.perf_counter() - now)
+            self.scheduler.pace.observe(prompts, time.perf_counter() - now)
         self.scheduler.computed(step)
         self.steps += 1
         if greedy is None:
@@ -430,18 +439,26 @@ class Engine:
             scheduled.sequence.num_drafted += len(drafts)
             after = row + 1 + len(drafts)
             own = None if rows is None else rows[row:after]
-            self._choose(request, _Rows(own, drafts), greedy[row:after])
+            self._choose(request, own, drafts, greedy[row:after])
             row = after
 
-    def _before_layers(self, step: list[Scheduled]) -> None:
-        """What is done right before the decoder computes, outside Python."""
+    def _before_layers(self, step: list[Scheduled], prompts: int) -> None:
+        """What is done right before the decoder computes, outside Python; `prompts` are tokens."""
         self._tell()
-        self.encoder.begin_beside(step, self.scheduler.pace.seconds(prompt_tokens(step)))
+        if prompts:
+            self.encoder.begin_beside(step, self.scheduler.pace.seconds(prompts))
 
-    def _choose(self, request: _Request, given: _Rows, greedy: SequenceOf[int]) -> None:
+    def _choose(
+        self,
+        request: _Request,
+        rows: SequenceOf[torch.Tensor] | None,
+        drafts: tuple[int, ...],
+        greedy: SequenceOf[int],
+    ) -> None:
         """Choose a request's next token, and more as long as drafts turn out to be what is chosen.
 
-        `greedy` are the largest of each row. The rest is held if the grammar is not ready.
+        Row i counts if the tokens before it are drafts[:i]; `greedy` are the largest of each, where
+        nothing else is asked there need not be more. The rest is held if the grammar is not ready.
         """
         sequence, open_requests = request.sequence, self._requests
         for i, likely in enumerate(greedy):
@@ -449,13 +466,13 @@ class Engine:
                 self._guide_on()
                 wait([self._guiding] if self._guiding is not None else [], GRAMMAR_PATIENCE)
             if not request.sampler.is_ready:
-                assert given.rows is not None  # only a grammar is not ready, and it asks for them
-                rest = [row.clone() for row in given.rows[i:]]
-                self._held[sequence.request_id] = _Rows(rest, given.drafts[i:])
+                assert rows is not None  # only a grammar is not ready, and it asks for them
+                rest = [row.clone() for row in rows[i:]]
+                self._held[sequence.request_id] = _Held(rest, drafts[i:])
                 return
-            self._sampled(request, likely, None if given.rows is None else given.rows[i])
+            self._sampled(request, likely, None if rows is None else rows[i])
             over = sequence.request_id not in open_requests
-            if over or given.drafts[i : i + 1] != (sequence.token_ids[-1],):
+            if over or drafts[i : i + 1] != (sequence.token_ids[-1],):
                 return
             sequence.num_accepted += 1
             self.scheduler.accept(sequence)
@@ -467,8 +484,11 @@ class Engine:
         """Start on what may follow the tokens that were chosen."""
         if self._guiding is not None and not self._guiding.done():
             return
-        guides = [request.sampler.guide for request in self._requests.values()]
-        behind = [guide for guide in guides if guide is not None and not guide.ready]
+        behind = [
+            request.sampler.guide
+            for request in self._requests.values()
+            if request.sampler.guide is not None and not request.sampler.guide.ready
+        ]
         self._guiding = self._grammars.submit(_compute_all, behind) if behind else None
         if self._guiding is not None:
             self._guiding.add_done_callback(self._awake)
@@ -487,7 +507,7 @@ class Engine:
             elif request.sampler.is_ready:
                 del self._held[request_id]
                 try:
-                    self._choose(request, held, likeliest(held.rows or ()))
+                    self._choose(request, held.rows, held.drafts, likeliest(held.rows))
                 except STEP_ERRORS as error:
                     self._finish(request, "error", error)
 

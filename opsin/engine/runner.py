@@ -39,6 +39,7 @@ class Runner:
         kept: KeptTokens | None = None,
     ) -> None:
         self.model = model
+        self.decoder, self.device = model.decoder, model.device  # modules are slow to look into
         self.cache = cache
         self.kept = kept
         self.encoded = EncodedCache(media_cache_bytes)
@@ -57,11 +58,11 @@ class Runner:
         called right before the decoder runs.
         """
         self.encode_media(step)
-        decoder = self.model.decoder
-        if decoder.native is None:
+        native = self.decoder.native
+        if native is None:
             return self._run(step, when_ready), None
-        ready = self._native_step(step, decoder.native, not likeliest_only)
-        return decoder.native.compute(ready, self.cache, when_ready)
+        ready = self._native_step(step, native, not likeliest_only)
+        return native.compute(ready, self.cache, when_ready)
 
     @torch.inference_mode()
     def _run(self, step: list[Scheduled], when_ready: Callable[[], None]) -> Tensor | list[Tensor]:
@@ -69,9 +70,9 @@ class Runner:
         ready = self._step(step)
         when_ready()
         if not speaks(step):
-            logits: Tensor = self.model.decoder(ready, self.cache)
+            logits: Tensor = self.decoder(ready, self.cache)
             return logits
-        return scored(self.model.decoder, self.cache, ready, step)
+        return scored(self.decoder, self.cache, ready, step)
 
     def lacks_media(self, scheduled: Scheduled) -> bool:
         """Whether media are not encoded yet that a sequence's next tokens need."""
@@ -114,7 +115,7 @@ class Runner:
         row is rounded to depends on how many rows there are, and company must change nothing.
         """
         family, towers = self.model.family, self.model.towers
-        if self.model.device.type != "cpu":
+        if self.device.type != "cpu":
             return family.encode(towers, items)
         return [encoded for item in items for encoded in self._encode_alone(item)]
 
@@ -132,7 +133,7 @@ class Runner:
         self, step: list[Scheduled], native: NativeLayers, wants_logits: bool
     ) -> StackStep:
         """A step for a native stack, which knows no speakers and nothing that layers share."""
-        angles, device = self.model.decoder.angles, self.model.device
+        angles, device = self.decoder.angles, self.device
         assert angles is not None
         token_ids = [token for s in step for token in s.token_ids]
         ends = _ends(step)
@@ -161,11 +162,11 @@ class Runner:
         )
 
     def _step(self, step: list[Scheduled]) -> Step:
-        device = self.model.device
+        device = self.device
         token_ids = [t for s in step for t in s.token_ids]
         positions = _step_positions(step).to(device)
         ids = torch.tensor(token_ids, device=device)
-        decoder = self.model.decoder
+        decoder = self.decoder
         embeds = embedded(decoder, step, ids) if speaks(step) else decoder.embed(ids)
         layer_adds = self._inject(step, embeds)
         ends = _ends(step)
@@ -210,7 +211,7 @@ class Runner:
 
     def _batch(self, step: list[Scheduled], ends: list[int]) -> AttentionBatch:
         layout = self.cache.layout
-        device = self.model.device
+        device = self.device
         held = [s.sequence.block_table for s in step]
         slots = [
             sequence_slots(table, s.end, layout, device)
@@ -231,7 +232,7 @@ class Runner:
             block_tables=torch.tensor(tables, dtype=torch.int32, device=device),
             block_size=layout.size,
             visible_until=until,
-            visible_from=since if self.model.decoder.config.spans_pass_windows else None,
+            visible_from=since if self.decoder.config.spans_pass_windows else None,
             state_slots=self._state_slots(step),
             late_slots=[each.late for each in slots],
             kept=None if self.kept is None else (self.kept.first, self.kept.last),
@@ -250,10 +251,10 @@ class Runner:
 
     def _state_slots(self, step: list[Scheduled]) -> Tensor | None:
         """Each sequence's state slot, emptied if the sequence starts here; None without states."""
-        if not self.model.decoder.config.has_states:
+        if not self.decoder.config.has_states:
             return None
         self.cache.clear_states([s.sequence.state_slot for s in step if s.start == 0])
-        return torch.tensor([s.sequence.state_slot for s in step], device=self.model.device)
+        return torch.tensor([s.sequence.state_slot for s in step], device=self.device)
 
 
 def _ends(step: list[Scheduled]) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -100,12 +100,21 @@ def log_probability(logits: Tensor, token: int, count: int) -> TokenLogprob:
 
 @dataclass(slots=True)
 class Sampler:
-    """One request's way of choosing tokens; with a seed, the same whatever runs beside it."""
+    """One request's way of choosing tokens; with a seed, the same whatever runs beside it.
+
+    `is_plain_greedy`: the choice is the largest raw logit and nothing else is asked.
+    """
 
     params: SamplingParams
     chain: list[LogitsProcessor]
     generator: torch.Generator
     guide: Guide | None = None
+    is_plain_greedy: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        params = self.params
+        chooses = params.temperature > 0 or bool(self.chain) or self.guide is not None
+        self.is_plain_greedy = not chooses and params.logprobs is None
 
     @classmethod
     def of(
@@ -124,13 +133,6 @@ class Sampler:
         else:
             generator.manual_seed(params.seed)
         return cls(params, [*processors(params), *extra], generator, guide)
-
-    @property
-    def is_plain_greedy(self) -> bool:
-        """Whether the choice is the largest raw logit and nothing else is asked."""
-        params = self.params
-        chooses = params.temperature > 0 or bool(self.chain) or self.guide is not None
-        return not chooses and params.logprobs is None
 
     @property
     def is_ready(self) -> bool:

@@ -129,8 +129,12 @@ class Scheduler:
         generating = [s for s in active if _wanted(s) == 1]
         left = self.max_num_batched_tokens
         for sequence in generating:
-            left -= self._continue(sequence, left, step)
-        left -= self._add_drafts(step, drafts or {}, left)
+            if left > 0:
+                left -= self._take(sequence, len(sequence.token_ids), step)
+        if drafts:
+            left -= self._add_drafts(step, drafts, left)
+        if len(generating) == len(active) and not self.waiting:
+            return step
         prompts = [s for s in active if _wanted(s) > 1]
         asked = len(prompts) + sum(1 for _ in self._startable())
         left = min(left, self.pace.budget(len(generating), asked))
@@ -155,14 +159,17 @@ class Scheduler:
     def _continue(
         self, sequence: Sequence, budget: int, step: list[Scheduled], media: int | None = None
     ) -> int:
-        """Put a running sequence's next tokens into the step, unless it was preempted; how many.
-
-        Blocks for them are taken from later sequences if need be.
-        """
+        """Put some of a running sequence's next tokens into the step; how many."""
         if budget <= 0 or sequence not in self.running:
             return 0
         end = self._end(sequence, budget, media)
-        if end == sequence.num_computed:
+        return self._take(sequence, end, step) if end > sequence.num_computed else 0
+
+    def _take(self, sequence: Sequence, end: int, step: list[Scheduled]) -> int:
+        """Put a running sequence's tokens up to `end` into the step, unless it was preempted; how
+        many. Blocks for them are taken from later sequences if need be.
+        """
+        if sequence not in self.running:
             return 0
         while not self._grow(sequence, end):
             victim = self.running[-1]
