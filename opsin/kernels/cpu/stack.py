@@ -6,7 +6,7 @@ import ctypes
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class RopeTables:
         self.cos, self.sin = ctypes.addressof(self._cos), ctypes.addressof(self._sin)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # one made in every step: if it were frozen, that took twice as long
 class StackStep:
     """The tokens of one step, sequence after sequence.
 
@@ -187,41 +187,41 @@ class LayerStack:
 
         `when_ready` is called right before the layers.
         """
-        call, hidden = self._call, step.hidden
+        call, hidden, tokens = self._call, step.hidden, step.query_start[-1]
         if hidden is not None and (hidden.dtype != torch.float32 or not hidden.is_contiguous()):
             raise ValueError("hidden must be contiguous float32")
+        if len(step.token_ids if hidden is None else hidden) != tokens:
+            raise ValueError(f"a step of {tokens} tokens has others")
         rows = 0 if self.head is None else len(step.logit_rows)
         columns = 0 if self.head is None else self.head.n
         logits = torch.empty(rows, columns) if step.wants_logits else None
-        likeliest = array("i", bytes(4 * rows))
         tables, call.max_blocks = _rectangle(step.block_tables)
-        # They hold what the call reads: kept by name until it is over.
-        ints = [
-            None if values is None else array("i", values)
-            for values in (
-                step.query_start, step.num_keys, step.logit_rows, step.token_ids, step.rope_rows,
-                step.visible_until,
-            )
-        ]  # fmt: skip
-        call.query_start, call.num_keys, call.logit_rows = map(_address, ints[:3])
-        call.token_ids, call.rope_rows, call.visible_until = map(_address, ints[3:])
-        call.block_tables, call.likeliest = _address(tables), _address(likeliest)
+        ints, at = _side_by_side(
+            step.query_start, step.num_keys, step.logit_rows, tables, step.token_ids,
+            step.rope_rows or (), step.visible_until or (), [0] * rows,
+        )  # fmt: skip
+        call.query_start, call.num_keys, call.logit_rows, call.block_tables = at[:4]
+        call.token_ids, call.likeliest = at[4], at[7]
+        call.rope_rows = None if step.rope_rows is None else at[5]
+        call.visible_until = None if step.visible_until is None else at[6]
         call.hidden, call.logits = pointer(hidden), pointer(logits)
         call.cos, call.sin = step.rope.cos, step.rope.sin
-        call.tokens, call.sequences = step.query_start[-1], len(step.num_keys)
+        call.tokens, call.sequences = tokens, len(step.num_keys)
         call.num_logits = rows
         call.kept_first, call.kept_last = step.kept or (0, 0)
-        added = [
-            (layer, rows.to(torch.int64).contiguous(), values.float().contiguous())
-            for layer, (rows, values) in step.adds.items()
-        ]
-        adds = (abi.RowAdd * len(added))(
-            *(abi.RowAdd(pointer(r), pointer(v), layer, len(r)) for layer, r, v in added)
-        )
-        call.adds, call.num_adds = ctypes.addressof(adds), len(added)
+        call.num_adds = len(step.adds)
+        if step.adds:
+            added = [
+                (layer, index.to(torch.int64).contiguous(), values.float().contiguous())
+                for layer, (index, values) in step.adds.items()
+            ]
+            adds = (abi.RowAdd * len(added))(
+                *(abi.RowAdd(pointer(r), pointer(v), layer, len(r)) for layer, r, v in added)
+            )
+            call.adds = ctypes.addressof(adds)
         when_ready()
         self.library.check(self.library.handle.opsin_step(self._at, self._call_at), "step")
-        return logits, likeliest.tolist()
+        return logits, ints[len(ints) - rows :].tolist()
 
     def _keep(self, weight: Tensor | None) -> int | None:
         """The address of a float32 copy that lives as long as the stack."""
@@ -261,15 +261,21 @@ class LayerStack:
         return layer
 
 
-def _rectangle(tables: Sequence[Sequence[int]]) -> tuple[array[int], int]:
+def _rectangle(tables: Sequence[Sequence[int]]) -> tuple[list[int], int]:
     """Block tables as (sequences, width), and the width."""
     width = max(map(len, tables))
-    ints = array("i")
+    blocks: list[int] = []
     for table in tables:
-        ints.extend(table)
-        ints.extend(repeat(0, width - len(table)))
-    return ints, width
+        blocks += table
+        blocks += [0] * (width - len(table))
+    return blocks, width
 
 
-def _address(values: array[int] | None) -> int | None:
-    return None if values is None else values.buffer_info()[0]
+def _side_by_side(*parts: Sequence[int]) -> tuple[array[int], list[int]]:
+    """All the integers in one array, and the address at which each part begins."""
+    ints = array("i", list(chain(*parts)))
+    place, places = ints.buffer_info()[0], []
+    for part in parts:
+        places.append(place)
+        place += len(part) * ints.itemsize
+    return ints, places

@@ -290,11 +290,15 @@ def test_tokens_and_blocks_that_are_not_there_are_refused(best):
     for ids in ([VOCABULARY, 1], [0, -1]):
         with pytest.raises(EngineError, match="out of range"):
             session.run([(0, 0, 2)], hidden=None, token_ids=ids)
-    for changes in ({"block_tables": [[3]]}, {"num_keys": [16]}, {"query_start": [0, 18]}):
+    for changes in ({"hidden": None, "token_ids": [1]}, {"query_start": [0, 18]}):
+        with pytest.raises(ValueError, match="has others"):
+            session.run([(0, 0, 17)], **changes)
+    for changes in ({"block_tables": [[3]]}, {"num_keys": [16]}):
         with pytest.raises(EngineError, match="out of range"):
             session.run([(0, 0, 17)], **changes)
+    bare = Session(decoder, native_stack(best, decoder, "bf16"))
     with pytest.raises(EngineError, match="out of range"):
-        Session(decoder, native_stack(best, decoder, "bf16")).run([(0, 0, 2)], hidden=None)
+        bare.run([(0, 0, 2)], hidden=None, token_ids=[1, 2])
 
 
 def test_wrong_caches_and_hidden_are_refused(best):
