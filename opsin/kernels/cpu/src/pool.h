@@ -38,9 +38,9 @@ class Team {
   int thread() const { return thread_; }
   int size() const;
 
-  // Runs work(chunk) for chunks not yet taken, then waits until all of them are done.
-  template <class Work>
-  void phase(int chunks, Work&& work) {
+  // Runs work(chunk) for chunks not yet taken, then idle(), and waits until all of them are done.
+  template <class Work, class Idle>
+  void phase(int chunks, Work&& work, Idle&& idle) {
     Phase& p = take();
     if (chunks <= 0) return;
     for (;;) {
@@ -49,7 +49,12 @@ class Team {
       work(chunk);
       if (p.done.fetch_add(1, std::memory_order_acq_rel) + 1 == chunks) finished();
     }
+    idle();
     if (p.done.load(std::memory_order_acquire) < chunks) await(p, chunks);
+  }
+  template <class Work>
+  void phase(int chunks, Work&& work) {
+    phase(chunks, work, [] {});
   }
 
  private:

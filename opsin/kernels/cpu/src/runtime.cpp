@@ -14,6 +14,7 @@ constexpr int kHeldRows = 2048;    // of sums of blocks, before their results ar
 constexpr int kHeldFewRows = 128;  // where they are sums of a few rows
 constexpr int kWaitingRows = 16;  // up to here a product waits for memory more than for arithmetic
 constexpr int64_t kChunkBytes = 128 << 10;
+constexpr int64_t kFetched = 32 << 10;  // bytes of what comes next, at the end of a phase
 // Up to here each thread prepares the activations for itself.
 constexpr int kPrivateRows = 8, kPrivateRowsBf16 = 4;
 
@@ -345,23 +346,49 @@ int64_t product_thread_bytes(const Matrix* m) {
 
 namespace {
 
+// How a product is cut: blocks, or pairs where gated, of which `unit` stay together.
+struct Cut {
+  int blocks, unit, chunks;
+  int start(int chunk) const { return chunk_start(blocks, unit, chunk, chunks); }
+};
+
 // A small matrix goes in fewer chunks: each begins a stream of memory and is handed out at a cost.
-int product_chunks(const Product& p, int blocks, int threads) {
-  const int most = chunks_for(blocks, threads, 1);
-  if (threads == 1 || p.linear.rows > kWaitingRows) return most;
-  const int64_t each = p.linear.matrix->bytes / (threads * kChunkBytes);
-  const int wanted = threads * static_cast<int>(each < 2 ? 2 : each);
-  return wanted < most ? wanted : most;
+Cut cut(const Matrix* m, bool gated, int rows, int threads) {
+  Cut c;
+  c.blocks = gated ? m->blocks / 2 : m->blocks;
+  c.unit = rows >= kRows ? 2 : 1;  // blocks that kernels for many take together
+  c.chunks = chunks_for((c.blocks + c.unit - 1) / c.unit, threads, 1);
+  if (threads == 1 || rows > kWaitingRows) return c;
+  const int64_t each = m->bytes / (threads * kChunkBytes);
+  c.chunks = std::min(c.chunks, threads * static_cast<int>(each < 2 ? 2 : each));
+  return c;
+}
+
+// The chunk that is handed out as number i: as long as no thread is late, each goes through a part
+// of its own, in order.
+int in_parts(int i, int chunks, int threads) {
+  const int part = i % threads, more = chunks % threads;
+  return part * (chunks / threads) + std::min(part, more) + i / threads;
 }
 
 }  // namespace
 
+void fetch_first(const Team& team, const Next& next) {
+  const Matrix* m = next.matrix;
+  if (!m || next.rows > kWaitingRows) return;
+  const Cut c = cut(m, next.gated, next.rows, team.size());
+  if (team.thread() >= c.chunks) return;
+  const int block = c.start(in_parts(team.thread(), c.chunks, team.size())) * (next.gated ? 2 : 1);
+  const uint8_t* p = m->kind == kBf16 ? m->at[block] : m->data + block * m->block_bytes;
+  if (!p) return;
+  const int64_t bytes = std::min(kFetched, (m->blocks - block) * m->block_bytes);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
 void product(Team& team, const Product& p, uint8_t* shared, uint8_t* own) {
   const Matrix* m = p.linear.matrix;
   const int rows = p.linear.rows;
-  const int blocks = p.linear.gated ? m->blocks / 2 : m->blocks;
-  const int unit = rows >= kRows ? 2 : 1;  // blocks that kernels for many take together
-  const int chunks = product_chunks(p, (blocks + unit - 1) / unit, team.size());
+  const Cut c = cut(m, p.linear.gated, rows, team.size());
   float* row = reinterpret_cast<float*>(own + activation_bytes(m, kPrivateRows));
   uint8_t* scratch = own + activation_bytes(m, kPrivateRows) + preparing_bytes(m);
   const bool alone = rows <= (is_bf16(m->kind) ? kPrivateRowsBf16 : kPrivateRows);
@@ -372,22 +399,23 @@ void product(Team& team, const Product& p, uint8_t* shared, uint8_t* own) {
     const bool apart = is_bf16(m->kind) && !prepared.tiled;
     const int panel = apart ? 1 : prepared.panel_rows;
     const int pieces = chunks_for((rows + panel - 1) / panel, team.size(), panel == 1 ? 4 : 1);
-    team.phase(pieces, [&](int c) {
-      prepare(p, prepared, chunk_start(rows, panel, c, pieces),
-              chunk_start(rows, panel, c + 1, pieces), row);
+    team.phase(pieces, [&](int i) {
+      prepare(p, prepared, chunk_start(rows, panel, i, pieces),
+              chunk_start(rows, panel, i + 1, pieces), row);
     });
   }
   const Activations x = {prepared.data, prepared.stride, prepared.scale, prepared.sum,
                          prepared.panel_rows, prepared.tiled};
-  team.phase(chunks, [&](int c) {
+  const auto work = [&](int i) {
     if (!ready) {
       prepare(p, prepared, 0, rows, row);
       ready = true;
     }
-    const int next = c + team.size();
-    multiply(p, x, chunk_start(blocks, unit, c, chunks), chunk_start(blocks, unit, c + 1, chunks),
-             next < chunks ? chunk_start(blocks, unit, next, chunks) : -1, scratch);
-  });
+    const int chunk = in_parts(i, c.chunks, team.size()), then = i + team.size();
+    multiply(p, x, c.start(chunk), c.start(chunk + 1),
+             then < c.chunks ? c.start(in_parts(then, c.chunks, team.size())) : -1, scratch);
+  };
+  team.phase(c.chunks, work, [&] { fetch_first(team, p.next); });
 }
 
 int64_t attention_thread_bytes(int head_dim, int value_dim) {
@@ -608,7 +636,7 @@ void attention(Team& team, const AttentionJob& job, uint8_t* own) {
       const Tile next = then < total ? order.tile(then, each, false, &beyond) : tile;
       run_unit(job, tile, then < total ? &next : nullptr, own);
     }
-  });
+  }, [&] { fetch_first(team, job.next); });
 }
 
 }  // namespace opsin

@@ -9,6 +9,13 @@ namespace opsin {
 
 const Kernels* kernels();  // the chosen build, never null
 
+// What a thread reads next, as far as it is known: a matrix and its product's rows.
+struct Next {
+  const Matrix* matrix = nullptr;
+  bool gated = false;
+  int rows = 0;
+};
+
 // A product whose input rows are float32 or 16-bit; see OpsinLinear for the fields.
 struct Product {
   OpsinLinear linear;
@@ -16,6 +23,7 @@ struct Product {
   const float* norm_bias = nullptr;
   bool layer_norm = false;
   float eps = 0.0f;
+  Next next;
 };
 
 // Let a bf13 matrix be a bf16 one, with the rows that it has; false without memory.
@@ -25,6 +33,8 @@ int64_t activation_bytes(const Matrix* m, int rows);
 int64_t product_thread_bytes(const Matrix* m);
 // Two phases at most. `shared` holds activation_bytes, `own` (this thread's) product_thread_bytes.
 void product(Team& team, const Product& p, uint8_t* shared, uint8_t* own);
+// Ask memory for the first of what this thread will probably read next, if rows are few.
+void fetch_first(const Team& team, const Next& next);
 
 void read_row(const void* x, int dtype, int64_t offset, int n, float* out);
 void write_row(const float* x, int dtype, int64_t offset, int n, void* out);
@@ -51,6 +61,7 @@ struct AttentionJob {
   const uint16_t* key_scales;
   const uint16_t* value_scales;
   PackedShape packed;
+  Next next;
 };
 int64_t attention_thread_bytes(int head_dim, int value_dim);
 void attention(Team& team, const AttentionJob& job, uint8_t* own);

@@ -152,12 +152,13 @@ struct Run {
   }
 
   template <class Work>
-  void over_tokens(Work&& work) const {
+  void over_tokens(Work&& work, const Next& next = {}) const {
     const int tokens = step.tokens, chunks = chunks_for(tokens, team.size(), 1);
-    team.phase(chunks, [&](int c) {
+    const auto some = [&](int c) {
       const int until = chunk_start(tokens, 1, c + 1, chunks);
       for (int t = chunk_start(tokens, 1, c, chunks); t < until; t++) work(t);
-    });
+    };
+    team.phase(chunks, some, [&] { fetch_first(team, next); });
   }
 
   // Norms of queries and keys, rotation, and the cache rows of one token.
@@ -243,12 +244,15 @@ struct Run {
       job.packed = {l.kv_bits, l.kv_groups, step.early_blocks, step.early_size,
                     slot * l.kv_bits / 8, static_cast<int64_t>(l.kv_heads) * 2 * l.kv_groups};
     }
+    job.next = {l.out, false, step.tokens};
     attention(team, job, own);
   }
 
   // A block's last product: added to the hidden rows, through a norm of its own if it has one.
-  void finish(const OpsinLayer& l, const Matrix* m, const float* x, const float* after) const {
+  void finish(const OpsinLayer& l, const Matrix* m, const float* x, const float* after,
+              const Next& next) const {
     Product p = plain(m, x, w.hidden, step.tokens);
+    p.next = next;
     p.linear.out_stride = stack.dim;
     p.linear.scale = l.residual_scale;
     p.linear.accumulate = 1;
@@ -273,16 +277,21 @@ struct Run {
     Product qkv = plain(l.qkv, w.hidden, w.qkv, step.tokens);
     with_norm(&qkv, l.attention_norm, l.attention_norm_bias);
     product(team, qkv, w.activations, own);
-    over_tokens([&](int t) { place(l, t); });
+    over_tokens([&](int t) { place(l, t); }, {l.out, false, step.tokens});
     attend(l);
-    finish(l, l.out, w.attended, l.after_attention_norm);
+    const Next gate_up = {l.gate_up, l.gated != 0, step.tokens};
+    finish(l, l.out, w.attended, l.after_attention_norm, gate_up);
     Product up = plain(l.gate_up, w.hidden, w.middle, step.tokens);
     with_norm(&up, l.mlp_norm, l.mlp_norm_bias);
     up.linear.out_stride = l.intermediate;
     up.linear.gated = l.gated;
     up.linear.activation = l.activation;
+    up.next = {l.down, false, step.tokens};
     product(team, up, w.activations, own);
-    finish(l, l.down, w.middle, l.after_mlp_norm);
+    const Next head = {stack.head, false, step.num_logits};
+    const bool last = index + 1 == stack.num_layers;
+    const Next qkv_after = last ? head : Next{stack.layers[index + 1].qkv, false, step.tokens};
+    finish(l, l.down, w.middle, l.after_mlp_norm, qkv_after);
     for (int i = 0; i < step.num_adds; i++) {
       const OpsinRowAdd& add = step.adds[i];
       if (add.layer != index) continue;
