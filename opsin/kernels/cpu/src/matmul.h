@@ -32,9 +32,8 @@ OPSIN_INLINE I dot_codes_at(I sum, V codes, const void* x) {
   return KIND == opsin::kQ8 ? dot_u8_at(sum, codes, x) : dot_u7_at(sum, codes, x);
 }
 
-// Some rows of a panel of activations: codes (padded_k / 4, wide, 4), scales and sums (groups,
-// wide). While two blocks are multiplied, memory from `ahead` on is fetched, so many lines a run of
-// columns.
+// A panel of activations: codes (padded_k / 4, wide, 4), scales and sums (groups, wide). While two
+// blocks are multiplied, memory from `ahead` on is fetched, so many lines a run of columns.
 struct Panel {
   const int8_t* codes;
   const float *scale, *sum;
@@ -51,7 +50,7 @@ constexpr int run_columns(int kind, int group) {
 // other vector has sums of its own, so that one does not wait for the other; whole numbers add up
 // to the same.
 template <int B, int MT, int KIND, int COLUMNS>
-OPSIN_INLINE void sum_group(const uint8_t* const (&w)[B], const int8_t* x, int wide, int columns,
+OPSIN_INLINE void sum_group(const uint8_t* const (&w)[B], const int8_t* x, int columns,
                             const uint8_t** ahead, int lines, I (&sum)[B][MT]) {
   constexpr int kVectors = Codes<KIND>::kVectors, kBytes = Codes<KIND>::kBytes;
   constexpr int kChains = B * MT <= kFewSums ? 2 : 1;
@@ -78,7 +77,7 @@ OPSIN_INLINE void sum_group(const uint8_t* const (&w)[B], const int8_t* x, int w
       I(&to)[B][MT] = chains[i % kChains];
 #pragma GCC unroll 8
       for (int t = 0; t < MT; t++) {
-        const int8_t* at = x + 4 * (wide * (kVectors * j + i) + t);
+        const int8_t* at = x + 4 * (MT * (kVectors * j + i) + t);
         if (B == 1) {
           to[0][t] = dot_codes_at<KIND>(to[0][t], codes[0][i], at);
         } else {
@@ -125,14 +124,13 @@ static void tile_affine(const Matrix* m, const uint8_t* block, const Panel& x, f
   const int8_t* codes = x.codes;
   const float *xs = x.scale, *xb = x.sum;
   const uint8_t* ahead = x.ahead;
-  constexpr int wide = B == 1 ? MT : kCodeRows;  // two blocks take a part of a whole panel
   const int groups = m->groups, group = COLUMNS ? COLUMNS : m->group;
   const bool f16 = m->scales == opsin::kScaleF16;
   for (int g = 0; g < groups; g++) {
     if (B == 1) prefetch(head[0] + kAhead);
     I sum[B][MT];
-    sum_group<B, MT, KIND, COLUMNS>(w, codes, wide, group, &ahead, x.lines, sum);
-    codes += group * wide;
+    sum_group<B, MT, KIND, COLUMNS>(w, codes, group, &ahead, x.lines, sum);
+    codes += group * MT;
 #pragma GCC unroll 2
     for (int b = 0; b < B; b++) {
       const Scales s = load_scales<BYTES>(head[b], block + b * m->block_bytes, KIND, f16);
@@ -144,8 +142,8 @@ static void tile_affine(const Matrix* m, const uint8_t* block, const Panel& x, f
       w[b] += group * 2 * opsin::code_bits(KIND);
       head[b] += BYTES ? 32 : 64;
     }
-    xs += wide;
-    xb += wide;
+    xs += MT;
+    xb += MT;
   }
 #pragma GCC unroll 2
   for (int b = 0; b < B; b++) {
@@ -489,16 +487,16 @@ static void tile(const Matrix* m, int b, const Activations* x, int row, int coun
 }
 
 #if defined(__AVX512VNNI__)
-constexpr int kPairFrom = 16, kPairRows = 4;
+constexpr int kPairFrom = 16;
 
-// Blocks b and b + 1 with kPairRows rows at a time, so that what is loaded of either serves several
-// products. Memory is asked for the next two meanwhile, evenly over all rows.
+// Blocks b and b + 1 at once with each panel, so that what is loaded of either serves several
+// products. Memory is asked for the next two meanwhile, evenly over all panels.
 static bool vector_pair(const Matrix* m, int b, int after, const Activations* x, int row,
                         int count, float* out, float* second) {
   if (count < kPairFrom) return false;
   const uint8_t* w = m->data + b * m->block_bytes;
   const uint8_t* ahead = after < 0 ? w : m->data + after * m->block_bytes;
-  const int passes = count / kPairRows;
+  const int passes = count / kCodeRows;
   const int runs = m->padded_k / run_columns(m->kind, m->group);
   const int64_t lines = after < 0 ? 0 : m->block_bytes / (32 * runs * passes) + 1;
   for (int done = 0; done < count; done += kCodeRows) {
@@ -510,15 +508,9 @@ static bool vector_pair(const Matrix* m, int b, int after, const Activations* x,
       break;
     }
     p.lines = (int)lines;
-    for (int i = 0; i < kCodeRows; i += kPairRows) {
-      p.ahead = ahead;
-      tile_rows<2, kPairRows>(m, w, p, to);
-      ahead += 64 * lines * runs;
-      p.codes += 4 * kPairRows;
-      p.scale += kPairRows;
-      p.sum += kPairRows;
-      for (float*& each : to) each += 16 * kPairRows;
-    }
+    p.ahead = ahead;
+    tile_rows<2, kCodeRows>(m, w, p, to);
+    ahead += 64 * lines * runs;
   }
   return true;
 }
