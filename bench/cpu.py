@@ -8,8 +8,9 @@ kernels and with what this machine can read and compute at most.
 
 `models` writes a checkpoint of a published shape with random weights once (speed does not depend on
 the values), loads Opsin and the rival side by side, each in a process of its own, and asks them in
-turn, so that a noisy machine disturbs both alike: medians, and the median of the ratios. PY is the
-Python of an environment in which the rival is installed as its users install it: for llama.cpp
+turn, so that a noisy machine disturbs both alike: medians, and the median of the ratios. How fast
+memory is read is measured before each row: one answer goes no faster than its weights come. PY is
+the Python of an environment in which the rival is installed as its users install it: for llama.cpp
 `CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python gguf`, for openvino
 `pip install optimum-intel[openvino] transformers==4.57.6` (optimum-intel 2.2 exports some models
 with no later one); Transformers runs with this one. OpenVINO's own default is 8 bits: --rival-bits
@@ -32,6 +33,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from cpu_rows import CLOCK
+
+from opsin.cli.doctor import read_bandwidth
 
 HERE = Path(__file__).parent
 ROWS = ("decode", "prefill", "streams", "picture")
@@ -146,6 +149,7 @@ def models(args: argparse.Namespace) -> dict[str, Any]:
     engines = {name: EngineProcess(command, args) for name, command in commands.items()}
     wanted = args.rows.split(",") if args.rows else list(ROWS)
     seen: dict[str, dict[str, list[float]]] = {name: {} for name in engines}
+    memory: list[float] = []  # GB/s
     for name, engine in engines.items():
         for row in wanted:
             engine.ask(row)  # the first time warms up
@@ -154,6 +158,7 @@ def models(args: argparse.Namespace) -> dict[str, Any]:
         order = list(engines) if turn % 2 == 0 else list(reversed(engines))
         for row in wanted:
             print(f"turn {turn + 1} of {args.rounds}: {row}", file=sys.stderr)
+            memory.append(read_bandwidth() / 1e9)
             for name, figures in quietest(args, {name: engines[name] for name in order}, row):
                 figures[f"others_{row}"] = figures.pop("others")
                 for figure, value in figures.items():
@@ -164,7 +169,10 @@ def models(args: argparse.Namespace) -> dict[str, Any]:
             tokens[name] = engine.ask("tokens")["prompt_tokens"]
         seen[name]["peak_memory_gb"] = seen[name]["peak_memory_gb"][-1:]
         engine.close()
-    return summary(args, seen) | {"prompt_tokens_picture": tokens}
+    limits = {"lowest": min(memory), "median": statistics.median(memory), "highest": max(memory)}
+    words = "  ".join(f"{k} {v:.1f}" for k, v in limits.items())
+    print(f"{'memory read meanwhile, GB/s':38} {words}")
+    return summary(args, seen) | {"prompt_tokens_picture": tokens, "memory_gb_s": limits}
 
 
 def quietest(
