@@ -69,7 +69,7 @@ OPSIN_INLINE void sum_group(const uint8_t* const (&w)[B], const int8_t* x, int c
     for (int b = 0; b < B; b++) {
       const uint8_t* p = w[b] + kBytes * j;
 #pragma GCC unroll 5
-      for (int i = 0; B == 1 && i < kBytes; i += 64) prefetch(p + i + kAhead);
+      for (int i = 0; B == 1 && i < kBytes; i += 64) prefetch(*ahead + kBytes * j + i);
       Codes<KIND>::read(p, codes[b]);
     }
 #pragma GCC unroll 8
@@ -92,6 +92,7 @@ OPSIN_INLINE void sum_group(const uint8_t* const (&w)[B], const int8_t* x, int c
   if (B == 1) {
 #pragma GCC unroll 4
     for (int j = 0; j < n; j++) step(j);
+    *ahead += n * kBytes;
   } else {
     constexpr int kRun = run_columns(KIND, COLUMNS) / (4 * kVectors);
     for (int from = 0; from < n; from += kRun) {
@@ -123,11 +124,15 @@ static void tile_affine(const Matrix* m, const uint8_t* block, const Panel& x, f
   }
   const int8_t* codes = x.codes;
   const float *xs = x.scale, *xb = x.sum;
-  const uint8_t* ahead = x.ahead;
+  const uint8_t* ahead = B == 1 ? block + kAhead : x.ahead;
+  if (B == 1) prefetch(ahead - 64);
   const int groups = m->groups, group = COLUMNS ? COLUMNS : m->group;
   const bool f16 = m->scales == opsin::kScaleF16;
   for (int g = 0; g < groups; g++) {
-    if (B == 1) prefetch(head[0] + kAhead);
+    if (B == 1 && (!BYTES || g % 2)) {  // as many lines as heads take, in their turn
+      prefetch(ahead);
+      ahead += 64;
+    }
     I sum[B][MT];
     sum_group<B, MT, KIND, COLUMNS>(w, codes, group, &ahead, x.lines, sum);
     codes += group * MT;
