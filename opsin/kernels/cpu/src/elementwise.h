@@ -205,7 +205,6 @@ static void axpy(const float* x, float scale, int n, float* out) {
   }
 }
 
-// The first of the largest; NaN never wins.
 // The first largest; a NaN is larger than any number, as it is to torch and NumPy.
 static int64_t argmax(const float* x, int64_t n) {
   constexpr int kRun = 256;  // only one run is looked through for the place
